@@ -1,0 +1,190 @@
+"""Messages of the workload/policy stream and of the certificate authority. See the package for the rules."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from controlplane.api.authorization import Authorization
+
+API_VERSION = 1
+
+#: Bidirectional stream: the client sends Hello, then an Ack or Nack for each Update.
+METHOD_SUBSCRIBE = "/mycel.mesh.v1.Mesh/Subscribe"
+#: Unary: SignRequest to SignResponse. Errors are gRPC codes: UNAUTHENTICATED (credential), PERMISSION_DENIED (no live
+#: pod of that UID on the caller's node, or other names in the CSR), INVALID_ARGUMENT (CSR), UNAVAILABLE (not ready).
+METHOD_SIGN = "/mycel.mesh.v1.CertificateAuthority/Sign"
+
+
+class MtlsMode(enum.Enum):
+    """PeerAuthentication's effective mode for a workload. DISABLE is served as PERMISSIVE (HBONE is always offered)."""
+
+    STRICT = "STRICT"
+    PERMISSIVE = "PERMISSIVE"
+
+
+class Workload(msgspec.Struct, frozen=True, tag="workload"):
+    """One pod. Its key is the UID; addresses come and go (empty until the cluster has written them)."""
+
+    uid: str
+    namespace: str
+    name: str
+    service_account: str
+    node: str
+    identity: str  #: ``spiffe://TRUST-DOMAIN/ns/NS/sa/SA``
+    addresses: tuple[str, ...] = ()  #: IPv4 dotted or IPv6, canonical text
+    enrolled: bool = False
+    ready: bool = False
+    mtls: MtlsMode = MtlsMode.PERMISSIVE
+    port_mtls: tuple[tuple[int, MtlsMode], ...] = ()  #: exceptions by the workload's own port
+    policies: tuple[str, ...] = ()  #: keys ``NAMESPACE/NAME`` of the Authorizations that select it
+    #: labels for metrics (Istio's canonical names): owner's name, ``app``, ``version``
+    workload_name: str = "unknown"
+    app: str = "unknown"
+    version: str = "unknown"
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """A ready backend of one service port."""
+
+    uid: str
+    address: str
+    port: int
+    node: str
+
+
+class ServicePort(msgspec.Struct, frozen=True):
+    port: int
+    name: str = ""
+    protocol: str = "TCP"
+    #: True: connections of enrolled pods to this port go to the L7 proxy.
+    l7: bool = False
+    endpoints: tuple[Endpoint, ...] = ()
+
+
+class Service(msgspec.Struct, frozen=True, tag="service"):
+    namespace: str
+    name: str
+    host: str  #: ``NAME.NAMESPACE.svc.cluster.local``
+    addresses: tuple[str, ...] = ()  #: cluster addresses; empty for headless
+    ports: tuple[ServicePort, ...] = ()
+
+
+class MeshConfig(msgspec.Struct, frozen=True, tag="mesh"):
+    """What holds for the whole mesh; exactly one in each snapshot."""
+
+    trust_domain: str = "cluster.local"
+    #: PEM bundle: every root that peers' certificates may chain to.
+    roots: str = ""
+
+
+Resource = Workload | Service | Authorization | MeshConfig
+
+
+def resource_key(resource: Resource) -> str:
+    """The key by which a resource is replaced and removed: ``KIND/...``."""
+    match resource:
+        case Workload():
+            return f"workload/{resource.uid}"
+        case Service():
+            return f"service/{resource.namespace}/{resource.name}"
+        case Authorization():
+            return f"authorization/{resource.namespace}/{resource.name}"
+        case MeshConfig():
+            return "mesh"
+
+
+class ResourceError(msgspec.Struct, frozen=True):
+    key: str
+    reason: str
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First message of a stream. ``component`` is ``agent`` or ``nodeproxy``.
+
+    ``version`` is the snapshot that the client still has in full, or empty: if the controller serves the same one, it
+    need not send it again and answers with an empty, incomplete Update.
+    """
+
+    component: str
+    api: int = API_VERSION
+    version: str = ""
+    #: where this component serves its metrics, ``ADDRESS:PORT`` (``mycel stat`` reads it from the controller)
+    admin: str = ""
+
+
+class Ack(msgspec.Struct, frozen=True, tag="ack"):
+    """The update is in force (for an agent: the kernel has it)."""
+
+    nonce: int
+    version: str
+
+
+class Nack(msgspec.Struct, frozen=True, tag="nack"):
+    """Parts of the update are not in force; the last good state of those stays."""
+
+    nonce: int
+    version: str
+    errors: tuple[ResourceError, ...] = ()
+
+
+ClientMessage = Hello | Ack | Nack
+
+
+class Update(msgspec.Struct, frozen=True, tag="update"):
+    """A change to the client's state; ``complete`` replaces all of it.
+
+    ``version`` is the snapshot's SHA-256 in hex. A client applies updates in order and acknowledges each.
+    """
+
+    nonce: int
+    version: str
+    complete: bool = False
+    upserts: tuple[Resource, ...] = ()
+    removes: tuple[str, ...] = ()  #: keys as of :func:`resource_key`
+
+
+class SignRequest(msgspec.Struct, frozen=True):
+    """A certificate for the pod ``uid``; the CSR's only name, if any, is the SPIFFE URI (the CA decides it anyway)."""
+
+    uid: str
+    csr: bytes  #: PKCS#10, DER
+
+
+class SignResponse(msgspec.Struct, frozen=True):
+    chain: tuple[bytes, ...]  #: DER, leaf first, without the root
+    roots: tuple[bytes, ...]  #: DER
+    not_after: int  #: seconds since the epoch
+
+
+_encoder = msgspec.msgpack.Encoder()
+_client = msgspec.msgpack.Decoder(ClientMessage)
+_update = msgspec.msgpack.Decoder(Update)
+_sign_request = msgspec.msgpack.Decoder(SignRequest)
+_sign_response = msgspec.msgpack.Decoder(SignResponse)
+
+
+def encode(message: ClientMessage | Update | SignRequest | SignResponse) -> bytes:
+    """The message's bytes (msgpack); equal messages give equal bytes."""
+    return _encoder.encode(message)
+
+
+def decode_client(data: bytes) -> ClientMessage:
+    """:raises msgspec.DecodeError: (or its ValidationError) if the bytes are no such message."""
+    return _client.decode(data)
+
+
+def decode_update(data: bytes) -> Update:
+    """:raises msgspec.DecodeError: as :func:`decode_client`."""
+    return _update.decode(data)
+
+
+def decode_sign_request(data: bytes) -> SignRequest:
+    """:raises msgspec.DecodeError: as :func:`decode_client`."""
+    return _sign_request.decode(data)
+
+
+def decode_sign_response(data: bytes) -> SignResponse:
+    """:raises msgspec.DecodeError: as :func:`decode_client`."""
+    return _sign_response.decode(data)
