@@ -133,8 +133,8 @@ FromProxy = Hello | GetSockets
 FromAgent = Welcome | Refused | Enroll | Withdraw | Sockets
 
 _encoder = msgspec.msgpack.Encoder()
-_from_proxy = msgspec.msgpack.Decoder(FromProxy)
-_from_agent = msgspec.msgpack.Decoder(FromAgent)
+_from_proxy: msgspec.msgpack.Decoder[FromProxy] = msgspec.msgpack.Decoder(FromProxy)
+_from_agent: msgspec.msgpack.Decoder[FromAgent] = msgspec.msgpack.Decoder(FromAgent)
 
 
 def encode(message: FromProxy | FromAgent) -> bytes:

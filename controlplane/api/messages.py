@@ -159,7 +159,7 @@ class SignResponse(msgspec.Struct, frozen=True):
 
 
 _encoder = msgspec.msgpack.Encoder()
-_client = msgspec.msgpack.Decoder(ClientMessage)
+_client: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
 _update = msgspec.msgpack.Decoder(Update)
 _sign_request = msgspec.msgpack.Decoder(SignRequest)
 _sign_response = msgspec.msgpack.Decoder(SignResponse)
