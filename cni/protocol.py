@@ -6,15 +6,27 @@ as a file descriptor with the request, so that both need not share a mount names
 
 Versioning: ``version`` stands in every request and reply; the agent serves N and N-1. Unknown fields are ignored.
 
-This module is a leaf and imports only ``json``: start-up time is part of the contract.
+Notes: a DEL that found no agent is left as a file in the folder :data:`NOTES` of the run folder, its content the request.
+The agent works them off at its start, before every ADD, and from time to time.
+
+This module is a leaf and imports only ``json``, ``os`` and ``time``: start-up time is part of the contract.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import os
+import time
+
+TYPE_CHECKING = False  # typing itself is not imported: 3 ms
+if TYPE_CHECKING:
+    from typing import Any
 
 VERSION = 1
+
+#: In the run folder: the agent's socket, and the folder of notes.
+SOCKET_NAME = "cni.sock"
+NOTES = "cni-notes"
 
 #: Seconds that the plugin waits for the agent's reply; longer than any wait inside the agent.
 REPLY_TIMEOUT = 15.0
@@ -31,6 +43,7 @@ ERR_TRY_AGAIN = 11
 ERR_NOT_AVAILABLE = 50
 ERR_LIMITED = 51
 ERR_REFUSED = 100
+ERR_INTERNAL = 101
 
 
 class ProtocolError(Exception):
@@ -48,10 +61,12 @@ def request(
     pod_uid: str = "",
     pod_namespace: str = "",
     pod_name: str = "",
+    valid_attachments: list[list[str]] | None = None,
 ) -> bytes:
-    """A request: ``command`` is ADD, DEL, CHECK or STATUS; ADD and CHECK carry the namespace's descriptor beside it.
+    """A request: ``command`` is ADD, DEL, CHECK, STATUS or GC; ADD and CHECK carry the namespace's descriptor beside it.
 
-    ``addresses`` are those of prevResult without prefix length; ``netns`` is the path, for messages only.
+    ``addresses`` are those of prevResult without prefix length; ``netns`` is the path (where the agent sees it too, a
+    restarted agent finds the namespace by it). ``valid_attachments`` are pairs of container id and interface, for GC.
     """
     return json.dumps(
         {
@@ -65,6 +80,7 @@ def request(
             "pod_uid": pod_uid,
             "pod_namespace": pod_namespace,
             "pod_name": pod_name,
+            "valid_attachments": valid_attachments,
         }
     ).encode()
 
@@ -72,6 +88,22 @@ def request(
 def reply(*, code: int = 0, message: str = "", details: str = "") -> bytes:
     """A reply: ``code`` 0 is success, else one of the error codes above."""
     return json.dumps({"version": VERSION, "code": code, "message": message, "details": details}).encode()
+
+
+def write_note(run_dir: str, message: bytes) -> None:
+    """Leave a request for an agent that is away. The note is whole or not there.
+
+    :raises OSError: it could not be written.
+    """
+    folder = f"{run_dir}/{NOTES}"
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    name = f"{time.time_ns()}-{os.getpid()}"
+    fd = os.open(f"{folder}/.{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, message)
+    finally:
+        os.close(fd)
+    os.rename(f"{folder}/.{name}", f"{folder}/{name}")
 
 
 def decode(data: bytes) -> dict[str, Any]:
