@@ -1,0 +1,93 @@
+"""What a test run must not leave on the machine: processes, network namespaces, interfaces, pins and cgroups.
+
+Processes are told by a mark in their environment, so they are always this run's own. The rest is whatever is new since
+the run began; another run on the same machine at the same time shows up there, see ``MYCEL_LEAKS`` in ``conftest.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+MARK = "MYCEL_TEST_RUN"
+
+#: Python's own helpers live as long as the interpreter.
+_OWN_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+
+def mark_this_run() -> str:
+    """Mark this process, and thereby all it starts from now on."""
+    mark = uuid.uuid4().hex
+    os.environ[MARK] = mark
+    return mark
+
+
+def processes(mark: str) -> list[str]:
+    """Living processes started by the marked run, wherever they were reparented to, as "pid command"."""
+    wanted = f"{MARK}={mark}".encode()
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        if folder.name == str(os.getpid()):
+            continue
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:  # it ended while we looked, or it is not ours to read
+            continue
+        if wanted in environment and not any(helper in command for helper in _OWN_HELPERS):
+            found.append(f"{folder.name} {command[:120]}")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Things:
+    """What of ours can be seen on the machine at one moment, by kind."""
+
+    namespaces: frozenset[str]
+    interfaces: frozenset[str]
+    pins: frozenset[str]
+    cgroups: frozenset[str]
+
+    def minus(self, earlier: Things) -> list[str]:
+        """What is here and was not before, one line each."""
+        lines = []
+        for kind in ("namespaces", "interfaces", "pins", "cgroups"):
+            new = getattr(self, kind) - getattr(earlier, kind)
+            lines += [f"{kind[:-1]} {name}" for name in sorted(new)]
+        return lines
+
+
+def look() -> Things:
+    """What is on the machine now."""
+    cgroup_roots = [Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup")]
+    cgroup_root = next(
+        (root for root in cgroup_roots if (root / "cgroup.controllers").exists()), cgroup_roots[1]
+    )
+    return Things(
+        namespaces=_listing(Path("/run/netns")),
+        interfaces=_listing(Path("/sys/class/net")),
+        pins=frozenset(str(path) for path in Path("/sys/fs/bpf").glob("mycel*")),
+        cgroups=frozenset(
+            str(path) for pattern in ("mycel*", "*/mycel*") for path in cgroup_root.glob(pattern)
+        ),
+    )
+
+
+def left_over(mark: str, before: Things, patience: float = 5.0) -> tuple[list[str], list[str]]:
+    """Wait up to ``patience`` seconds for everything to go, then return (processes, other things) still here."""
+    deadline = time.monotonic() + patience
+    while True:
+        result = processes(mark), look().minus(before)
+        if result == ([], []) or time.monotonic() > deadline:
+            return result
+        time.sleep(0.1)
+
+
+def _listing(folder: Path) -> frozenset[str]:
+    try:
+        return frozenset(os.listdir(folder))
+    except FileNotFoundError:
+        return frozenset()
