@@ -145,7 +145,9 @@ def _check_segment(segment: str) -> None:
     if segment in (".", ".."):
         raise SpiffeError("path cannot contain dot segments")
     if not _SEGMENT.fullmatch(segment):
-        raise SpiffeError("path segment characters are limited to letters, numbers, dots, dashes, and underscores")
+        raise SpiffeError(
+            "path segment characters are limited to letters, numbers, dots, dashes, and underscores"
+        )
 
 
 #: Raises :class:`SpiffeError` if the peer (None: it has no SPIFFE ID) is not accepted.

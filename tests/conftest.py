@@ -78,8 +78,8 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fail the run if it left something behind. Fixtures of every scope have been torn down by now."""
-    processes, things = leaks.left_over(*session.config.stash[_BEFORE])
     only_report = os.environ.get("MYCEL_LEAKS") == "report"
+    processes, things = leaks.left_over(*session.config.stash[_BEFORE], wait_for_things=not only_report)
     lines = [f"process {line}" for line in processes] + ([] if only_report else things)
     if lines:
         report = pytest.TestReport(

@@ -76,13 +76,13 @@ def look() -> Things:
     )
 
 
-def left_over(mark: str, before: Things, patience: float = 5.0) -> tuple[list[str], list[str]]:
-    """Wait up to ``patience`` seconds for everything to go, then return (processes, other things) still here."""
-    deadline = time.monotonic() + patience
+def left_over(mark: str, before: Things, *, wait_for_things: bool) -> tuple[list[str], list[str]]:
+    """Wait up to five seconds for everything to go, then return (processes, other things) still here."""
+    deadline = time.monotonic() + 5.0
     while True:
-        result = processes(mark), look().minus(before)
-        if result == ([], []) or time.monotonic() > deadline:
-            return result
+        running, things = processes(mark), look().minus(before)
+        if not (running or (things and wait_for_things)) or time.monotonic() > deadline:
+            return running, things
         time.sleep(0.1)
 
 
