@@ -1,0 +1,116 @@
+"""A pod: what runtime, kubelet and cluster do for it between its manifest and its end."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lab import cgroups
+from lab.cluster import Cluster, PodRecord
+from lab.errors import LabError
+from lab.node import Node
+from lab.place import Place
+from lab.processes import wait_until
+
+
+class Pod(Place):
+    """Made in the order in which a cluster does it: manifest (Pending), sandbox, CNI ADD, processes, address, Ready."""
+
+    def __init__(self, record: PodRecord, node: Node, cluster: Cluster, *, address: str = "") -> None:
+        """:param address: ask the address management for this one. :raises CniError: the chain refused the pod."""
+        self.record = record
+        self.node = node
+        self._cluster = cluster
+        self._container = f"{record.name}-{record.uid[:8]}"
+        self._args = {
+            "IgnoreUnknown": "1",
+            "K8S_POD_NAMESPACE": record.namespace,
+            "K8S_POD_NAME": record.name,
+            "K8S_POD_INFRA_CONTAINER_ID": self._container,
+            "K8S_POD_UID": record.uid,
+        }
+        if address:
+            self._args["IP"] = address
+        self.deleted = False
+        self._daemons: list[subprocess.Popen[str]] = []
+        cgroup = node.top / "pods" / record.uid
+        cgroup.mkdir()
+        cluster.put(record.manifest())
+        path = node.add_netns(self._container)
+        super().__init__(f"{record.namespace}/{record.name}", net=path, cgroup=cgroup)
+        started = time.monotonic()
+        try:
+            result = node.runtime.add(self._container, self._netns, self._args)
+        except LabError:
+            self._remove_sandbox()
+            cluster.remove("Pod", record.namespace, record.name)
+            raise
+        #: Seconds that the whole chain's ADD took.
+        self.add_seconds = time.monotonic() - started
+        self.address: str = result["ips"][0]["address"].split("/")[0]
+        record.address = self.address
+        cluster.put(record.manifest())
+
+    @property
+    def uid(self) -> str:
+        return self.record.uid
+
+    @property
+    def log(self) -> Path:
+        """Output of the pod's :meth:`serve` processes."""
+        return self.node.folder / f"pod-{self._container}.log"
+
+    @property
+    def _netns(self) -> str:
+        return f"/run/netns/{self._container}"
+
+    def serve(self, command: Sequence[str], *ports: int, timeout: float = 10.0) -> subprocess.Popen[str]:
+        """Start a long-lived process, wait until it listens on the ports, then the pod is Ready."""
+        with open(self.log, "a") as log:
+            process = self.popen(command, stdout=log, stderr=log)
+        self._daemons.append(process)
+
+        def ready() -> bool:
+            if process.poll() is not None:
+                raise LabError(f"{self.name}: {' '.join(command)!r} ended: {self.log.read_text()[-2000:]}")
+            return all(self.listening(port) for port in ports)
+
+        wait_until(ready, timeout, f"{self.name}: {' '.join(command)!r} listens on {ports}")
+        self.set_ready(True)
+        return process
+
+    def set_ready(self, ready: bool) -> None:
+        self.record.ready = ready
+        self._cluster.put(self.record.manifest())
+
+    def check(self) -> None:
+        """CNI CHECK. :raises CniError: the pod is no longer connected as it was."""
+        self.node.runtime.check(self._container)
+
+    def kill_processes(self) -> None:
+        """End all that runs in the pod's cgroup, at once."""
+        cgroups.kill(self.cgroup)
+        self.reap()
+
+    def reap(self) -> None:
+        """Wait for the :meth:`serve` processes, which have been killed."""
+        for process in self._daemons:
+            process.wait()
+        self._daemons.clear()
+
+    def delete(self) -> None:
+        """What happens when a pod is deleted: not ready, processes end, CNI DEL, sandbox and manifest go."""
+        if self.deleted:
+            return
+        self.deleted = True
+        self.set_ready(False)
+        self.kill_processes()
+        self.node.runtime.delete(self._container, self._netns, self._args)
+        self._remove_sandbox()
+        self._cluster.remove("Pod", self.record.namespace, self.record.name)
+
+    def _remove_sandbox(self) -> None:
+        self.node.remove_netns(self._container)
+        cgroups.remove(self.cgroup)
