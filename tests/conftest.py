@@ -3,7 +3,7 @@
 ``MYCEL_CI=1``
     a skip that this machine could have run is a failure (see ``tests/requirements.py``).
 ``MYCEL_LEAKS=report``
-    namespaces, interfaces, pins and cgroups left behind are only reported: for a machine on which other runs go on.
+    namespaces, interfaces, pins, cgroups and labs left behind are only reported: for a machine on which other runs go on.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ _BEFORE = pytest.StashKey[tuple[str, leaks.Things]]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_COUNTS] = []
-    config.stash[_BEFORE] = leaks.mark_this_run(), leaks.look()
+    mark = leaks.mark_this_run()
+    config.stash[_BEFORE] = mark, leaks.look(mark)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,16 +1,20 @@
 """What a test run must not leave on the machine: processes, network namespaces, interfaces, pins and cgroups.
 
-Processes are told by a mark in their environment, so they are always this run's own. The rest is whatever is new since
-the run began; another run on the same machine at the same time shows up there, see ``MYCEL_LEAKS`` in ``conftest.py``.
+Processes are told by a mark in their environment, and labs by the process that owns them, so those are always this
+run's own. The rest is whatever is new since the run began; another run on the same machine at the same time shows up
+there, see ``MYCEL_LEAKS`` in ``conftest.py``.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+
+from lab import cgroups, state
 
 MARK = "MYCEL_TEST_RUN"
 
@@ -27,17 +31,15 @@ def mark_this_run() -> str:
 
 def processes(mark: str) -> list[str]:
     """Living processes started by the marked run, wherever they were reparented to, as "pid command"."""
-    wanted = f"{MARK}={mark}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        if folder.name == str(os.getpid()):
+        if folder.name == str(os.getpid()) or not _is_marked(int(folder.name), mark):
             continue
         try:
-            environment = (folder / "environ").read_bytes().split(b"\0")
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-        except OSError:  # it ended while we looked, or it is not ours to read
+        except OSError:  # it ended while we looked
             continue
-        if wanted in environment and not any(helper in command for helper in _OWN_HELPERS):
+        if not any(helper in command for helper in _OWN_HELPERS):
             found.append(f"{folder.name} {command[:120]}")
     return found
 
@@ -50,29 +52,32 @@ class Things:
     interfaces: frozenset[str]
     pins: frozenset[str]
     cgroups: frozenset[str]
+    labs: frozenset[str]
 
     def minus(self, earlier: Things) -> list[str]:
         """What is here and was not before, one line each."""
         lines = []
-        for kind in ("namespaces", "interfaces", "pins", "cgroups"):
-            new = getattr(self, kind) - getattr(earlier, kind)
-            lines += [f"{kind[:-1]} {name}" for name in sorted(new)]
+        for kind in fields(self):
+            new = getattr(self, kind.name) - getattr(earlier, kind.name)
+            lines += [f"{kind.name[:-1]} {name}" for name in sorted(new)]
         return lines
 
 
-def look() -> Things:
-    """What is on the machine now."""
-    cgroup_roots = [Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup")]
-    cgroup_root = next(
-        (root for root in cgroup_roots if (root / "cgroup.controllers").exists()), cgroup_roots[1]
-    )
+def look(mark: str) -> Things:
+    """What is on the machine now, but for the labs of other living processes."""
+    groups = [path for pattern in ("mycel*", "*/mycel*") for path in cgroups.root().glob(pattern)]
+    labs = list(Path(tempfile.gettempdir()).glob(f"{state.PREFIX}*"))
+    others = {
+        lab.folder.name
+        for lab in state.labs()
+        if not lab.stale and lab.pid != os.getpid() and not _is_marked(lab.pid, mark)
+    }
     return Things(
         namespaces=_listing(Path("/run/netns")),
         interfaces=_listing(Path("/sys/class/net")),
         pins=frozenset(str(path) for path in Path("/sys/fs/bpf").glob("mycel*")),
-        cgroups=frozenset(
-            str(path) for pattern in ("mycel*", "*/mycel*") for path in cgroup_root.glob(pattern)
-        ),
+        cgroups=frozenset(str(path) for path in groups if path.name not in others),
+        labs=frozenset(str(path) for path in labs if path.name not in others),
     )
 
 
@@ -80,10 +85,18 @@ def left_over(mark: str, before: Things, *, wait_for_things: bool) -> tuple[list
     """Wait up to five seconds for everything to go, then return (processes, other things) still here."""
     deadline = time.monotonic() + 5.0
     while True:
-        running, things = processes(mark), look().minus(before)
+        running, things = processes(mark), look(mark).minus(before)
         if not (running or (things and wait_for_things)) or time.monotonic() > deadline:
             return running, things
         time.sleep(0.1)
+
+
+def _is_marked(pid: int, mark: str) -> bool:
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:  # it ended, or it is not ours to read
+        return False
+    return f"{MARK}={mark}".encode() in environment
 
 
 def _listing(folder: Path) -> frozenset[str]:
