@@ -1,0 +1,87 @@
+"""``python -m bench``: measure, print the table, write ``build/bench.json``.
+
+Exit status 0 when everything was measured (whether or not a bar is met: the table says), 1 when a run failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import figures, report, rows, wrk
+from bench.testbed import Testbed
+from lab.errors import LabError
+
+
+def main() -> int:
+    arguments = _arguments()
+    try:
+        paths = rows.select(name for name in arguments.rows.split(",") if name)
+    except rows.UnknownRow as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    clients = tuple(int(count) for count in arguments.clients.split(","))
+    # The figures are of the mesh as a whole: a selection of rows leaves them out unless they are asked for.
+    with_figures = arguments.figures or not arguments.rows
+    results: dict[tuple[str, int], list[wrk.Run]] = defaultdict(list)
+    found: figures.Json = {}
+    try:
+        with Testbed(paths, figures=with_figures) as testbed:
+            for path in paths:
+                testbed.check(path)
+                testbed.measure(path, clients=max(clients), seconds=1)
+            total = arguments.rounds * len(paths) * len(clients)
+            order = rows.schedule(paths, rounds=arguments.rounds, clients=clients)
+            for number, (turn, path, count) in enumerate(order, 1):
+                run = testbed.measure(path, clients=count, seconds=arguments.seconds)
+                results[path.name, count].append(run)
+                _progress(
+                    f"{number}/{total} round {turn + 1}: {path.name} c={count} {run.requests_per_second:,.0f}/s"
+                )
+            if with_figures:
+                found = figures.measure(testbed, say=_progress)
+    except (wrk.RunError, figures.FigureError, LabError) as error:
+        _progress("")
+        print(f"bench: failed: {error}", file=sys.stderr)
+        return 1
+    _progress("")
+    made = report.build(paths, clients, results, found)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(made, indent=1) + "\n")
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(report.table(made))
+    for text, held in report.bars(made):
+        print(f"{'ok    ' if held else 'MISSED'}  {text}")
+    print(f"written to {arguments.output}")
+    return 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument(
+        "--rows", default="", help=f"some of: {','.join(rows.PATHS)}; what they are compared with runs too"
+    )
+    parser.add_argument("--clients", default=",".join(map(str, rows.CLIENTS)))
+    parser.add_argument("--rounds", type=int, default=rows.ROUNDS)
+    parser.add_argument("--seconds", type=int, default=rows.SECONDS, help="of one run")
+    parser.add_argument(
+        "--figures", action="store_true", help="with --rows: measure the figures of the mesh too"
+    )
+    parser.add_argument("--output", type=Path, default=Path("build/bench.json"))
+    return parser.parse_args()
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

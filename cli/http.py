@@ -1,0 +1,50 @@
+"""Reading what the mesh's processes serve, with errors that say who did not answer and what to look at."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+_TIMEOUT = 5.0  # seconds
+
+
+class Unreachable(Exception):
+    """A process did not answer, or answered with something else than what it serves. The text is for people."""
+
+
+def read_text(address: str, path: str, *, who: str) -> str:
+    """What ``http://ADDRESS/PATH`` serves.
+
+    :param address: ``HOST:PORT``.
+    :param who: the process that should be there, for the error's text (``"the controller"``).
+    :raises Unreachable: refused, timed out, no HTTP, or a status other than 200.
+    """
+    url = f"http://{address}{path}"
+    try:
+        # No proxy of the environment is asked: these are addresses of the cluster.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(url, timeout=_TIMEOUT) as response:
+            body: bytes = response.read()
+            return body.decode("utf-8", "replace")
+    except urllib.error.HTTPError as error:
+        raise Unreachable(f"{who} at {address} answers {path} with {error.code} {error.reason}") from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise Unreachable(f"{who} does not answer at {address}: {reason}") from error
+
+
+def read_json(address: str, path: str, *, who: str) -> Any:
+    """As :func:`read_text`, decoded.
+
+    :raises Unreachable: also when the answer is no JSON.
+    """
+    body = read_text(address, path, who=who)
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise Unreachable(
+            f"{who} at {address} answers {path} with something that is no JSON: {body[:60]!r}"
+        ) from error
