@@ -61,7 +61,8 @@ class Talker:
 
     def __call__(self, op: str, key: str = "main", **values: Any) -> Answer:
         stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
+        assert stdin is not None
+        assert stdout is not None
         stdin.write(json.dumps({"op": op, "key": key, **values}) + "\n")
         stdin.flush()
         line = stdout.readline()

@@ -2,7 +2,7 @@
 
 ``/`` and any other path: JSON of pod, version, the client's address, the request's method, path, headers and body size.
 ``/status/CODE``, ``/slow/SECONDS``, ``/bytes/COUNT`` do what they say; ``/flaky/KEY/COUNT[/CODE]`` answers CODE (503) the
-first COUNT times for that KEY and 200 afterwards; ``/reset/KEY/COUNT`` resets the connection instead; ``/chunked`` answers in
+first COUNT times for that KEY and 200 afterwards; ``/reset/KEY/COUNT`` resets instead; ``/chunked`` answers in
 chunks; ``/counts`` tells how often each path was asked for.
 """
 
