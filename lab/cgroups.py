@@ -24,6 +24,12 @@ def root() -> Path:
     raise LabError("no cgroup v2 hierarchy is mounted")
 
 
+def hierarchies() -> list[Path]:
+    """Every mounted cgroup hierarchy, v1 ones too: a container runtime makes its folders in all of them."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [Path(fields[1]) for fields in mounts if fields[2] in ("cgroup", "cgroup2")]
+
+
 def joining(cgroup: Path) -> list[str]:
     """The front of a command line that moves its process into the cgroup before it runs the rest."""
     return ["/bin/sh", "-c", f'echo $$ >"{cgroup}/cgroup.procs" && exec "$@"', "sh"]

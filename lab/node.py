@@ -103,7 +103,7 @@ class Node(Place):
         #: The node's file system as this process sees it.
         self.root = held.mount.parent.parent / "root"
         self.cni_binaries = self._install_plugins()
-        (self.root / f"etc/cni/net.d/10-{PLUGIN}.conflist").write_text(json.dumps(self._conflist(), indent=1))
+        self.configure_network()
         self.runtime = Runtime(
             root=self.root,
             net=held.net,
@@ -117,6 +117,11 @@ class Node(Place):
         """The cgroup whose processes' dials are probes."""
         return self.top / "kubelet"
 
+    def configure_network(self, **settings: Any) -> None:
+        """Write the node's list of CNI plugins; ``settings`` are more keys of our plugin's."""
+        text = json.dumps(self._conflist(settings), indent=1)
+        (self.root / f"etc/cni/net.d/10-{PLUGIN}.conflist").write_text(text)
+
     def _install_plugins(self) -> Path:
         folder = self.folder / "cni-bin"
         folder.mkdir()
@@ -129,7 +134,7 @@ class Node(Place):
         install_plugin(folder, name=PLUGIN)
         return folder
 
-    def _conflist(self) -> dict[str, Any]:
+    def _conflist(self, settings: dict[str, Any]) -> dict[str, Any]:
         plugins: list[dict[str, Any]] = [
             {
                 "type": "bridge",
@@ -144,7 +149,7 @@ class Node(Place):
             }
         ]
         if self.mesh:
-            plugins.append({"type": PLUGIN, "runDir": str(RUN), "pinDir": "/sys/fs/bpf/mycel"})
+            plugins.append({"type": PLUGIN, "runDir": str(RUN), "pinDir": "/sys/fs/bpf/mycel", **settings})
         return {"cniVersion": "1.0.0", "name": "pods", "plugins": plugins}
 
     def add_netns(self, name: str) -> Path:

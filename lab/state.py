@@ -90,7 +90,9 @@ def reap(state: State) -> None:
     """Remove everything of the lab, whoever owns it."""
     if state.cgroup.is_dir():
         cgroups.kill(state.cgroup)
-        cgroups.remove(state.cgroup)
+    for hierarchy in cgroups.hierarchies():
+        if (folder := hierarchy / state.cgroup.name).is_dir():
+            cgroups.remove(folder)
     shutil.rmtree(state.folder, ignore_errors=True)
 
 
