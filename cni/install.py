@@ -29,7 +29,11 @@ def launcher(interpreter: str, packages: str) -> str:
     :raises ValueError: the interpreter's path cannot stand in a ``#!`` line (execve(2): 127 bytes, no white space).
     """
     line = f"#!{interpreter} -ISE"
-    if len(os.fsencode(line)) > 127 or any(c.isspace() for c in interpreter) or not interpreter.startswith("/"):
+    if (
+        len(os.fsencode(line)) > 127
+        or any(c.isspace() for c in interpreter)
+        or not interpreter.startswith("/")
+    ):
         raise ValueError(f"interpreter: {interpreter!r} cannot stand in a #! line")
     return _LAUNCHER.format(interpreter=interpreter, packages=packages)
 
@@ -40,7 +44,10 @@ def install(folder: Path, *, name: str = "mycel", interpreter: str = "", package
     Defaults: this interpreter, without the virtual environment (the plugin needs the standard library only), and the
     folder that this package was imported from.
     """
-    text = launcher(interpreter or os.path.realpath(sys.executable), packages or str(Path(__file__).resolve().parent.parent))
+    text = launcher(
+        interpreter or os.path.realpath(sys.executable),
+        packages or str(Path(__file__).resolve().parent.parent),
+    )
     target = folder / name
     aside = folder / f".{name}.{os.getpid()}"
     aside.write_text(text)
@@ -50,9 +57,13 @@ def install(folder: Path, *, name: str = "mycel", interpreter: str = "", package
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cni.install", description="Write the CNI plugin's launcher.")
+    parser = argparse.ArgumentParser(
+        prog="python -m cni.install", description="Write the CNI plugin's launcher."
+    )
     parser.add_argument("folder", type=Path, help="the runtime's folder of CNI plugins")
-    parser.add_argument("--name", default="mycel", help="the file's name, which is the type in the configuration")
+    parser.add_argument(
+        "--name", default="mycel", help="the file's name, which is the type in the configuration"
+    )
     parser.add_argument("--interpreter", default="", help="default: the one that runs this")
     options = parser.parse_args()
     print(install(options.folder, name=options.name, interpreter=options.interpreter))

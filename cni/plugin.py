@@ -118,7 +118,9 @@ def run(environment: dict[str, str], stdin: int) -> tuple[int, dict[str, Any] | 
         if command not in REQUIRED:
             raise CniError(
                 protocol.ERR_INVALID_ENVIRONMENT,
-                f"CNI_COMMAND is {command!r}, not one of {', '.join(REQUIRED)}" if command else "CNI_COMMAND is not set",
+                f"CNI_COMMAND is {command!r}, not one of {', '.join(REQUIRED)}"
+                if command
+                else "CNI_COMMAND is not set",
             )
         attachment = Attachment(command, environment)
         config = _read_config(stdin)
@@ -134,12 +136,16 @@ def run(environment: dict[str, str], stdin: int) -> tuple[int, dict[str, Any] | 
     except CniError as error:
         return 1, _error(version, error)
     except AgentAway as error:
-        return 1, _error(version, CniError(protocol.ERR_TRY_AGAIN, "the node agent does not answer", str(error)))
+        return 1, _error(
+            version, CniError(protocol.ERR_TRY_AGAIN, "the node agent does not answer", str(error))
+        )
     except Exception as error:  # the runtime has to get an error object whatever happens
         import traceback
 
         traceback.print_exc()
-        return 1, _error(version, CniError(protocol.ERR_INTERNAL, "internal error", f"{type(error).__name__}: {error}"))
+        return 1, _error(
+            version, CniError(protocol.ERR_INTERNAL, "internal error", f"{type(error).__name__}: {error}")
+        )
 
 
 def _add(settings: Settings, attachment: Attachment, config: dict[str, Any], version: str) -> dict[str, Any]:
@@ -157,7 +163,10 @@ def _add(settings: Settings, attachment: Attachment, config: dict[str, Any], ver
                 "unknownPods is refuse; with pass, such a pod runs outside the mesh",
             )
         else:
-            settings.log("info", f"container {attachment.container_id} has no K8S_POD_UID: passed by (unknownPods is pass)")
+            settings.log(
+                "info",
+                f"container {attachment.container_id} has no K8S_POD_UID: passed by (unknownPods is pass)",
+            )
     finally:
         os.close(netns)
     return {**previous, "cniVersion": version}
@@ -183,7 +192,9 @@ def _del(settings: Settings, attachment: Attachment, config: dict[str, Any], ver
     if not failed:
         return
     # Never fail: a runtime that cannot remove a pod keeps trying for ever. The agent works the note off when it is back.
-    settings.log("warning", f"clean-up of {attachment.container_id} {attachment.ifname} is left for later: {failed}")
+    settings.log(
+        "warning", f"clean-up of {attachment.container_id} {attachment.ifname} is left for later: {failed}"
+    )
     try:
         protocol.write_note(
             settings.run_dir,
@@ -211,7 +222,9 @@ def _status(settings: Settings, attachment: Attachment, config: dict[str, Any], 
         if pinned:
             raise CniError(protocol.ERR_NOT_AVAILABLE, "agent does not answer", str(error)) from None
         raise CniError(
-            protocol.ERR_LIMITED, "agent does not answer, and no program of it is loaded", f"{error}; {settings.pin_dir}"
+            protocol.ERR_LIMITED,
+            "agent does not answer, and no program of it is loaded",
+            f"{error}; {settings.pin_dir}",
         ) from None
 
 
@@ -222,9 +235,13 @@ def _gc(settings: Settings, attachment: Attachment, config: dict[str, Any], vers
         raise CniError(protocol.ERR_INVALID_CONFIG, f"{key} is missing or no list: nothing is removed")
     valid: list[list[str]] = []
     for index, item in enumerate(given):
-        container, ifname = (item.get("containerID"), item.get("ifname")) if isinstance(item, dict) else (None, None)
+        container, ifname = (
+            (item.get("containerID"), item.get("ifname")) if isinstance(item, dict) else (None, None)
+        )
         if not isinstance(container, str) or not isinstance(ifname, str):
-            raise CniError(protocol.ERR_INVALID_CONFIG, f"{key}[{index}]: needs containerID and ifname", repr(item))
+            raise CniError(
+                protocol.ERR_INVALID_CONFIG, f"{key}[{index}]: needs containerID and ifname", repr(item)
+            )
         valid.append([container, ifname])
     _require(_ask("GC", settings, attachment, config, valid=valid))
 
@@ -264,7 +281,9 @@ def _ask(
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, 4 * _MAX_REPLY)
         sock.settimeout(settings.timeout)
         sock.connect(path)
-        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, netns.to_bytes(4, sys.byteorder))] if netns >= 0 else []
+        rights = (
+            [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, netns.to_bytes(4, sys.byteorder))] if netns >= 0 else []
+        )
         sock.sendmsg([message], rights)
         data = sock.recv(_MAX_REPLY)
     except TimeoutError:
@@ -297,7 +316,9 @@ def _read_config(stdin: int) -> dict[str, Any]:
         while chunk := os.read(stdin, 1 << 16):
             chunks.append(chunk)
     except OSError as error:
-        raise CniError(protocol.ERR_IO, "configuration cannot be read from standard input", str(error)) from None
+        raise CniError(
+            protocol.ERR_IO, "configuration cannot be read from standard input", str(error)
+        ) from None
     if not chunks:
         raise CniError(protocol.ERR_IO, "standard input is empty")
     try:
@@ -319,11 +340,16 @@ def _negotiate(command: str, config: dict[str, Any]) -> str:
     version: str = config.get("cniVersion", "0.1.0")
     if version not in SUPPORTED:
         raise CniError(
-            protocol.ERR_INCOMPATIBLE_VERSION, f"cniVersion {version} is not supported", "supported: " + ", ".join(SUPPORTED)
+            protocol.ERR_INCOMPATIBLE_VERSION,
+            f"cniVersion {version} is not supported",
+            "supported: " + ", ".join(SUPPORTED),
         )
     since = SINCE.get(command, SUPPORTED[0])
     if SUPPORTED.index(version) < SUPPORTED.index(since):
-        raise CniError(protocol.ERR_INCOMPATIBLE_VERSION, f"{command} came with {since}, the configuration is of {version}")
+        raise CniError(
+            protocol.ERR_INCOMPATIBLE_VERSION,
+            f"{command} came with {since}, the configuration is of {version}",
+        )
     return version
 
 
@@ -345,7 +371,9 @@ def _addresses(previous: dict[str, Any], ifname: str) -> list[str]:
     names = [item.get("name") for item in interfaces if item.get("sandbox")]
     if interfaces and ifname not in names:
         raise CniError(
-            protocol.ERR_INVALID_ENVIRONMENT, f"CNI_IFNAME: prevResult has no interface {ifname} in the pod", f"it has {names}"
+            protocol.ERR_INVALID_ENVIRONMENT,
+            f"CNI_IFNAME: prevResult has no interface {ifname} in the pod",
+            f"it has {names}",
         )
     addresses = []
     for index, item in enumerate(_objects(previous, "ips")):
@@ -355,7 +383,9 @@ def _addresses(previous: dict[str, Any], ifname: str) -> list[str]:
         at = item.get("interface")
         if at is not None:
             if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < len(interfaces):
-                raise _invalid(f"prevResult.ips[{index}].interface", at, "not an index of prevResult.interfaces")
+                raise _invalid(
+                    f"prevResult.ips[{index}].interface", at, "not an index of prevResult.interfaces"
+                )
             if interfaces[at].get("name") != ifname:
                 continue
         addresses.append(address.partition("/")[0])
@@ -399,7 +429,9 @@ def _check_container_id(text: str) -> None:
 
 def _check_ifname(text: str) -> None:
     if text in (".", "..") or len(os.fsencode(text)) > 15 or any(c in "/:" or c.isspace() for c in text):
-        raise CniError(protocol.ERR_INVALID_ENVIRONMENT, f"CNI_IFNAME: {text!r} cannot be an interface's name")
+        raise CniError(
+            protocol.ERR_INVALID_ENVIRONMENT, f"CNI_IFNAME: {text!r} cannot be an interface's name"
+        )
 
 
 def _arguments(text: str) -> dict[str, str]:

@@ -1,0 +1,199 @@
+"""Compiles the mesh's state into the tables that the kernel reads.
+
+Owns which pods, peers, services and verdicts a node's kernel has to know. Pure: no I/O, no kernel, no clock; the same input
+gives the same tables, so that only differences are written. Verdicts come from :func:`controlplane.api.authorize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from agent.identities import Identities, label_of
+from agent.mesh import Mesh, is_ipv4
+from bpf.wire import IDENTITY_PLAIN, IDENTITY_PROBE, IDENTITY_TUNNEL
+from controlplane.api import Action, Authorization, MtlsMode, Rule, Workload, authorize
+
+#: In a policy table: every port that has no entry of its own.
+ANY_PORT = 0
+
+#: (identity, port) to whether the connection is allowed. What has no entry is refused.
+PolicyTable = Mapping[tuple[int, int], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who has an address."""
+
+    uid: str
+    local: bool  #: on this node
+    enrolled: bool
+    identity: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceEntry:
+    """Where connections to one (service address, port) go. ``backends`` are (address, port), sorted."""
+
+    l7: bool
+    backends: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Everything that follows from the state; IPv4 only, addresses as dotted text."""
+
+    peers: Mapping[str, Peer]  #: by address
+    services: Mapping[tuple[str, int], ServiceEntry]  #: by (service address, port)
+    policies: Mapping[str, PolicyTable]  #: by UID of an enrolled pod that is attached on this node
+    identities: Mapping[str, int]  #: number by UID, of every workload
+
+
+EMPTY = Tables({}, {}, {}, {})
+
+
+def compile_tables(
+    mesh: Mesh, *, node: str, attached: Mapping[str, tuple[str, ...]], numbers: Identities
+) -> Tables:
+    """Compile.
+
+    :param attached: the pods whose namespaces this agent holds: UID to addresses, as the container runtime gave them.
+    :param numbers: the numbering, which grows by what is new.
+    """
+    numbered = {uid: numbers.number(label_of(mesh.workloads[uid])) for uid in sorted(mesh.workloads)}
+    return Tables(
+        peers=_peers(mesh, node, attached, numbered),
+        services=_services(mesh),
+        policies=_policies(mesh, node, attached, numbered),
+        identities=numbered,
+    )
+
+
+def _peers(
+    mesh: Mesh, node: str, attached: Mapping[str, tuple[str, ...]], numbered: Mapping[str, int]
+) -> dict[str, Peer]:
+    peers: dict[str, Peer] = {}
+    rank: dict[str, tuple[bool, bool, str]] = {}
+    for uid, workload in mesh.workloads.items():
+        # While a pod ends and its address is given away, two have it for a moment: the one that is ready, then any
+        # fixed order. An enrolled one is preferred, because the doubt costs a refusal there, not a pass.
+        order = (workload.ready, workload.enrolled, uid)
+        for address in workload.addresses:
+            if is_ipv4(address) and (address not in rank or order > rank[address]):
+                rank[address] = order
+                peers[address] = Peer(uid, workload.node == node, workload.enrolled, numbered[uid])
+    # On this node the runtime knows first and for certain who has an address.
+    for uid, addresses in attached.items():
+        known = mesh.workloads.get(uid)
+        for address in addresses:
+            if not is_ipv4(address):
+                continue
+            if known is None:
+                peers.pop(address, None)
+            else:
+                peers[address] = Peer(uid, True, known.enrolled, numbered[uid])
+    return peers
+
+
+def _services(mesh: Mesh) -> dict[tuple[str, int], ServiceEntry]:
+    entries: dict[tuple[str, int], ServiceEntry] = {}
+    for key in sorted(mesh.services):
+        service = mesh.services[key]
+        for port in service.ports:
+            if port.protocol != "TCP":
+                continue
+            backends = {(e.address, e.port) for e in port.endpoints if is_ipv4(e.address)}
+            entry = ServiceEntry(port.l7, tuple(sorted(backends)))
+            for address in service.addresses:
+                if is_ipv4(address):
+                    # Two services with one address are a fault of the source; the first by name has it.
+                    entries.setdefault((address, port.port), entry)
+    return entries
+
+
+def _policies(
+    mesh: Mesh, node: str, attached: Mapping[str, tuple[str, ...]], numbered: Mapping[str, int]
+) -> dict[str, PolicyTable]:
+    clients = {
+        numbered[uid]: mesh.workloads[uid].identity.removeprefix("spiffe://")
+        for uid, workload in mesh.workloads.items()
+        if workload.enrolled and (workload.node == node or uid in attached)
+    }
+    tables: dict[str, PolicyTable] = {}
+    # Most pods share their policies with others: one table for all of them.
+    shared: dict[tuple[object, ...], PolicyTable] = {}
+    for uid in attached:
+        workload = mesh.workloads.get(uid)
+        if workload is None or not workload.enrolled:
+            continue
+        key = (workload.policies, workload.mtls, workload.port_mtls)
+        if key not in shared:
+            shared[key] = policy_table(workload, policies_of(mesh, workload), clients)
+        tables[uid] = shared[key]
+    return tables
+
+
+def policies_of(mesh: Mesh, workload: Workload) -> tuple[Authorization, ...]:
+    """The policies that select a workload. One that is named but not there refuses everything: the doubt is no pass."""
+    found = []
+    for key in workload.policies:
+        policy = mesh.authorizations.get(key)
+        if policy is None:
+            namespace, _, name = key.partition("/")
+            policy = Authorization(namespace, name, Action.DENY, (Rule(),))
+        found.append(policy)
+    return tuple(found)
+
+
+def policy_table(
+    workload: Workload, policies: Iterable[Authorization], clients: Mapping[int, str]
+) -> PolicyTable:
+    """Every verdict on connections to one workload.
+
+    :param clients: principal by number, of each identity that can connect on this node.
+
+    An entry for a port stands only where it differs from that of the same identity for any port, and no entry is a refusal.
+    """
+    policies = tuple(policies)
+    ports = sorted(mentioned_ports(workload, policies))
+    mtls = dict(workload.port_mtls)
+    table = {(IDENTITY_PROBE, ANY_PORT): True, (IDENTITY_TUNNEL, ANY_PORT): True}
+    by_principal: dict[str, dict[int, bool]] = {}
+
+    def enter(identity: int, verdicts: Mapping[int, bool]) -> None:
+        rest = verdicts[ANY_PORT]
+        if rest:
+            table[identity, ANY_PORT] = True
+        for port in ports:
+            if verdicts[port] != rest:
+                table[identity, port] = verdicts[port]
+
+    for identity, principal in sorted(clients.items()):
+        verdicts = by_principal.get(principal)
+        if verdicts is None:
+            # No rule can name port 0, so its verdict is that of every port that no rule names.
+            verdicts = {port: authorize(policies, principal, port).allowed for port in (ANY_PORT, *ports)}
+            by_principal[principal] = verdicts
+        enter(identity, verdicts)
+    plain = {
+        port: mtls.get(port, workload.mtls) is MtlsMode.PERMISSIVE and authorize(policies, None, port).allowed
+        for port in (ANY_PORT, *ports)
+    }
+    enter(IDENTITY_PLAIN, plain)
+    return table
+
+
+def mentioned_ports(workload: Workload, policies: Iterable[Authorization]) -> set[int]:
+    """The ports whose verdict may differ from that of all others."""
+    ports = {port for port, _ in workload.port_mtls}
+    for policy in policies:
+        for rule in policy.rules:
+            for operation in rule.operations:
+                ports.update(operation.ports, operation.not_ports)
+    return {port for port in ports if 1 <= port <= 65535}
+
+
+def allowed(table: PolicyTable, identity: int, port: int) -> bool:
+    """The verdict that the kernel gives by this table."""
+    verdict = table.get((identity, port))
+    return table.get((identity, ANY_PORT), False) if verdict is None else verdict

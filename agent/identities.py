@@ -1,0 +1,100 @@
+"""Numbers for identities: kernel maps hold a u32 where everybody else holds names.
+
+Owns the numbering of one node: a number means the same distinct (SPIFFE ID, workload name, app, version) for as long as
+the node's state lives, across restarts of the agent, because open connections and counters in the kernel carry it. A number
+is never used again for another. Writing the file is the caller's: before a new number reaches the kernel.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from bpf.wire import IDENTITY_FIRST
+from controlplane.api import Workload
+
+_SCHEME = "spiffe://"
+_LAST = 2**32 - 1
+
+
+class Label(msgspec.Struct, frozen=True):
+    """Whom a number stands for: what verdicts and metrics need to know of a workload."""
+
+    identity: str  #: ``spiffe://...``
+    workload_name: str = "unknown"
+    app: str = "unknown"
+    version: str = "unknown"
+
+    @property
+    def principal(self) -> str:
+        """The SPIFFE ID without its scheme, as policies write it."""
+        return self.identity.removeprefix(_SCHEME)
+
+    @property
+    def namespace(self) -> str:
+        parts = self.principal.split("/")
+        return parts[2] if len(parts) == 5 and parts[1] == "ns" else "unknown"
+
+
+class IdentitiesError(Exception):
+    """The bytes are no numbering, or there are no numbers left."""
+
+
+class _File(msgspec.Struct):
+    next: int
+    numbers: list[tuple[int, Label]]
+
+
+class Identities:
+    """The numbering. ``dirty`` says that it holds what :meth:`dump` has not given out yet."""
+
+    def __init__(self, first: int = IDENTITY_FIRST) -> None:
+        self._next = first
+        self._numbers: dict[Label, int] = {}
+        self._labels: dict[int, Label] = {}
+        self.dirty = False
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def number(self, label: Label) -> int:
+        """The number of a label; a new one if it has none.
+
+        :raises IdentitiesError: all numbers are used up.
+        """
+        number = self._numbers.get(label)
+        if number is None:
+            if self._next > _LAST:
+                raise IdentitiesError("no identity numbers left")
+            number = self._next
+            self._next += 1
+            self._numbers[label] = number
+            self._labels[number] = label
+            self.dirty = True
+        return number
+
+    def label(self, number: int) -> Label | None:
+        """Whom a number stands for; None for the reserved ones and for those of no workload."""
+        return self._labels.get(number)
+
+    def dump(self) -> bytes:
+        self.dirty = False
+        return msgspec.json.encode(_File(self._next, sorted(self._labels.items(), key=lambda item: item[0])))
+
+    @classmethod
+    def load(cls, data: bytes) -> Identities:
+        """:raises IdentitiesError: the bytes are no numbering."""
+        try:
+            file = msgspec.json.decode(data, type=_File)
+        except msgspec.DecodeError as error:
+            raise IdentitiesError(str(error)) from None
+        self = cls(max(file.next, IDENTITY_FIRST))
+        for number, label in file.numbers:
+            if not IDENTITY_FIRST <= number < self._next or number in self._labels or label in self._numbers:
+                raise IdentitiesError(f"number {number} is out of place")
+            self._numbers[label] = number
+            self._labels[number] = label
+        return self
+
+
+def label_of(workload: Workload) -> Label:
+    return Label(workload.identity, workload.workload_name, workload.app, workload.version)

@@ -1,0 +1,142 @@
+"""What the controller has told this node: workloads, services, authorizations, as one immutable state.
+
+Owns the application of updates, whole or in part, and the check of each resource before it is taken over: one that fails is
+reported by key and reason, and its last good version stays. No I/O, no kernel, no clock.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from common import spiffe
+from controlplane.api import (
+    Authorization,
+    MeshConfig,
+    Resource,
+    ResourceError,
+    Service,
+    Update,
+    Workload,
+    resource_key,
+)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """``resources`` by key (:func:`controlplane.api.resource_key`); the three views are made from it once."""
+
+    version: str = ""
+    resources: Mapping[str, Resource] = field(default_factory=dict)
+    workloads: Mapping[str, Workload] = field(init=False)  #: by UID
+    services: Mapping[str, Service] = field(init=False)  #: by ``NAMESPACE/NAME``
+    authorizations: Mapping[str, Authorization] = field(init=False)  #: by ``NAMESPACE/NAME``
+
+    def __post_init__(self) -> None:
+        workloads: dict[str, Workload] = {}
+        services: dict[str, Service] = {}
+        authorizations: dict[str, Authorization] = {}
+        for resource in self.resources.values():
+            match resource:
+                case Workload():
+                    workloads[resource.uid] = resource
+                case Service():
+                    services[f"{resource.namespace}/{resource.name}"] = resource
+                case Authorization():
+                    authorizations[f"{resource.namespace}/{resource.name}"] = resource
+        object.__setattr__(self, "workloads", MappingProxyType(workloads))
+        object.__setattr__(self, "services", MappingProxyType(services))
+        object.__setattr__(self, "authorizations", MappingProxyType(authorizations))
+
+    @property
+    def known(self) -> bool:
+        """Whether the controller has ever said anything: before that, nothing is known of any pod."""
+        return bool(self.version)
+
+    @property
+    def config(self) -> MeshConfig:
+        config = self.resources.get("mesh")
+        return config if isinstance(config, MeshConfig) else MeshConfig()
+
+    def snapshot(self) -> Update:
+        """The whole state as a complete update: what the last good state on disk holds."""
+        ordered = tuple(self.resources[key] for key in sorted(self.resources))
+        return Update(nonce=0, version=self.version, complete=True, upserts=ordered)
+
+
+def apply(mesh: Mesh, update: Update) -> tuple[Mesh, tuple[ResourceError, ...]]:
+    """The state after an update, and what of it was not taken over."""
+    resources = {} if update.complete else dict(mesh.resources)
+    errors: list[ResourceError] = []
+    for key in update.removes:
+        resources.pop(key, None)
+    for resource in update.upserts:
+        key = resource_key(resource)
+        reason = fault(resource)
+        if not reason:
+            resources[key] = resource
+            continue
+        errors.append(ResourceError(key, reason))
+        if (last_good := mesh.resources.get(key)) is not None:
+            resources[key] = last_good
+    return replace(mesh, version=update.version, resources=MappingProxyType(resources)), tuple(errors)
+
+
+def fault(resource: Resource) -> str:
+    """Why this node cannot use a resource: field, value and reason; empty if it can."""
+    match resource:
+        case Workload():
+            return _workload_fault(resource)
+        case Service():
+            return _service_fault(resource)
+    return ""
+
+
+def _workload_fault(workload: Workload) -> str:
+    if not workload.uid:
+        return "uid: empty"
+    try:
+        spiffe.parse(workload.identity)
+    except spiffe.SpiffeError as error:
+        return f"identity: {workload.identity!r}: {error}"
+    for address in workload.addresses:
+        if not is_address(address):
+            return f"addresses: {address!r} is no IP address"
+    for port, _ in workload.port_mtls:
+        if not 1 <= port <= 65535:
+            return f"port_mtls: {port} is no port"
+    return ""
+
+
+def _service_fault(service: Service) -> str:
+    for address in service.addresses:
+        if not is_address(address):
+            return f"addresses: {address!r} is no IP address"
+    seen: set[tuple[int, str]] = set()
+    for port in service.ports:
+        if not 1 <= port.port <= 65535:
+            return f"ports: {port.port} is no port"
+        if (port.port, port.protocol) in seen:
+            return f"ports: {port.port}/{port.protocol} stands twice"
+        seen.add((port.port, port.protocol))
+        for endpoint in port.endpoints:
+            if not is_address(endpoint.address):
+                return f"ports[{port.port}].endpoints: {endpoint.address!r} is no IP address"
+            if not 1 <= endpoint.port <= 65535:
+                return f"ports[{port.port}].endpoints: {endpoint.port} is no port"
+    return ""
+
+
+def is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_ipv4(text: str) -> bool:
+    """Whether this is a dotted IPv4 address; ``text`` is known to be an address."""
+    return ":" not in text
