@@ -1,0 +1,166 @@
+"""``mycel check``: everything that somebody should know about a configuration or a running mesh, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cli import output, watch
+from cli.http import Unreachable, read_json, read_text
+from controlplane.model.findings import Finding, Severity
+
+_STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
+
+#: What the mesh does not do yet for pods that are in it; said by every check, so that nobody relies on it.
+LIMITS = (
+    Finding(
+        Severity.INFO,
+        "Mesh",
+        "",
+        "UDP of enrolled pods passes as without a mesh: not encrypted, not authorized yet",
+        "use a NetworkPolicy for what must not be reached by UDP",
+    ),
+    Finding(
+        Severity.INFO,
+        "Mesh",
+        "",
+        "native IPv6 TCP of enrolled pods is refused (::1 and IPv4-mapped addresses work)",
+        "dial services by their IPv4 addresses",
+    ),
+)
+
+
+def offline(folder: Path) -> list[Finding]:
+    """What the controller would say of a folder of manifests; nothing has to run."""
+    from controlplane import check
+
+    return [*check.check(folder), *LIMITS]
+
+
+def online(controller: str) -> list[Finding]:
+    """What the controller says of its objects, and how its clients are.
+
+    :raises Unreachable: the controller does not answer, or not so that this version understands it.
+    """
+    answer = read_json(controller, "/debug/findings", who="the controller")
+    try:
+        found = [decode(item) for item in answer]
+    except (KeyError, TypeError, ValueError) as error:
+        raise Unreachable(
+            f"the controller at {controller} writes its findings in a way that this version does not know: {error!r}"
+        ) from error
+    connected = watch.clients(controller)
+    found += _clients(connected)
+    return sorted([*found, *LIMITS], key=lambda f: (-f.severity, f.object, f.field, f.message))
+
+
+def decode(item: dict[str, Any]) -> Finding:
+    """A finding as the controller's admin server encodes it.
+
+    :raises KeyError: a field is missing.
+    :raises ValueError: a severity that is none.
+    """
+    severity = item["severity"]
+    return Finding(
+        severity=Severity[severity.upper()] if isinstance(severity, str) else Severity(severity),
+        object=item["object"],
+        field=item["field"],
+        message=item["message"],
+        action=item.get("action", ""),
+        file=item.get("file", ""),
+    )
+
+
+def encode(finding: Finding) -> dict[str, str]:
+    return {
+        "severity": finding.severity.name.lower(),
+        "object": finding.object,
+        "field": finding.field,
+        "file": finding.file,
+        "message": finding.message,
+        "action": finding.action,
+    }
+
+
+def write(found: list[Finding], *, as_json: bool) -> None:
+    if as_json:
+        output.write_json([encode(finding) for finding in found])
+        return
+    for finding in found:
+        where = finding.object + (f" {finding.field}" if finding.field else "")
+        output.styled(
+            f"{finding.severity.name.lower()}: {where}: {finding.message}", _STYLES[finding.severity]
+        )
+        if finding.action:
+            print(f"    to do: {finding.action}")
+        if finding.file:
+            print(f"    file:  {finding.file}")
+    errors, warnings = (sum(f.severity is s for f in found) for s in (Severity.ERROR, Severity.WARNING))
+    if errors or warnings:
+        print(f"{_count(errors, 'error')}, {_count(warnings, 'warning')}")
+    else:
+        print("no errors")
+
+
+def _clients(connected: Iterable[watch.Client]) -> list[Finding]:
+    """Nodes without one of the components, and clients that do not have what the controller serves."""
+    found: list[Finding] = []
+    by_node: dict[str, dict[str, watch.Client]] = {}
+    for client in connected:
+        by_node.setdefault(client.node, {})[client.component] = client
+    if not by_node:
+        found.append(
+            Finding(
+                Severity.ERROR,
+                "Mesh",
+                "",
+                "no node is connected to the controller",
+                "look at the log of mycel-agent on a node: its credential, --controller and --roots",
+            )
+        )
+    for node, here in sorted(by_node.items()):
+        for component in ("agent", "nodeproxy"):
+            if component not in here:
+                message = f"{component} is not connected: it goes on with what it has, and gets no changes"
+                action = f"look at the log of mycel-{component} on {node}"
+                found.append(Finding(Severity.ERROR, f"Node {node}", "", message, action))
+        if not here.keys() & {"l7proxy", "envoy"}:
+            message = "no l7proxy is connected: it goes on with what it has, and gets no changes"
+            found.append(
+                Finding(
+                    Severity.ERROR, f"Node {node}", "", message, f"look at the log of mycel-l7proxy on {node}"
+                )
+            )
+        for client in here.values():
+            found += _state(client)
+    return found
+
+
+def _state(client: watch.Client) -> list[Finding]:
+    found = []
+    where = f"Node {client.node}"
+    for problem in client.details.get("errors") or ():
+        reason = (
+            problem
+            if isinstance(problem, str)
+            else f"{problem.get('key', '')}: {problem.get('reason', problem)}"
+        )
+        message = f"{client.component} refuses part of its configuration: {reason}"
+        action = "the last good state of that part stays in force; correct the object that it names"
+        found.append(Finding(Severity.ERROR, where, "", message, action))
+    if client.details.get("unacked"):
+        message = f"{client.component} has not acknowledged the configuration that is being served"
+        action = f"if this stays, look at the log of mycel-{client.component} on {client.node}"
+        found.append(Finding(Severity.WARNING, where, "", message, action))
+    if client.admin:
+        try:
+            read_text(client.admin, "/healthz/ready", who=str(client))
+        except Unreachable as error:
+            action = f"look at the log of mycel-{client.component} on {client.node}"
+            found.append(Finding(Severity.WARNING, where, "", str(error), action))
+    return found
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

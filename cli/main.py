@@ -1,0 +1,159 @@
+"""The ``mycel`` command: arguments, exit statuses, and which module does the work.
+
+Exit statuses: 0 all well; 1 something is wrong with what was asked about; 2 the command was used wrongly, or could not find
+out (nobody answers). Modules are imported by the command that needs them, so that ``mycel version`` starts at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import output
+
+app = typer.Typer(
+    name="mycel",
+    help="A kernel-native service mesh: Python decides, the kernel carries.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if sys.stdout.isatty() else None,
+)
+
+UNKNOWN = 2
+
+ControllerOption = Annotated[
+    str,
+    typer.Option(
+        "--controller", envvar="MYCEL_CONTROLLER", help="The controller's admin address, HOST:PORT."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON.")]
+
+_DEFAULT_CONTROLLER = "127.0.0.1:15014"
+
+
+@app.command()
+def version(as_json: JsonOption = False) -> None:
+    """The version of this command and of the contracts that it speaks."""
+    from importlib import metadata
+
+    from controlplane.api import API_VERSION
+
+    found = {"version": metadata.version("mycel"), "controller_api": API_VERSION}
+    if as_json:
+        output.write_json(found)
+    else:
+        print(f"mycel {found['version']} (controller API {found['controller_api']})")
+
+
+@app.command()
+def check(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="Check the manifests of this folder, without any running mesh.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    controller: ControllerOption = _DEFAULT_CONTROLLER,
+    as_json: JsonOption = False,
+) -> None:
+    """What is wrong, and what to do about it: in a folder of manifests, or in the running mesh."""
+    from cli import check as checks
+    from cli.http import Unreachable
+    from controlplane.model.findings import Severity
+
+    if config is not None:
+        found = checks.offline(config)
+    else:
+        try:
+            found = checks.online(controller)
+        except Unreachable as error:
+            _cannot_reach(error)
+    checks.write(found, as_json=as_json)
+    if any(finding.severity is Severity.ERROR for finding in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def stat(
+    controller: ControllerOption = _DEFAULT_CONTROLLER,
+    interval: Annotated[float, typer.Option("--interval", help="Seconds to measure.", min=0.1)] = 2.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Success, rate, latency and mutual TLS of every service, and where it was measured."""
+    from cli import watch
+    from cli.http import Unreachable
+
+    try:
+        measured = watch.measure(controller, interval)
+    except Unreachable as error:
+        _cannot_reach(error)
+    watch.write(measured, as_json=as_json)
+
+
+@app.command("envoy-bootstrap")
+def envoy_bootstrap(
+    node: Annotated[str, typer.Option("--node", help="The node's name, as its agent has it.")],
+    controller: Annotated[str, typer.Option("--controller", help="The controller's xDS address, HOST:PORT.")],
+    roots: Annotated[
+        Path, typer.Option("--roots", help="PEM bundle that the controller's certificate chains to.")
+    ],
+    credential: Annotated[
+        Path, typer.Option("--credential", help="The node's credential.", exists=True, dir_okay=False)
+    ],
+    write_to: Annotated[
+        Path, typer.Option("--output", help="Written readable by its owner only: it holds the credential.")
+    ],
+    socket: Annotated[
+        str, typer.Option("--envoy", help="As the node proxy's --envoy.")
+    ] = "/run/mycel/envoy.sock",
+    admin: Annotated[
+        str, typer.Option("--admin", help="Envoy's admin server, ADDRESS:PORT.")
+    ] = "127.0.0.1:15000",
+) -> None:
+    """Write the bootstrap of an Envoy that takes l7proxy's place on a node."""
+    from cli import envoy
+
+    try:
+        made = envoy.bootstrap(
+            node=node,
+            controller=envoy.split_address(controller),
+            roots=str(roots.absolute()),
+            credential=credential.read_text(),
+            socket=socket,
+            admin=envoy.split_address(admin),
+        )
+    except (ValueError, OSError) as error:
+        output.fail(str(error))
+        raise typer.Exit(UNKNOWN) from error
+    envoy.write(made, write_to)
+    print(f"written to {write_to}; run it in the cgroup that the agent has as --envoy-cgroup:")
+    print(f"  envoy --config-path {write_to} --concurrency 1")
+
+
+@app.command()
+def demo() -> None:
+    """Two nodes on this machine: a canary, mutual TLS, a policy that bites. Needs root."""
+    from lab import demo as lab_demo
+
+    raise typer.Exit(lab_demo.main())
+
+
+def _cannot_reach(error: Exception) -> None:
+    output.fail(
+        str(error),
+        "Give the controller's admin address by --controller HOST:PORT or MYCEL_CONTROLLER; "
+        "for manifests alone use: mycel check --config FOLDER",
+    )
+    raise typer.Exit(UNKNOWN) from error
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,116 @@
+"""Finds the processes that measure, scrapes them twice, and writes what :mod:`cli.stat` makes of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from cli import output
+from cli.http import Unreachable, read_json, read_text
+from cli.metrics import Scrape
+from cli.stat import HEADERS, PLACES, RIGHT, ServiceStat, services
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A process that the controller serves. ``admin`` is where it serves its metrics, ``HOST:PORT``; empty if unknown."""
+
+    component: str
+    node: str
+    admin: str
+    details: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.component} on {self.node}"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    seconds: float
+    services: list[ServiceStat]
+    #: processes that did not answer: their share is missing from the figures
+    missing: list[str]
+
+
+def clients(controller: str) -> list[Client]:
+    """Who is connected to the controller.
+
+    :raises Unreachable: the controller does not answer, or not so that this version understands it.
+    """
+    answer = read_json(controller, "/debug/clients", who="the controller")
+    try:
+        return [Client(c["component"], c["node"], c.get("admin") or "", c) for c in answer]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Unreachable(
+            f"the controller at {controller} describes its clients in a way that this version does not know: {error!r}"
+        ) from error
+
+
+def measure(controller: str, interval: float) -> Measured:
+    """Scrape every process twice, ``interval`` seconds apart.
+
+    :raises Unreachable: the controller does not answer, nobody is connected to it, or none of the clients answers.
+    """
+    found = [client for client in clients(controller) if client.component in PLACES]
+    if not found:
+        raise Unreachable(
+            f"no agent or proxy is connected to the controller at {controller}: nothing is measured yet"
+        )
+    targets = [client for client in found if client.admin]
+    missing = [f"{client} has not said where it serves its metrics" for client in found if not client.admin]
+    before, _, began = _scrape(targets)
+    time.sleep(interval)
+    after, failed, ended = _scrape(targets)
+    if not after:
+        raise Unreachable("; ".join([*missing, *failed]))
+    # A process that answered only the second time would count its whole life as the interval's.
+    after = {address: scrape for address, scrape in after.items() if address in before}
+    components = {client.admin: client.component for client in targets}
+    return Measured(ended - began, services(before, after, components, ended - began), missing + failed)
+
+
+def write(measured: Measured, *, as_json: bool) -> None:
+    if as_json:
+        output.write_json(
+            {
+                "seconds": measured.seconds,
+                "services": [stat.json() for stat in measured.services],
+                "missing": measured.missing,
+            }
+        )
+        return
+    if measured.services:
+        output.write_table(HEADERS, [stat.cells() for stat in measured.services], right=RIGHT)
+    else:
+        print(f"no traffic in {measured.seconds:.1f} s")
+    for text in measured.missing:
+        output.fail(f"not counted: {text}")
+
+
+def _scrape(targets: Iterable[Client]) -> tuple[dict[str, Scrape], list[str], float]:
+    """What each answers by its address, who did not, and when (the middle of the scrape, monotonic seconds)."""
+    targets = list(targets)
+    found: dict[str, Scrape] = {}
+    failed: list[str] = []
+    began = time.monotonic()
+    with ThreadPoolExecutor(max_workers=max(1, min(32, len(targets)))) as pool:
+        futures = [(client, pool.submit(_read, client)) for client in targets]
+        for client, future in futures:
+            try:
+                found[client.admin] = future.result()
+            except Unreachable as error:
+                failed.append(str(error))
+    return found, failed, (began + time.monotonic()) / 2
+
+
+def _read(client: Client) -> Scrape:
+    text = read_text(client.admin, "/metrics", who=str(client))
+    try:
+        return Scrape.parse(text)
+    except ValueError as error:
+        raise Unreachable(
+            f"{client} at {client.admin} serves no metrics that can be read: {error}"
+        ) from error

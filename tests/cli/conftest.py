@@ -1,0 +1,34 @@
+"""A controller and clients as the commands meet them: real HTTP servers, made of the processes' own admin server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from common.admin import AdminServer
+
+#: ``serve(registry, json={...}, ready=...)`` gives the address, ``HOST:PORT``.
+Serve = Callable[..., str]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    with ExitStack() as stack:
+
+        def start(
+            registry: CollectorRegistry | None = None,
+            *,
+            json: dict[str, Callable[[], Any]] | None = None,
+            ready: bool | str = True,
+        ) -> str:
+            server = AdminServer(
+                "127.0.0.1", 0, registry=registry or CollectorRegistry(), ready=lambda: ready, json=json
+            )
+            stack.enter_context(server)
+            return f"127.0.0.1:{server.port}"
+
+        yield start

@@ -1,0 +1,233 @@
+"""The commands as somebody types them: output, exit statuses, and what they say when nothing answers."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, Counter
+from typer.testing import CliRunner, Result
+
+from cli.main import app
+from controlplane.model.findings import Finding, Severity
+from tests.cli.conftest import Serve
+
+MISSING_SUBSET = Finding(
+    Severity.ERROR,
+    "VirtualService default/my-app-vs",
+    "spec.http[0].route[0].destination.subset",
+    "no DestinationRule defines subset v1 of my-app",
+    "add a DestinationRule for host my-app with subset v1",
+    "policies/10.yaml",
+)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def client(component: str, node: str = "node1", admin: str = "", **details: Any) -> dict[str, Any]:
+    return {"component": component, "node": node, "admin": admin, **details}
+
+
+def healthy(node: str = "node1") -> list[dict[str, Any]]:
+    return [client(component, node) for component in ("agent", "nodeproxy", "l7proxy")]
+
+
+def controller(
+    serve: Serve, *, findings: list[Finding] | None = None, clients: list[dict[str, Any]] | None = None
+) -> str:
+    pages = {
+        "/debug/findings": lambda: findings or [],
+        "/debug/clients": lambda: healthy() if clients is None else clients,
+    }
+    return serve(json=pages)
+
+
+@pytest.fixture
+def nobody() -> str:
+    """An address where nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    return f"127.0.0.1:{port}"
+
+
+def test_version_says_which_contracts_it_speaks() -> None:
+    assert run("version").output.startswith("mycel 0.")
+    assert json.loads(run("version", "--json").output)["controller_api"] == 1
+
+
+@pytest.mark.parametrize("command", ["check", "stat"])
+def test_nobody_there_says_who_and_what_to_do(command: str, nobody: str) -> None:
+    result = run(command, "--controller", nobody)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert f"the controller does not answer at {nobody}" in result.stderr
+    assert "MYCEL_CONTROLLER" in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_something_else_listens_there(serve: Serve) -> None:
+    result = run("stat", "--controller", serve())
+    assert result.exit_code == 2
+    assert "404" in result.stderr
+
+
+def test_no_http_is_no_traceback() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"\x00\x00\x12\x04 this is no HTTP/1.1\r\n\r\n")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        result = run("check", "--controller", f"127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
+    assert result.exit_code == 2
+    assert "does not answer" in result.stderr
+
+
+@pytest.mark.parametrize("value", [{"error": "x"}, ["x"], [{"node": "n"}], 7])
+def test_an_answer_of_another_version_is_named(serve: Serve, value: object) -> None:
+    address = serve(json={"/debug/findings": list, "/debug/clients": lambda: value})
+    result = run("check", "--controller", address)
+    assert result.exit_code == 2
+    assert "this version does not know" in result.stderr
+
+
+def test_a_healthy_mesh_has_no_errors_but_its_limits_are_told(serve: Serve) -> None:
+    result = run("check", "--controller", controller(serve))
+    assert result.exit_code == 0, result.output
+    assert "UDP of enrolled pods passes as without a mesh: not encrypted, not authorized yet" in result.stdout
+    assert "native IPv6 TCP of enrolled pods is refused" in result.stdout
+    assert result.stdout.rstrip().endswith("no errors")
+
+
+def test_a_finding_is_shown_with_object_problem_and_remedy(serve: Serve) -> None:
+    address = controller(serve, findings=[MISSING_SUBSET])
+    result = run("check", "--controller", address)
+    assert result.exit_code == 1
+    for part in (
+        MISSING_SUBSET.object,
+        MISSING_SUBSET.field,
+        MISSING_SUBSET.message,
+        MISSING_SUBSET.action,
+        MISSING_SUBSET.file,
+    ):
+        assert part in result.stdout
+    assert "1 error, 0 warnings" in result.stdout
+    found = json.loads(run("check", "--controller", address, "--json").output)
+    assert found[0] == {
+        "severity": "error",
+        "object": MISSING_SUBSET.object,
+        "field": MISSING_SUBSET.field,
+        "message": MISSING_SUBSET.message,
+        "action": MISSING_SUBSET.action,
+        "file": MISSING_SUBSET.file,
+    }
+
+
+def test_a_node_without_its_agent_is_an_error(serve: Serve) -> None:
+    result = run(
+        "check",
+        "--controller",
+        controller(serve, clients=[*healthy("node2"), client("nodeproxy"), client("envoy")]),
+    )
+    assert result.exit_code == 1
+    assert "Node node1: agent is not connected" in result.stdout
+    assert "l7proxy" not in result.stdout, "Envoy stands in for it"
+
+
+def test_no_node_at_all_is_an_error(serve: Serve) -> None:
+    result = run("check", "--controller", controller(serve, clients=[]))
+    assert result.exit_code == 1
+    assert "no node is connected" in result.stdout
+
+
+def test_a_client_that_is_not_ready_is_a_warning(serve: Serve) -> None:
+    sick = serve(ready="no configuration yet")
+    clients = [client("agent", admin=sick), client("nodeproxy"), client("l7proxy")]
+    result = run("check", "--controller", controller(serve, clients=clients))
+    assert result.exit_code == 0
+    assert "warning: Node node1: agent on node1" in result.stdout
+    assert "503" in result.stdout
+
+
+def test_stat_measures_what_happens_while_it_runs(serve: Serve) -> None:
+    registry = CollectorRegistry()
+    names = (
+        "reporter", "source_principal", "destination_service_name", "destination_service_namespace", "response_code",
+        "connection_security_policy",
+    )  # fmt: skip
+    requests = Counter("istio_requests_total", "-", names, registry=registry)
+    series = requests.labels(
+        "source", "spiffe://c/ns/default/sa/client", "web", "default", "200", "mutual_tls"
+    )
+    series.inc(10_000)
+    stop = threading.Event()
+
+    def traffic() -> None:
+        while not stop.wait(0.01):
+            series.inc()
+
+    thread = threading.Thread(target=traffic)
+    thread.start()
+    try:
+        address = controller(
+            serve, clients=[client("l7proxy", admin=serve(registry)), client("agent", admin=serve())]
+        )
+        result = run("stat", "--controller", address, "--interval", "0.5", "--json")
+    finally:
+        stop.set()
+        thread.join()
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["missing"] == []
+    (service,) = answer["services"]
+    assert (service["service"], service["measured"]) == ("default/web", "l7proxy")
+    assert 30 < service["requests_per_second"] < 110
+    assert service["success_rate"] == 1.0
+    assert service["mtls_share"] == 1.0
+    assert service["p50_ms"] is None
+
+
+def test_stat_is_an_aligned_table_where_there_is_no_terminal(serve: Serve) -> None:
+    registry = CollectorRegistry()
+    opened = Counter(
+        "istio_tcp_connections_opened_total", "-", ("destination_service_name",), registry=registry
+    )
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=lambda: [opened.labels("db").inc() for _ in iter(lambda: stop.wait(0.01), True)]
+    )
+    thread.start()
+    try:
+        address = controller(serve, clients=[client("agent", admin=serve(registry))])
+        lines = run("stat", "--controller", address, "--interval", "0.3").stdout.splitlines()
+    finally:
+        stop.set()
+        thread.join()
+    assert lines[0].split()[:2] == ["SERVICE", "SUCCESS"]
+    assert lines[1].split()[0] == "db"
+    assert lines[1].endswith("kernel")
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_process_that_does_not_answer_is_named_and_the_others_count(serve: Serve, nobody: str) -> None:
+    clients = [client("agent", admin=serve()), client("l7proxy", "node2", admin=nobody)]
+    result = run("stat", "--controller", controller(serve, clients=clients), "--interval", "0.1")
+    assert result.exit_code == 0
+    assert "no traffic" in result.stdout
+    assert f"not counted: l7proxy on node2 does not answer at {nobody}" in result.stderr
+
+
+def test_stat_without_any_client_says_so(serve: Serve) -> None:
+    result = run("stat", "--controller", controller(serve, clients=[]))
+    assert result.exit_code == 2
+    assert "nothing is measured yet" in result.stderr
