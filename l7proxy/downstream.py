@@ -1,0 +1,263 @@
+"""One connection of an application: requests in, answers out in their order.
+
+Owns its transport and request reader, and whether the connection lives on. Requests are taken one at a time: what is
+pipelined behind the one under way waits unparsed, within bounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from time import monotonic
+from typing import TYPE_CHECKING, cast
+
+from l7proxy import headers
+from l7proxy.errors import REPLIES, ProtocolError, failure_of
+from l7proxy.http1.head import RequestHead
+from l7proxy.http1.reader import End, RequestReader
+from l7proxy.model import Config, Destination
+from l7proxy.record import Record
+from l7proxy.stream import Stream
+from l7proxy.upstream import HIGH_WATER
+
+if TYPE_CHECKING:
+    from l7proxy.pods import Pod
+    from l7proxy.server import Proxy
+
+#: Bytes that may be pipelined behind a request before the client is paused.
+PIPELINE_LIMIT = 64 * 1024
+#: Seconds that a connection is read and discarded after its last response, so that a reset does not overtake it.
+LINGER = 1.0
+
+
+class DownstreamConnection(asyncio.Protocol):
+    __slots__ = (
+        "_aborting", "_closing", "_destination", "_known", "_pumping", "_reader", "_tunnel", "held", "original", "peer", "pod", "proxy",
+        "requests", "stream", "touched", "transport", "write_paused",
+    )  # fmt: skip
+
+    transport: asyncio.Transport
+
+    def __init__(self, proxy: Proxy, pod: Pod) -> None:
+        self.proxy = proxy
+        self.pod = pod
+        self.stream: Stream | None = None
+        self.peer = ("", 0)
+        self.original = ("", 0)
+        self.requests = 0
+        self.touched = monotonic()
+        self.write_paused = False
+        self.held: set[str] = set()  #: why the client is not being read
+        self._reader = RequestReader()
+        self._closing = False
+        self._aborting = False
+        self._tunnel = False
+        self._pumping = False
+        self._known: Config | None = None
+        self._destination: Destination | None = None
+
+    def destination(self, config: Config) -> Destination | None:
+        """Who serves what the application dialled; looked up once for each configuration."""
+        if config is not self._known:
+            self._destination = config.destination(*self.original)
+            self._known = config
+        return self._destination
+
+    @property
+    def idle(self) -> bool:
+        """Between two requests."""
+        return self.stream is None and self._reader.at_start
+
+    # -- transport ---------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        self.transport.set_write_buffer_limits(HIGH_WATER)
+        peer = self.transport.get_extra_info("peername")
+        original = self.proxy.original_destination(self.pod.enroll.netns_cookie, peer) if peer else None
+        if original is None or self.pod.withdrawn:
+            self.proxy.uncaptured(self.pod, peer)
+            self._closing = True
+            self.transport.abort()
+            return
+        self.peer = (peer[0], peer[1])
+        self.original = original
+        self.pod.downstream.add(self)
+        self.proxy.connections += 1
+
+    def data_received(self, data: bytes) -> None:
+        if self._closing:
+            return
+        self.touched = monotonic()
+        if self._tunnel:
+            if self.stream is not None:
+                self.stream.from_tunnel_client(data)
+            return
+        self._reader.feed(data)
+        self._pump()
+
+    def eof_received(self) -> bool:
+        # As Envoy: a client that closes its side has gone, and its request is cancelled.
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._closing = True
+        self.pod.downstream.discard(self)
+        self.proxy.connection_gone()
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.on_downstream_lost()
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+        if self.stream is not None and self.stream.upstream is not None and self.stream.upstream.open:
+            self.stream.upstream.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        if self.stream is not None and self.stream.upstream is not None and self.stream.upstream.open:
+            self.stream.upstream.transport.resume_reading()
+
+    def hold(self, reason: str) -> None:
+        """Read no more of the client until every reason is gone."""
+        if not self.held and not self.transport.is_closing():
+            self.transport.pause_reading()
+        self.held.add(reason)
+
+    def release(self, reason: str) -> None:
+        if reason in self.held:
+            self.held.discard(reason)
+            if not self.held and not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    def write(self, data: bytes) -> None:
+        self.touched = monotonic()
+        self.transport.write(data)
+
+    # -- requests ----------------------------------------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            while not self._closing:
+                stream = self.stream
+                if stream is None:
+                    head = self._reader.next()
+                    if head is None:
+                        break
+                    self._begin(cast("RequestHead", head))
+                elif stream.request_complete:
+                    if self._reader.buffered > PIPELINE_LIMIT:
+                        self.hold("pipeline")
+                    break
+                else:
+                    event = self._reader.next()
+                    if event is None:
+                        break
+                    if type(event) is bytes:
+                        stream.on_request_data(event)
+                    else:
+                        stream.on_request_end(cast("End", event).trailers)
+        except ProtocolError as error:
+            self._refuse(error)
+        finally:
+            self._pumping = False
+
+    def _begin(self, head: RequestHead) -> None:
+        self.requests += 1
+        complete = head.length == 0
+        if complete:
+            self._reader.next()  # its End
+        stream = self.stream = Stream(self, head, request_complete=complete)
+        stream.start()
+
+    def _refuse(self, error: ProtocolError) -> None:
+        """Nothing that follows on this connection is a request."""
+        failure = failure_of(error)
+        self.proxy.bad_request(self, error)
+        if self.stream is not None:
+            self.stream.on_bad_body(failure)
+            self._close_soon()
+            return
+        reply = REPLIES[failure]
+        record = Record(self.proxy.on_record, self.pod, None)
+        record.status = reply.status
+        record.add_flag(reply.flag)
+        record.sent = len(reply.body)
+        self.write(headers.local_reply(reply.status, reply.body, close=True))
+        record.close()
+        self._close_soon()
+
+    def on_stream_done(self, *, close: bool) -> None:
+        self.stream = None
+        for reason in ("connection", "upstream", "pipeline"):
+            self.release(reason)
+        if self._closing:
+            return
+        if self._aborting or self._tunnel:
+            self._closing = True
+            self.transport.close()
+        elif close or self.proxy.draining:
+            self._close_soon()
+        else:
+            self._pump()
+
+    def begin_tunnel(self) -> None:
+        """After 101: what follows is no HTTP."""
+        self._tunnel = True
+        rest = self._reader.take_rest()
+        if rest and self.stream is not None:
+            self.stream.from_tunnel_client(rest)
+
+    # -- closing -----------------------------------------------------------------------------------------------------
+
+    def _close_soon(self) -> None:
+        """Close after the response: our end first, then all, so that unread input does not turn into a reset."""
+        if self._closing:
+            return
+        self._closing = True
+        if self.transport.is_closing():
+            return
+        if self._reader.buffered == 0 and not self._reader.failed and self._reader.at_start:
+            self.transport.close()
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.proxy.wheel.schedule(LINGER, self.transport.close)
+
+    def abort_after_flush(self) -> None:
+        """The response cannot be completed; what was written still goes out, and then the connection ends."""
+        self._aborting = True
+
+    def close_if_idle(self) -> None:
+        if self.stream is None and not self._closing:
+            self._closing = True
+            self.transport.close()
+
+    def abort(self) -> None:
+        """Close at once; a request under way is recorded as cut off."""
+        self._closing = True
+        self.transport.abort()
+
+    def check_idle(self, now: float) -> None:
+        """Apply the listener's idle timeouts; called every few seconds."""
+        if self._closing:
+            return
+        destination = self._destination
+        quiet = now - self.touched
+        stream = self.stream
+        if destination is None:
+            if quiet > 60.0:
+                self.abort()
+            return
+        manager = destination.manager
+        if stream is not None:
+            if manager.stream_idle_timeout and quiet > manager.stream_idle_timeout:
+                stream.on_idle()
+        elif not self._reader.at_start:
+            limit = manager.request_headers_timeout or 60.0
+            if quiet > limit:
+                self.abort()
+        elif manager.idle_timeout and quiet > manager.idle_timeout:
+            self.close_if_idle()

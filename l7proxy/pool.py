@@ -1,0 +1,124 @@
+"""Upstream connections of one (source pod, endpoint): which is used, when a new one is made, who waits.
+
+Owns the policy, synchronously: it takes connections and waiters and calls ``connect`` when another connection is wanted;
+sockets are :mod:`l7proxy.connector`'s. Pools are per source pod because the destination judges each pod by its identity.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING, Protocol
+
+from l7proxy.errors import Failure
+
+if TYPE_CHECKING:
+    from l7proxy.metrics import Series
+    from l7proxy.model import Cluster, Endpoint
+    from l7proxy.pods import Pod
+    from l7proxy.upstream import UpstreamConnection
+
+#: Seconds that a connection may stay unused. Shorter than common servers' own limit (nginx 75 s), so that the race between
+#: their close and our next request is rare.
+IDLE_TIMEOUT = 60.0
+
+
+class Waiter(Protocol):
+    """A request that wants a connection."""
+
+    def on_connection(self, connection: UpstreamConnection) -> None: ...
+
+    def on_connection_failure(self, failure: Failure, detail: str) -> None: ...
+
+
+class HostPool:
+    __slots__ = (
+        "_connect", "_idle", "_waiters", "closed", "connecting", "connections", "endpoint", "pod", "series", "tunnelled",
+    )  # fmt: skip
+
+    def __init__(
+        self, pod: Pod, endpoint: Endpoint, tunnelled: bool, connect: Callable[[HostPool, float, int], None]
+    ) -> None:
+        self.pod = pod
+        self.endpoint = endpoint
+        self.tunnelled = tunnelled  #: by the node proxy to another node
+        self._connect = connect
+        self._idle: list[tuple[UpstreamConnection, float]] = []
+        self._waiters: deque[Waiter] = deque()
+        self.connections: set[UpstreamConnection] = set()
+        self.connecting = 0
+        self.series: dict[tuple[str, int, str], Series] = {}
+        self.closed = False
+
+    def acquire(
+        self, waiter: Waiter, cluster: Cluster, client_port: int, *, fresh: bool = False
+    ) -> UpstreamConnection | Failure | None:
+        """An idle connection now, a failure, or None: ``waiter`` will be called. ``fresh``: never a reused one."""
+        if self.closed:
+            return Failure.CONNECTION_FAILURE
+        while self._idle and not fresh:
+            connection, _ = self._idle.pop()
+            if connection.usable:
+                return connection
+        if len(self._waiters) >= cluster.max_pending_requests:
+            return Failure.OVERFLOW
+        self._waiters.append(waiter)
+        if len(self.connections) + self.connecting < cluster.max_connections:
+            self.connecting += 1
+            self._connect(self, cluster.connect_timeout, client_port)
+        return None
+
+    def forget(self, waiter: Waiter) -> None:
+        """The request no longer waits."""
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
+
+    def connected(self, connection: UpstreamConnection) -> None:
+        self.connecting -= 1
+        if self.closed:
+            connection.close()
+            return
+        self.connections.add(connection)
+        self._offer(connection)
+
+    def failed(self, failure: Failure, detail: str) -> None:
+        """A connection attempt failed: the request that has waited longest hears it."""
+        self.connecting -= 1
+        if self._waiters:
+            self._waiters.popleft().on_connection_failure(failure, detail)
+
+    def release(self, connection: UpstreamConnection) -> None:
+        """The connection's exchange is complete and it may carry another."""
+        if self.closed or not connection.usable:
+            connection.close()
+        else:
+            self._offer(connection)
+
+    def lost(self, connection: UpstreamConnection) -> None:
+        self.connections.discard(connection)
+        if self._idle:
+            self._idle = [item for item in self._idle if item[0] is not connection]
+
+    def sweep(self, now: float, *, wanted: bool) -> bool:
+        """Close what has been idle too long, or everything idle if no configuration wants this endpoint. True: empty."""
+        limit = now - IDLE_TIMEOUT if wanted else now
+        stale = [connection for connection, since in self._idle if since <= limit]
+        self._idle = [item for item in self._idle if item[1] > limit]
+        for connection in stale:
+            connection.close()
+        return not self.connections and not self.connecting and not self._waiters
+
+    def close(self) -> None:
+        self.closed = True
+        while self._waiters:
+            self._waiters.popleft().on_connection_failure(Failure.CONNECTION_FAILURE, "the pod was withdrawn")
+        for connection in list(self.connections):
+            connection.abort()
+        self._idle.clear()
+
+    def _offer(self, connection: UpstreamConnection) -> None:
+        if self._waiters:
+            self._waiters.popleft().on_connection(connection)
+        else:
+            self._idle.append((connection, monotonic()))

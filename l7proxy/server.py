@@ -1,0 +1,321 @@
+"""The proxy as a whole: its configuration, its pods, and what every request shares.
+
+Owns the lives of listeners and connections (enrolment, withdrawal, draining) and the one assignment that swaps the
+configuration. How a request is served is :mod:`l7proxy.stream`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from random import Random
+from time import monotonic
+from typing import Any
+
+from agent import api
+from bpf.maps import CapturedMap, MapError
+from bpf.wire import PORT_OUTBOUND_L7
+from common import logs
+from common.tasks import Tasks
+from l7proxy.accesslog import AccessLog
+from l7proxy.agent_client import AgentClient
+from l7proxy.balancer import Balancer
+from l7proxy.connector import Connector
+from l7proxy.downstream import DownstreamConnection
+from l7proxy.errors import ProtocolError
+from l7proxy.headers import RequestIds
+from l7proxy.metrics import Metrics
+from l7proxy.model import EMPTY, Config, Endpoint
+from l7proxy.pods import Pod, PodKey
+from l7proxy.pool import HostPool
+from l7proxy.record import Record
+from l7proxy.timers import Wheel
+
+_log = logs.get(__name__)
+
+#: Seconds after an agent's return in which it must speak of a pod, or the pod is gone.
+_CONFIRM_LIMIT = 15.0
+_SWEEP = 5.0
+_FLUSH = 1.0
+#: Seconds between two log lines of one cause.
+_LOG_INTERVAL = 10.0
+
+
+class Proxy:
+    """``access_log`` None: none is written."""
+
+    def __init__(
+        self, *, node: str, run: str, access_log: AccessLog | None, random: Random | None = None
+    ) -> None:
+        self.node = node
+        self.config: Config = EMPTY
+        self.random = random or Random(os.urandom(16))
+        self.balancer = Balancer(self.random)
+        self.loop = asyncio.get_running_loop()
+        self.wheel = Wheel(self.loop)
+        self.metrics = Metrics()
+        self.request_ids = RequestIds()
+        self.pods: dict[PodKey, Pod] = {}
+        self.draining = False
+        self.connections = 0
+        self.retries = 0
+        self.tasks = Tasks()
+        self.connector = Connector(node, f"{run}/nodeproxy.sock", self.tasks)
+        self.agent = AgentClient(f"{run}/agent.sock", self)
+        self._access_log = access_log
+        self._captured: CapturedMap | None = None
+        self._unconfirmed: set[PodKey] = set()
+        self._wanted: frozenset[str] = frozenset()
+        self._connection_gone = asyncio.Event()
+        self._logged: dict[tuple[str, str], float] = {}
+        self._expose()
+
+    def start(self) -> None:
+        self.tasks.start(self.agent.run(), name="agent client")
+        self.tasks.start(self._housekeeping(), name="housekeeping")
+
+    # -- configuration -----------------------------------------------------------------------------------------------
+
+    def publish(self, config: Config) -> None:
+        """Requests that begin from now on are served by ``config``."""
+        self.config = config
+        self._wanted = frozenset(e.key for endpoints in config.endpoints.values() for e in endpoints)
+        _log.debug("configuration swapped", version=config.version, destinations=len(config.hosts))
+
+    # -- what requests share -----------------------------------------------------------------------------------------
+
+    def on_record(self, record: Record) -> None:
+        """A request is over."""
+        self.metrics.add(record)
+        if self._access_log is not None:
+            self._access_log.add(record)
+
+    def connection_gone(self) -> None:
+        """A downstream connection ended."""
+        self._connection_gone.set()
+
+    def new_pool(self, pod: Pod, endpoint: Endpoint) -> HostPool:
+        tunnelled = self.connector.tunnelled(endpoint.node, endpoint.enrolled)
+        pool = HostPool(pod, endpoint, tunnelled, self.connector.connect)
+        pod.pools[endpoint.key] = pool
+        return pool
+
+    def original_destination(self, netns_cookie: int, peer: tuple[str, int]) -> tuple[str, int] | None:
+        """What the peer of an accepted connection dialled."""
+        if self._captured is None:
+            return None
+        try:
+            found = self._captured.find(netns_cookie, peer[0], peer[1], PORT_OUTBOUND_L7)
+        except (MapError, OSError) as error:
+            _log.error("captured map not readable", reason=str(error))
+            return None
+        return None if found is None else (found.service_address, found.service_port)
+
+    # -- what is worth a line ----------------------------------------------------------------------------------------
+
+    def uncaptured(self, pod: Pod, peer: object) -> None:
+        self._warn("connection without an original destination closed", pod.enroll.name, peer=peer)
+
+    def unserved(self, connection: DownstreamConnection) -> None:
+        destination = "{}:{}".format(*connection.original)
+        self._warn(
+            "no configuration for a destination, answered 503", destination, pod=connection.pod.enroll.name
+        )
+
+    def no_cluster(self, connection: DownstreamConnection, cluster: str) -> None:
+        destination = "{}:{}".format(*connection.original)
+        self._warn("route to a cluster that does not exist, answered 503", cluster, destination=destination)
+
+    def bad_request(self, connection: DownstreamConnection, error: ProtocolError) -> None:
+        _log.debug("bad request", pod=connection.pod.enroll.name, reason=error.reason, status=error.status)
+
+    def _warn(self, event: str, key: str, **fields: object) -> None:
+        """Log an event once in :data:`_LOG_INTERVAL` for each key: traffic repeats causes."""
+        now = monotonic()
+        if now - self._logged.get((event, key), -_LOG_INTERVAL) < _LOG_INTERVAL:
+            return
+        if len(self._logged) > 1000:
+            self._logged.clear()
+        self._logged[event, key] = now
+        _log.warning(event, subject=key, **fields)
+
+    # -- the agent's messages ----------------------------------------------------------------------------------------
+
+    def held(self) -> tuple[api.Held, ...]:
+        kind = api.ListenerKind.OUTBOUND_L7
+        return tuple(
+            api.Held(uid, cookie, kind) for (uid, cookie), pod in self.pods.items() if pod.server is not None
+        )
+
+    def on_maps(self, maps: dict[str, int]) -> None:
+        for name, fd in maps.items():
+            if name != "captured":
+                os.close(fd)
+                continue
+            previous, self._captured = self._captured, CapturedMap(fd)
+            if previous is not None:
+                previous.close()
+        self._unconfirmed = set(self.pods)
+        self.loop.call_later(_CONFIRM_LIMIT, self._drop_unconfirmed)
+
+    def _drop_unconfirmed(self) -> None:
+        if not self.agent.connected:
+            return
+        for key in self._unconfirmed:
+            if (pod := self.pods.pop(key, None)) is not None:
+                pod.withdraw()
+        self._unconfirmed = set()
+
+    def on_enroll(self, message: api.Enroll, listeners: dict[api.ListenerKind, socket.socket]) -> None:
+        key = (message.uid, message.netns_cookie)
+        self._unconfirmed.discard(key)
+        pod = self.pods.get(key)
+        if pod is None:
+            pod = self.pods[key] = Pod(message, lambda count: self.agent.get_sockets(key, count))
+            _log.info(
+                "pod enrolled",
+                uid=message.uid,
+                pod=f"{message.namespace}/{message.name}",
+                address=message.address,
+            )
+        elif pod.enroll != message:
+            pod.describe(message)
+        pod.sockets.replenish()
+        for kind, sock in listeners.items():
+            if kind is not api.ListenerKind.OUTBOUND_L7 or self.draining:
+                sock.close()
+            else:
+                self.tasks.start(self._listen(pod, sock), name=f"listen {message.name}")
+
+    async def _listen(self, pod: Pod, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        server = await self.loop.create_server(
+            lambda: DownstreamConnection(self, pod), sock=sock, backlog=1024
+        )
+        if pod.withdrawn or self.draining:
+            server.close()
+            return
+        if pod.server is not None:
+            pod.server.close()
+        pod.server = server
+
+    def on_withdraw(self, message: api.Withdraw) -> None:
+        pod = self.pods.pop((message.uid, message.netns_cookie), None)
+        if pod is not None:
+            pod.withdraw()
+
+    def on_sockets(self, key: PodKey, count: int, found: list[socket.socket], error: str) -> None:
+        pod = self.pods.get(key)
+        if pod is None:
+            for sock in found:
+                sock.close()
+            return
+        if error:
+            self._warn("agent gives no sockets", pod.enroll.name, reason=error)
+        pod.sockets.arrived(count, found, error)
+
+    def on_agent_lost(self) -> None:
+        for pod in self.pods.values():
+            pod.sockets.agent_lost()
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    async def _housekeeping(self) -> None:
+        next_sweep = monotonic() + _SWEEP
+        while True:
+            await asyncio.sleep(_FLUSH)
+            if self._access_log is not None:
+                self._access_log.flush()
+            now = monotonic()
+            for pod in self.pods.values():
+                pod.sockets.replenish()
+            if now >= next_sweep:
+                next_sweep = now + _SWEEP
+                self._sweep(now)
+
+    def _sweep(self, now: float) -> None:
+        for pod in self.pods.values():
+            for key, pool in list(pod.pools.items()):
+                wanted = key in self._wanted
+                if pool.sweep(now, wanted=wanted) and not wanted:
+                    del pod.pools[key]
+            for connection in list(pod.downstream):
+                connection.check_idle(now)
+
+    def reopen_access_log(self) -> None:
+        if self._access_log is not None:
+            self._access_log.reopen()
+
+    async def drain(self, deadline: float) -> None:
+        """Stop accepting, let requests end for ``deadline`` seconds, then force."""
+        self.draining = True
+        for pod in self.pods.values():
+            if pod.server is not None:
+                pod.server.close()
+                pod.server = None
+            for connection in list(pod.downstream):
+                connection.close_if_idle()
+        end = monotonic() + deadline
+        while (left := end - monotonic()) > 0 and any(pod.downstream for pod in self.pods.values()):
+            self._connection_gone.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._connection_gone.wait()
+            except TimeoutError:
+                break
+        for pod in list(self.pods.values()):
+            pod.withdraw()
+        self.pods.clear()
+        # Aborted transports report their end in the next turn of the loop.
+        await asyncio.sleep(0.05)
+        await self.tasks.cancel()
+        self.wheel.close()
+        if self._access_log is not None:
+            self._access_log.close()
+        if self._captured is not None:
+            self._captured.close()
+
+    # -- what can be seen --------------------------------------------------------------------------------------------
+
+    def _expose(self) -> None:
+        add = self.metrics.value
+        add(
+            "mycel_l7proxy_downstream_connections",
+            "Connections accepted.",
+            "counter",
+            lambda: self.connections,
+        )
+        add("mycel_l7proxy_upstream_retries", "Attempts repeated.", "counter", lambda: self.retries)
+        add(
+            "mycel_l7proxy_connect_failures",
+            "Upstream connections that failed.",
+            "counter",
+            lambda: self.connector.failures,
+        )
+        add("mycel_l7proxy_pods", "Enrolled pods.", "gauge", lambda: len(self.pods))
+        add(
+            "mycel_l7proxy_agent_connected",
+            "1 while the agent is there.",
+            "gauge",
+            lambda: float(self.agent.connected),
+        )
+        log = self._access_log
+        if log is not None:
+            add("mycel_l7proxy_access_log_lines", "Lines written or waiting.", "counter", lambda: log.lines)
+            add(
+                "mycel_l7proxy_access_log_dropped",
+                "Lines lost: the writer fell behind.",
+                "counter",
+                lambda: log.dropped,
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """For the admin page ``/config``."""
+        config = self.config
+        return {
+            "version": config.version,
+            "destinations": {f"{a}:{p}": d.manager.route_name for (a, p), d in config.hosts.items()},
+            "clusters": {name: [e.host for e in found] for name, found in config.endpoints.items()},
+            "pods": [f"{pod.enroll.namespace}/{pod.enroll.name}" for pod in list(self.pods.values())],
+        }
