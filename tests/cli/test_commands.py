@@ -203,9 +203,12 @@ def test_stat_is_an_aligned_table_where_there_is_no_terminal(serve: Serve) -> No
         "istio_tcp_connections_opened_total", "-", ("destination_service_name",), registry=registry
     )
     stop = threading.Event()
-    thread = threading.Thread(
-        target=lambda: [opened.labels("db").inc() for _ in iter(lambda: stop.wait(0.01), True)]
-    )
+
+    def traffic() -> None:
+        while not stop.wait(0.01):
+            opened.labels("db").inc()
+
+    thread = threading.Thread(target=traffic)
     thread.start()
     try:
         address = controller(serve, clients=[client("agent", admin=serve(registry))])
