@@ -40,6 +40,30 @@ class Role(enum.IntEnum):
     ENVOY = 5
 
 
+class Direction(enum.IntEnum):
+    """Which end of a connection an account is about: the client's or the server's."""
+
+    OUTBOUND = 0
+    INBOUND = 1
+
+
+class Reason(enum.IntEnum):
+    """Why the kernel refused a connection."""
+
+    POLICY = 1  #: the destination's policy has no entry that allows it
+    NO_POLICY = 2  #: the destination has no policy (yet)
+    SPOOFED = 3  #: plain, with the address of an enrolled workload
+    NOT_CAPTURED = 4  #: one of our ports, and not put there by connect()
+    NO_LISTENER = 5  #: a dead or missing listener of ours
+    NO_BACKEND = 6  #: a service without backends
+    OWN_PORT = 7  #: an application dialled one of our ports
+    IPV6 = 8  #: native IPv6 TCP
+    MPTCP = 9
+    MAP_FULL = 10
+    UNKNOWN_DESTINATION = 11  #: arrived in a pod's namespace for an address that is not the pod's
+    REVOKED = 12  #: admitted, and refused by a newer policy when it was established
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """How one C member is packed: its struct code, and what turns our value into the raw one and back."""

@@ -1,0 +1,35 @@
+"""The kernel's half as the agent sees it: typed tables, pods' namespaces, accounts.
+
+Owns everything between the agent's decisions and the pinned maps, programs and links; decides nothing itself.
+``model`` has the types, ``facade`` the class that the agent uses, the rest one topic each.
+"""
+
+from agent.kernel.facade import Kernel, KernelError, MapFullError
+from agent.kernel.model import (
+    Backend,
+    Connection,
+    Direction,
+    Event,
+    FlowCounters,
+    FlowKey,
+    Peer,
+    Pod,
+    Pressure,
+    Reason,
+)
+
+__all__ = [
+    "Backend",
+    "Connection",
+    "Direction",
+    "Event",
+    "FlowCounters",
+    "FlowKey",
+    "Kernel",
+    "KernelError",
+    "MapFullError",
+    "Peer",
+    "Pod",
+    "Pressure",
+    "Reason",
+]

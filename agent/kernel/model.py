@@ -1,0 +1,110 @@
+"""What the kernel facade takes and gives: plain values, without descriptors or behaviour."""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from bpf.wire import Direction, Reason
+
+__all__ = [
+    "Backend",
+    "Connection",
+    "Direction",
+    "Event",
+    "FlowCounters",
+    "FlowKey",
+    "Peer",
+    "Pod",
+    "Pressure",
+    "Reason",
+    "Via",
+]
+
+
+class Pod(NamedTuple):
+    """A pod of this node that is in the mesh. The cookie of its network namespace is its key in the kernel."""
+
+    netns_cookie: int
+    address: str  #: IPv4, dotted
+    identity: int  #: from IDENTITY_FIRST on
+
+
+class Peer(NamedTuple):
+    """Who has an address, on this node or another. Pods given to ``add_pod`` are peers without being told."""
+
+    local: bool  #: on this node
+    enrolled: bool
+    identity: int  #: 0 where there is none
+
+
+class Backend(NamedTuple):
+    address: str
+    port: int
+
+
+class Via(enum.IntEnum):
+    """How an inbound connection was admitted (``struct socket_state``, member ``kind``)."""
+
+    PLAIN = 1  #: nobody wrote down who dials: outside the mesh
+    DIRECT = 2  #: from a pod or a proxy of this node, on behalf of the source identity
+    PROBE = 3
+    TUNNEL = 4  #: delivered by the node proxy, judged there
+    SELF = 5  #: from the pod itself
+
+
+class Connection(NamedTuple):
+    """One open inbound connection of a pod. ``sent`` and ``received`` are bytes as the server's application did."""
+
+    netns_cookie: int
+    client: tuple[str, int]
+    server: tuple[str, int]
+    source: int  #: identity
+    destination: int  #: identity
+    via: Via
+    generation: int  #: of the policy that admitted it; 0 when that policy was gone already
+    revoked: bool  #: refused by the policy that was in force when it was established
+    sent: int
+    received: int
+
+
+class FlowKey(NamedTuple):
+    """What traffic is counted by. Identities are numbers of this node; ``port`` is the destination's own."""
+
+    source: int
+    destination: int
+    port: int
+    direction: Direction
+
+
+class FlowCounters(NamedTuple):
+    """Since the maps were made. ``opened - closed`` are open now, and their bytes are included.
+
+    ``sent`` and ``received`` are what the application at that end wrote and read: at the client for OUTBOUND, at the
+    server for INBOUND.
+    """
+
+    opened: int
+    closed: int
+    refused: int
+    sent: int
+    received: int
+
+
+class Pressure(NamedTuple):
+    """How full a map is, in elements; ``refused`` counts what failed because it was full."""
+
+    used: int
+    size: int
+    refused: int
+
+
+class Event(NamedTuple):
+    """A connection that the kernel refused, and why. A refused client's retries are told once in a while only."""
+
+    reason: Reason
+    netns_cookie: int  #: of the pod that dialled, or 0 when it was refused at the destination
+    source: int  #: identity
+    destination: int  #: identity
+    client: tuple[str, int]  #: port 0 when it had none yet
+    server: tuple[str, int]  #: IPv6 text for Reason.IPV6
