@@ -140,16 +140,11 @@ def _clients(connected: Iterable[watch.Client]) -> list[Finding]:
 def _state(client: watch.Client) -> list[Finding]:
     found = []
     where = f"Node {client.node}"
-    for problem in client.details.get("errors") or ():
-        reason = (
-            problem
-            if isinstance(problem, str)
-            else f"{problem.get('key', '')}: {problem.get('reason', problem)}"
-        )
-        message = f"{client.component} refuses part of its configuration: {reason}"
-        action = "the last good state of that part stays in force; correct the object that it names"
+    for key, reason in sorted((client.details.get("errors") or {}).items()):
+        message = f"{client.component} refuses {key}: {reason}"
+        action = "its last good state stays in force there; correct the object that it comes from"
         found.append(Finding(Severity.ERROR, where, "", message, action))
-    if client.details.get("unacked"):
+    if client.details.get("version_sent", "") != client.details.get("version_acked", ""):
         message = f"{client.component} has not acknowledged the configuration that is being served"
         action = f"if this stays, look at the log of mycel-{client.component} on {client.node}"
         found.append(Finding(Severity.WARNING, where, "", message, action))

@@ -38,7 +38,11 @@ def bootstrap(
     """
     host, port = controller
     return {
-        "node": {"id": node, "cluster": "mycel", "metadata": {"NODE": node, "LISTEN": socket}},
+        "node": {
+            "id": f"envoy~{node}",
+            "cluster": "mycel",
+            "metadata": {"NODE_NAME": node, "ENVOY_SOCKET": socket, "ADMIN": f"{admin[0]}:{admin[1]}"},
+        },
         "admin": {"address": _address(*admin)},
         "dynamic_resources": {
             "ads_config": {

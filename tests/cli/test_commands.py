@@ -150,6 +150,16 @@ def test_no_node_at_all_is_an_error(serve: Serve) -> None:
     assert "no node is connected" in result.stdout
 
 
+def test_what_a_client_refuses_or_has_not_taken_yet_is_told(serve: Serve) -> None:
+    clients = healthy()
+    clients[0] |= {"version_sent": "b", "version_acked": "a"}
+    clients[2] |= {"errors": {"listener web:80": "no such cluster"}}
+    result = run("check", "--controller", controller(serve, clients=clients))
+    assert result.exit_code == 1
+    assert "error: Node node1: l7proxy refuses listener web:80: no such cluster" in result.stdout
+    assert "warning: Node node1: agent has not acknowledged" in result.stdout
+
+
 def test_a_client_that_is_not_ready_is_a_warning(serve: Serve) -> None:
     sick = serve(ready="no configuration yet")
     clients = [client("agent", admin=sick), client("nodeproxy"), client("l7proxy")]
