@@ -19,7 +19,7 @@ from bpf.wire import PORT_OUTBOUND_L7
 from common import logs
 from common.tasks import Tasks
 from l7proxy.accesslog import AccessLog
-from l7proxy.agent_client import AgentClient
+from l7proxy.agent_client import AgentClient, Captured
 from l7proxy.balancer import Balancer
 from l7proxy.connector import Connector
 from l7proxy.downstream import DownstreamConnection
@@ -43,10 +43,16 @@ _LOG_INTERVAL = 10.0
 
 
 class Proxy:
-    """``access_log`` None: none is written."""
+    """``access_log`` None: none is written. ``captured`` finds what was dialled (None: in the agent's map)."""
 
     def __init__(
-        self, *, node: str, run: str, access_log: AccessLog | None, random: Random | None = None
+        self,
+        *,
+        node: str,
+        run: str,
+        access_log: AccessLog | None,
+        random: Random | None = None,
+        captured: Captured | None = None,
     ) -> None:
         self.node = node
         self.config: Config = EMPTY
@@ -64,6 +70,7 @@ class Proxy:
         self.connector = Connector(node, f"{run}/nodeproxy.sock", self.tasks)
         self.agent = AgentClient(f"{run}/agent.sock", self)
         self._access_log = access_log
+        self._find_captured = captured
         self._captured: CapturedMap | None = None
         self._unconfirmed: set[PodKey] = set()
         self._wanted: frozenset[str] = frozenset()
@@ -103,6 +110,8 @@ class Proxy:
 
     def original_destination(self, netns_cookie: int, peer: tuple[str, int]) -> tuple[str, int] | None:
         """What the peer of an accepted connection dialled."""
+        if self._find_captured is not None:
+            return self._find_captured(netns_cookie, peer)
         if self._captured is None:
             return None
         try:
