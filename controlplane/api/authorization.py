@@ -113,10 +113,10 @@ def _operation_matches(operation: Operation, port: int) -> bool:
 
 
 def _any(patterns: tuple[str, ...], value: str | None) -> bool:
-    return value is not None and any(_pattern_matches(p, value) for p in patterns)
+    return value is not None and any(pattern_matches(p, value) for p in patterns)
 
 
-def _pattern_matches(pattern: str, value: str) -> bool:
+def pattern_matches(pattern: str, value: str) -> bool:
     if pattern == "*":
         return value != ""
     if pattern.startswith("*"):

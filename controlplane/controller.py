@@ -1,0 +1,204 @@
+"""The controller as one object: source to compiler to publisher, with the services on top. ``__main__`` gives it a process."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from common import logs, spiffe
+from common.admin import AdminServer
+from common.tasks import Tasks
+from controlplane.ca.authority import open_authority, utc_now
+from controlplane.ca.service import CertificateService
+from controlplane.clients import Clients
+from controlplane.compiler import compile_snapshot, validate
+from controlplane.credentials import Credentials
+from controlplane.model.findings import Finding, from_fault
+from controlplane.model.snapshot import Snapshot, SnapshotError
+from controlplane.model.world import Settings
+from controlplane.publisher import Publisher
+from controlplane.server import ServerCertificate, make_server
+from controlplane.source import Source, State
+from controlplane.source.folder import Folder
+from controlplane.source.lastgood import LastGood
+from controlplane.stream.service import MeshService
+from controlplane.xds.service import DiscoveryService
+
+_log = logs.get(__name__)
+#: Seconds that streams get to end when the controller stops.
+_GRACE = 1.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says. Addresses are ``ADDRESS:PORT``; port 0 takes any."""
+
+    config: Path
+    state: Path
+    listen: str
+    admin: str
+    server_names: Sequence[str]
+    trust_domain: str = "cluster.local"
+
+
+class Controller:
+    """Call :meth:`start`, then wait for what you like, then :meth:`stop`."""
+
+    def __init__(
+        self, options: Options, credentials: Credentials, registry: CollectorRegistry | None = None
+    ) -> None:
+        spiffe.check_trust_domain(options.trust_domain)
+        self._options = options
+        self._registry = registry or CollectorRegistry()
+        self._tasks = Tasks()
+        options.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        authority = open_authority(options.state / "ca", utc_now())
+        _write_public(options.state / "roots.pem", authority.roots_pem)
+        self._settings = Settings(options.trust_domain, authority.roots_pem)
+        self._metrics()
+        self._source: Source = Folder(options.config, validate, LastGood(options.state / "last-good.json"))
+        self._faults: tuple[Finding, ...] = ()
+        state = self._source.load()
+        self._publisher = Publisher(self._compile(state))
+        self.clients = Clients(self._registry)
+        self._certificate = ServerCertificate(authority, options.server_names)
+        self._services = (
+            MeshService(self._publisher, credentials, self.clients),
+            CertificateService(authority, self._publisher, credentials, self._registry),
+            DiscoveryService(self._publisher, credentials, self.clients),
+        )
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._publisher.snapshot
+
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What is wrong in files, then what the compiler says."""
+        return self._faults + self.snapshot.findings
+
+    async def start(self) -> None:
+        """Serve. Ports are bound when this returns.
+
+        :raises OSError: an address cannot be bound.
+        """
+        self._server, self.port = make_server(self._options.listen, self._certificate, *self._services)
+        host, _, port = self._options.admin.rpartition(":")
+        self._admin = AdminServer(
+            host.strip("[]"), int(port), registry=self._registry, ready=lambda: True, json=self._pages()
+        )
+        self.admin_port = self._admin.port
+        await self._server.start()
+        self._admin.start()
+        self._tasks.start(self._follow(), name="source")
+        _log.info("serving", port=self.port, admin=self.admin_port, version=self.snapshot.version[:12])
+
+    async def stop(self) -> None:
+        """End all streams and the admin server."""
+        await self._tasks.cancel()
+        await self._server.stop(_GRACE)
+        self._admin.close()
+
+    async def _follow(self) -> None:
+        async for state in self._source.changes():
+            started = time.monotonic()
+            try:
+                snapshot = self._compile(state)
+            except SnapshotError as e:
+                # Ours, not the user's: what is served stays as it was.
+                self._rejected.inc()
+                _log.error("snapshot rejected; the last one stays in force", error=str(e))
+                continue
+            before = self.snapshot
+            self._publisher.publish(snapshot)
+            self._duration.observe(time.monotonic() - started)
+            if snapshot.version != before.version:
+                _log.info("snapshot", version=snapshot.version[:12], objects=len(state.objects))
+
+    def _compile(self, state: State) -> Snapshot:
+        faults = tuple(from_fault(f) for f in state.faults)
+        for fault in faults:
+            if fault not in self._faults:
+                _log.error("configuration refused", finding=str(fault))
+        snapshot = compile_snapshot(state.objects, self._settings)
+        self._faults = faults
+        self._objects.set(len(state.objects))
+        for severity, count in _count(self._faults + snapshot.findings).items():
+            self._findings.labels(severity).set(count)
+        self._changes.inc()
+        return snapshot
+
+    def _metrics(self) -> None:
+        registry = self._registry
+        self._objects = Gauge("mycel_controlplane_objects", "Objects in force.", registry=registry)
+        self._findings = Gauge(
+            "mycel_controlplane_findings", "Findings by severity.", ["severity"], registry=registry
+        )
+        self._changes = Counter("mycel_controlplane_compilations", "Snapshots compiled.", registry=registry)
+        self._rejected = Counter(
+            "mycel_controlplane_snapshots_rejected", "Snapshots not served.", registry=registry
+        )
+        self._duration = Histogram(
+            "mycel_controlplane_compile_seconds",
+            "From a change read to its snapshot published.",
+            buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
+            registry=registry,
+        )
+
+    def _pages(self) -> dict[str, Any]:
+        return {
+            "/debug/snapshot": self._snapshot_page,
+            "/debug/findings": lambda: [_finding(f) for f in self.findings],
+            "/debug/clients": lambda: {"version": self.snapshot.version, "clients": list(self.clients)},
+            "/debug/workloads": lambda: list(self.snapshot.workloads.values()),
+        }
+
+    def _snapshot_page(self) -> object:
+        snapshot = self.snapshot
+        return {
+            "version": snapshot.version,
+            "resources": list(snapshot.resources.values()),
+            "clusters": list(snapshot.clusters.values()),
+            "tables": list(snapshot.tables.values()),
+        }
+
+
+def _finding(finding: Finding) -> dict[str, str]:
+    return {
+        "severity": finding.severity.name.lower(),
+        "file": finding.file,
+        "object": finding.object,
+        "field": finding.field,
+        "message": finding.message,
+        "action": finding.action,
+    }
+
+
+def _count(findings: Sequence[Finding]) -> dict[str, int]:
+    result = {"error": 0, "warning": 0, "info": 0}
+    for finding in findings:
+        result[finding.severity.name.lower()] += 1
+    return result
+
+
+def _write_public(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text, "ascii")
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+async def run(options: Options, credentials: Credentials, stop: asyncio.Event) -> None:
+    """Serve until ``stop`` is set."""
+    controller = Controller(options, credentials)
+    await controller.start()
+    try:
+        await stop.wait()
+    finally:
+        await controller.stop()

@@ -1,0 +1,169 @@
+"""DestinationRule: subsets of a service's endpoints, and how they are balanced.
+
+Looked up by the service: rules in its own namespace first, then in the root namespace; the closest host wins, and rules of equal
+closeness are merged, the oldest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from controlplane.istio import GROUP_NETWORKING
+from controlplane.istio.hosts import closeness, resolve
+from controlplane.model.findings import Findings
+from controlplane.model.kubernetes import Pod, ServiceView, selects
+from controlplane.model.routing import Balancing
+from controlplane.model.world import World
+from controlplane.source import Object
+
+_BALANCING = {
+    "LEAST_REQUEST": Balancing.LEAST_REQUEST,
+    "LEAST_CONN": Balancing.LEAST_REQUEST,
+    "ROUND_ROBIN": Balancing.ROUND_ROBIN,
+    "RANDOM": Balancing.RANDOM,
+}
+_NOT_YET = {
+    "connectionPool": "limits on connections and requests",
+    "outlierDetection": "ejection of failing endpoints",
+    "tunnel": "tunnelling",
+    "proxyProtocol": "a PROXY header",
+    "retryBudget": "a retry budget",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Subset:
+    labels: Mapping[str, str]
+    policy: Mapping[str, Any]
+
+    def selects(self, pod: Pod) -> bool:
+        return selects(self.labels, pod.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Everything that DestinationRules say about one service."""
+
+    policy: Mapping[str, Any] = field(default_factory=dict)
+    subsets: Mapping[str, Subset] = field(default_factory=dict)
+
+    def balancing(self, port: int, subset: str = "") -> Balancing:
+        """For a port of the service and a subset (empty for all endpoints)."""
+        simple = self._simple(port, subset)
+        return _BALANCING.get(simple or "", Balancing.LEAST_REQUEST)
+
+    def balances(self, port: int) -> bool:
+        """True if the rules choose a balancing of their own for all of a port's traffic."""
+        return self._simple(port, "") in _BALANCING
+
+    def _simple(self, port: int, subset: str) -> str | None:
+        chosen = self.subsets[subset].policy if subset in self.subsets else {}
+        for policy in (chosen, self.policy):
+            by_port = {(p.get("port") or {}).get("number"): p for p in policy.get("portLevelSettings") or ()}
+            for holder in (by_port.get(port), policy):
+                simple: str | None = ((holder or {}).get("loadBalancer") or {}).get("simple")
+                if simple and simple != "UNSPECIFIED":
+                    return simple
+        return None
+
+
+class DestinationRules:
+    """All rules of a world, by the services that they are for."""
+
+    def __init__(self, world: World, findings: Findings) -> None:
+        self._root = world.settings.root_namespace
+        self._by_namespace: dict[str, list[tuple[str, Object]]] = {}
+        self._findings = findings
+        for rule in world.of_kind(GROUP_NETWORKING, "DestinationRule"):
+            host = resolve(rule.spec["host"], rule.key.namespace)
+            self._by_namespace.setdefault(rule.key.namespace, []).append((host, rule))
+            _note(rule, findings)
+            self._note_host(rule, host, world)
+        self._cache: dict[str, Rules] = {}
+
+    def of(self, service: ServiceView) -> Rules:
+        """What holds for a service."""
+        if service.host not in self._cache:
+            self._cache[service.host] = self._collect(service)
+        return self._cache[service.host]
+
+    def _collect(self, service: ServiceView) -> Rules:
+        for namespace in (service.namespace, self._root):
+            found = [
+                (closeness(host, service.host), rule)
+                for host, rule in self._by_namespace.get(namespace, ())
+                if closeness(host, service.host)
+            ]
+            if found:
+                best = max(c for c, _ in found)
+                return self._merge([rule for c, rule in found if c == best])
+        return Rules()
+
+    def _merge(self, rules: list[Object]) -> Rules:
+        policy: Mapping[str, Any] = {}
+        subsets: dict[str, Subset] = {}
+        origin: dict[str, Object] = {}
+        for rule in rules:
+            own = rule.spec.get("trafficPolicy") or {}
+            if policy and own:
+                self._findings.warning(
+                    rule,
+                    "spec.trafficPolicy",
+                    f"{rules[0].key} is older and its policy holds",
+                    "merge the two rules",
+                )
+            policy = policy or own
+            for i, subset in enumerate(rule.spec.get("subsets") or ()):
+                name = subset["name"]
+                if name in subsets:
+                    text = f"subset {name} is already defined by {origin[name].key}, which is older"
+                    self._findings.warning(rule, f"spec.subsets[{i}]", text, "merge the two rules")
+                    continue
+                subsets[name] = Subset(subset.get("labels") or {}, subset.get("trafficPolicy") or {})
+                origin[name] = rule
+        return Rules(policy, subsets)
+
+    def _note_host(self, rule: Object, host: str, world: World) -> None:
+        matching = [s for s in world.services.values() if closeness(host, s.host)]
+        if not matching:
+            self._findings.warning(
+                rule, "spec.host", f"no service has the host {host}", "create it, or correct the host"
+            )
+        elif rule.key.namespace != self._root and not any(
+            s.namespace == rule.key.namespace for s in matching
+        ):
+            self._findings.warning(
+                rule,
+                "spec.host",
+                "a rule in the namespace of the clients only is not in force yet",
+                f"move it to the service's namespace or to {self._root}",
+            )
+
+
+def _note(rule: Object, findings: Findings) -> None:
+    holders = [("spec.trafficPolicy", rule.spec.get("trafficPolicy") or {})]
+    for i, subset in enumerate(rule.spec.get("subsets") or ()):
+        holders.append((f"spec.subsets[{i}].trafficPolicy", subset.get("trafficPolicy") or {}))
+    for path, holder in list(holders):
+        holders += [
+            (f"{path}.portLevelSettings[{i}]", p) for i, p in enumerate(holder.get("portLevelSettings") or ())
+        ]
+    for path, policy in holders:
+        for name, what in _NOT_YET.items():
+            if policy.get(name):
+                findings.warning(rule, f"{path}.{name}", f"{what}: accepted, not in force yet")
+        balancer = policy.get("loadBalancer") or {}
+        for name in balancer.keys() - {"simple"}:
+            findings.warning(rule, f"{path}.loadBalancer.{name}", "accepted, not in force yet")
+        if balancer.get("simple") == "PASSTHROUGH":
+            text = "PASSTHROUGH is not in force: the least loaded endpoint is chosen"
+            findings.warning(rule, f"{path}.loadBalancer.simple", text, "choose another")
+        mode = (policy.get("tls") or {}).get("mode")
+        if mode in ("SIMPLE", "MUTUAL"):
+            findings.warning(rule, f"{path}.tls", f"TLS origination ({mode}): accepted, not in force yet")
+        elif mode == "DISABLE":
+            findings.info(
+                rule, f"{path}.tls", "DISABLE has no effect: the mesh encrypts between nodes by itself"
+            )

@@ -1,0 +1,180 @@
+"""A folder of Kubernetes manifests, and which of its objects are in force.
+
+Owns reading (only files that changed) and the rule of the last good state:
+
+- a file that cannot be read keeps all it held; a document of which nobody can tell what it is, likewise;
+- an object that its schema refuses keeps its last good version, or is absent if there was none;
+- two objects of one name: the last good version stays; without one, the first in order of path is in force. Never the
+  order of arrival.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from controlplane.source.lastgood import LastGood
+from controlplane.source.manifests import MAX_BYTES, ManifestError, parse
+from controlplane.source.objects import Fault, Key, Object, State, Validator, key_of
+from controlplane.source.watch import Batch, watch
+
+_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What one file holds: good objects, keys of objects refused, and faults."""
+
+    signature: tuple[int, int, int]
+    objects: tuple[Object, ...] = ()
+    refused: frozenset[Key] = frozenset()
+    #: Something in it could not even be told apart: objects that came from this file before may still be meant.
+    unknown: bool = False
+    faults: tuple[Fault, ...] = ()
+
+
+class Folder:
+    """The source over a folder. Not thread-safe: one task owns it."""
+
+    def __init__(self, root: Path, validate: Validator, last_good: LastGood | None = None) -> None:
+        self._root = root
+        self._validate = validate
+        self._store = last_good
+        self._files: dict[str, _File] = {}
+        self._in_force: dict[Key, Object] = {}
+        self._faults: tuple[Fault, ...] = ()
+
+    def load(self) -> State:
+        """Read everything; what is broken falls back to the state that the last run left on disk."""
+        if self._store:
+            self._in_force = self._store.load()
+        return self._update(Batch(frozenset(), frozenset(), everything=True))
+
+    async def changes(self) -> AsyncIterator[State]:
+        """A state after each change, a few milliseconds after the last file of it was closed or renamed."""
+        async for batch in watch(self._root):
+            before = self._in_force, self._faults
+            state = self._update(batch)
+            if (self._in_force, self._faults) != before:
+                yield state
+
+    def _update(self, batch: Batch) -> State:
+        """Read again: files that the batch names whatever they look like, and with ``everything`` all that look new."""
+        found: dict[str, _File] = {}
+        try:
+            for name, status in _walk(self._root):
+                signature = (status.st_mtime_ns, status.st_size, status.st_ino)
+                known = self._files.get(name)
+                stale = name in batch.changed or (
+                    batch.everything and (known is None or known.signature != signature)
+                )
+                if stale and name not in batch.writing:
+                    found[name] = self._read(name, signature)
+                elif known is not None:
+                    found[name] = known
+        except OSError as e:
+            # The folder itself is away: everything stays as it is.
+            reason, action = (
+                f"the folder cannot be read: {e.strerror}",
+                "restore it; all objects stay in force",
+            )
+            self._faults = (Fault("", "", "", reason, action),)
+            return State(self._in_force, self._faults)
+        self._files = found
+        objects, faults = resolve(found, self._in_force)
+        if self._store and objects != self._in_force:
+            self._store.save(objects)
+        self._in_force, self._faults = objects, tuple(sorted(faults))
+        return State(self._in_force, self._faults)
+
+    def _read(self, name: str, signature: tuple[int, int, int]) -> _File:
+        objects: list[Object] = []
+        refused: set[Key] = set()
+        faults: list[Fault] = []
+        unknown = False
+        try:
+            if signature[1] > MAX_BYTES:
+                raise ManifestError(f"{signature[1]} bytes, at most {MAX_BYTES}")
+            data = (self._root / name).read_bytes()
+            for document in parse(data, name.endswith(".json")):
+                if document.manifest is None:
+                    unknown = True
+                    faults.append(
+                        Fault(name, "", document.where, document.error, "correct it; its last version stays")
+                    )
+                    continue
+                key = key_of(document.manifest)
+                problems = list(self._validate(document.manifest))
+                if problems:
+                    refused.add(key)
+                    faults += [
+                        Fault(name, str(key), f, r, "correct it; its last good version stays")
+                        for f, r in problems
+                    ]
+                else:
+                    objects.append(Object(key, document.manifest, name))
+        except (ManifestError, OSError) as e:
+            reason = f"cannot be read: {e.strerror}" if isinstance(e, OSError) and e.strerror else str(e)
+            fault = Fault(name, "", "", reason, "correct it; what the file held before stays in force")
+            return _File(signature, unknown=True, faults=(fault,))
+        return _File(signature, tuple(objects), frozenset(refused), unknown, tuple(faults))
+
+
+def resolve(
+    files: Mapping[str, _File], before: Mapping[Key, Object]
+) -> tuple[dict[Key, Object], list[Fault]]:
+    """Which objects are in force now, given those before; and all faults."""
+    candidates: dict[Key, list[Object]] = {}
+    refused: dict[Key, list[str]] = {}
+    faults = [fault for file in files.values() for fault in file.faults]
+    for name, file in sorted(files.items()):
+        for found in file.objects:
+            candidates.setdefault(found.key, []).append(found)
+        for key in file.refused:
+            refused.setdefault(key, []).append(name)
+    result: dict[Key, Object] = {}
+    for key, objects in candidates.items():
+        places = sorted([o.file for o in objects] + refused.get(key, []))
+        if len(places) == 1:
+            result[key] = objects[0]
+            continue
+        chosen = before.get(key, objects[0])
+        result[key] = chosen
+        reason = f"two objects of one name, in {' and '.join(places)}"
+        action = f"remove all but one; meanwhile the version from {chosen.file} is in force"
+        faults += [Fault(place, str(key), "metadata.name", reason, action) for place in dict.fromkeys(places)]
+    for key in refused:
+        if key not in result and key in before:
+            result[key] = before[key]
+    for key, previous in before.items():
+        file_now = files.get(previous.file)
+        if key not in result and file_now is not None and file_now.unknown:
+            result[key] = previous
+    return result, faults
+
+
+def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Manifest files below a folder with their status, in order of path; hidden ones are left out.
+
+    :raises OSError: the folder itself cannot be listed. A folder or file below that vanishes meanwhile is no error.
+    """
+    yield from _walk_below(root, "", sorted(os.listdir(root)))
+
+
+def _walk_below(root: Path, prefix: str, names: Iterable[str]) -> Iterator[tuple[str, os.stat_result]]:
+    for name in names:
+        if name.startswith("."):
+            continue
+        path = root / prefix / name
+        try:
+            status = path.stat()
+            if stat.S_ISDIR(status.st_mode) and not path.is_symlink():
+                yield from _walk_below(root, f"{prefix}{name}/", sorted(os.listdir(path)))
+                continue
+        except OSError:
+            continue
+        if stat.S_ISREG(status.st_mode) and name.endswith(_SUFFIXES):
+            yield prefix + name, status

@@ -1,0 +1,1 @@
+"""The workload/policy stream to agents and node proxies: a core without sockets, and its gRPC service."""

@@ -1,0 +1,136 @@
+"""The Subscribe call over gRPC: reads answers, writes updates, one session per stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+import msgspec
+
+from common import logs
+from common.tasks import Tasks
+from controlplane import api
+from controlplane.clients import Client, Clients
+from controlplane.credentials import Credentials, authenticate
+from controlplane.publisher import Publisher
+from controlplane.stream.session import Session
+
+_log = logs.get(__name__)
+#: Seconds that a new stream may take to say Hello.
+_HELLO_TIMEOUT = 10.0
+_COMPONENTS = ("agent", "nodeproxy", "l7proxy")
+
+
+class MeshService:
+    """Serves :data:`controlplane.api.METHOD_SUBSCRIBE`."""
+
+    def __init__(self, publisher: Publisher, credentials: Credentials, clients: Clients) -> None:
+        self._publisher = publisher
+        self._credentials = credentials
+        self._clients = clients
+
+    async def subscribe(
+        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[bytes]:
+        """One client, from its Hello until either side ends the stream."""
+        node = await authenticate(self._credentials, context)
+        hello = await self._hello(requests, context)
+        log = _log.bind(node=node, component=hello.component)
+        with self._clients.connected(node, hello.component, context.peer(), hello.admin) as client:
+            log.info("client connected", peer=context.peer(), held=hello.version[:12])
+            try:
+                async for update in self._updates(requests, hello, client, log):
+                    yield update
+            except msgspec.DecodeError as e:
+                log.error("client sent no message of the protocol", error=str(e))
+                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no client message: {e}")
+            finally:
+                log.info("client gone")
+
+    async def _updates(
+        self, requests: AsyncIterator[bytes], hello: api.Hello, client: Client, log: logs.Logger
+    ) -> AsyncIterator[bytes]:
+        session = Session(hello.version)
+        wake = asyncio.Event()
+        wake.set()
+        answers: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+        async def read() -> None:
+            try:
+                async for data in requests:
+                    answers.put_nowait(data)
+                    wake.set()
+            finally:
+                answers.put_nowait(None)
+                wake.set()
+
+        tasks = Tasks()
+        reader = tasks.start(read(), name=f"mesh-stream-{client.id}")
+        try:
+            with self._publisher.reader(wake):
+                while True:
+                    await wake.wait()
+                    wake.clear()
+                    while not answers.empty():
+                        data = answers.get_nowait()
+                        if data is None:
+                            return
+                        self._answer(session, api.decode_client(data), client, log)
+                    update = session.next_update(self._publisher.snapshot)
+                    if update is not None:
+                        client.version_sent = update.version
+                        self._clients.pushed(client, "mesh")
+                        log.debug(
+                            "update sent",
+                            version=update.version[:12],
+                            nonce=update.nonce,
+                            upserts=len(update.upserts),
+                            removes=len(update.removes),
+                        )
+                        yield api.encode(update)
+        finally:
+            reader.cancel()
+            await tasks.cancel()
+
+    def _answer(self, session: Session, message: api.ClientMessage, client: Client, log: logs.Logger) -> None:
+        if isinstance(message, api.Hello):
+            raise msgspec.DecodeError("a second Hello")
+        if not session.answer(message):
+            log.warning("answer to no update", nonce=message.nonce)
+            return
+        client.version_acked = message.version
+        if isinstance(message, api.Nack):
+            client.errors = {e.key: e.reason for e in message.errors}
+            self._clients.refused(client, "mesh")
+            for error in message.errors:
+                log.error(
+                    "client refused a resource",
+                    key=error.key,
+                    reason=error.reason,
+                    version=message.version[:12],
+                )
+        else:
+            client.errors = {}
+
+    async def _hello(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> api.Hello:
+        reason = "the first message is not Hello"
+        try:
+            async with asyncio.timeout(_HELLO_TIMEOUT):
+                hello = api.decode_client(await anext(requests))
+            if isinstance(hello, api.Hello):
+                if hello.component not in _COMPONENTS:
+                    reason = f"component {hello.component!r} is none of {', '.join(_COMPONENTS)}"
+                elif not 1 <= hello.api <= api.API_VERSION:
+                    reason = (
+                        f"version {hello.api} of the protocol; this controller serves up to {api.API_VERSION}"
+                    )
+                else:
+                    return hello
+        except (TimeoutError, StopAsyncIteration):
+            reason = "no Hello"
+        except msgspec.DecodeError as e:
+            reason = f"no client message: {e}"
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
+        raise AssertionError("abort() returns never")
