@@ -125,7 +125,7 @@ class Lab:
                 holder.wait()
             for pod in self._pods:
                 pod.reap()
-            for process in self._all_processes():
+            for process in self.all_processes():
                 process.kill()
         atexit.unregister(self.close)
         self._restore_signals()
@@ -276,7 +276,7 @@ class Lab:
 
     def wait_ready(self, timeout: float = START_TIMEOUT) -> None:
         """Wait until every process that runs says that it is ready. :raises LabError: one ended, or is not in time."""
-        for process in self._all_processes():
+        for process in self.all_processes():
             if not process.running and process.exit_status is None:
                 continue
             place, component = self._place_of(process.name)
@@ -440,7 +440,7 @@ class Lab:
                 explain=process.tail,
             )
 
-    def _all_processes(self) -> list[Process]:
+    def all_processes(self) -> list[Process]:
         controller = [self._controlplane] if hasattr(self, "_controlplane") else []
         return controller + [process for node in self._nodes.values() for process in node.processes.values()]
 
@@ -494,7 +494,7 @@ class Lab:
         """The end of one component's log, or of all of them."""
         if node:
             return self.process(node, component).tail(lines)
-        parts = [f"--- {process.name}\n{process.tail(lines)}" for process in self._all_processes()]
+        parts = [f"--- {process.name}\n{process.tail(lines)}" for process in self.all_processes()]
         return "\n".join(parts)
 
     def capture(self, node: str | None = None) -> Capture:
