@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
 from pathlib import Path
 from typing import Any
 
 from cli import output, watch
 from cli.http import Unreachable, read_json, read_text
 from controlplane.model.findings import Finding, Severity
+
+#: Seconds that clients get to take a change before it is said of them that they have not.
+_SETTLE = 2.0
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 
@@ -50,8 +53,7 @@ def online(controller: str) -> list[Finding]:
         raise Unreachable(
             f"the controller at {controller} writes its findings in a way that this version does not know: {error!r}"
         ) from error
-    connected = watch.clients(controller)
-    found += _clients(connected)
+    found += _clients(_settled_fleet(controller))
     return sorted([*found, *LIMITS], key=lambda f: (-f.severity, f.object, f.field, f.message))
 
 
@@ -103,11 +105,21 @@ def write(found: list[Finding], *, as_json: bool) -> None:
         print("no errors")
 
 
-def _clients(connected: Iterable[watch.Client]) -> list[Finding]:
+def _settled_fleet(controller: str) -> watch.Fleet:
+    """The fleet, given a moment to take a change that has just been made."""
+    deadline = time.monotonic() + _SETTLE
+    while True:
+        fleet = watch.fleet(controller)
+        if all(client.acked == fleet.version for client in fleet.clients) or time.monotonic() > deadline:
+            return fleet
+        time.sleep(0.1)
+
+
+def _clients(fleet: watch.Fleet) -> list[Finding]:
     """Nodes without one of the components, and clients that do not have what the controller serves."""
     found: list[Finding] = []
     by_node: dict[str, dict[str, watch.Client]] = {}
-    for client in connected:
+    for client in fleet.clients:
         by_node.setdefault(client.node, {})[client.component] = client
     if not by_node:
         found.append(
@@ -133,18 +145,18 @@ def _clients(connected: Iterable[watch.Client]) -> list[Finding]:
                 )
             )
         for client in here.values():
-            found += _state(client)
+            found += _state(client, fleet.version)
     return found
 
 
-def _state(client: watch.Client) -> list[Finding]:
+def _state(client: watch.Client, version: str) -> list[Finding]:
     found = []
     where = f"Node {client.node}"
-    for key, reason in sorted((client.details.get("errors") or {}).items()):
+    for key, reason in sorted(client.errors.items()):
         message = f"{client.component} refuses {key}: {reason}"
         action = "its last good state stays in force there; correct the object that it comes from"
         found.append(Finding(Severity.ERROR, where, "", message, action))
-    if client.details.get("version_sent", "") != client.details.get("version_acked", ""):
+    if client.acked != version and not client.errors:
         message = f"{client.component} has not acknowledged the configuration that is being served"
         action = f"if this stays, look at the log of mycel-{client.component} on {client.node}"
         found.append(Finding(Severity.WARNING, where, "", message, action))

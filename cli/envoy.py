@@ -41,7 +41,7 @@ def bootstrap(
         "node": {
             "id": f"envoy~{node}",
             "cluster": "mycel",
-            "metadata": {"NODE_NAME": node, "ENVOY_SOCKET": socket, "ADMIN": f"{admin[0]}:{admin[1]}"},
+            "metadata": {"NODE_NAME": node, "ENVOY_SOCKET": socket},
         },
         "admin": {"address": _address(*admin)},
         "dynamic_resources": {

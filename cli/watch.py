@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 from cli import output
 from cli.http import Unreachable, read_json, read_text
@@ -21,10 +20,19 @@ class Client:
     component: str
     node: str
     admin: str
-    details: dict[str, Any]
+    acked: str  #: the snapshot that it has in force
+    errors: dict[str, str]  #: what it refused: resource to reason
 
     def __str__(self) -> str:
         return f"{self.component} on {self.node}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """Who is connected to the controller, and the version of the snapshot that it serves."""
+
+    version: str
+    clients: list[Client]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +43,21 @@ class Measured:
     missing: list[str]
 
 
-def clients(controller: str) -> list[Client]:
+def fleet(controller: str) -> Fleet:
     """Who is connected to the controller.
 
     :raises Unreachable: the controller does not answer, or not so that this version understands it.
     """
     answer = read_json(controller, "/debug/clients", who="the controller")
     try:
-        return [Client(c["component"], c["node"], c.get("admin") or "", c) for c in answer]
-    except (KeyError, TypeError, AttributeError) as error:
+        return Fleet(
+            answer["version"],
+            [
+                Client(c["component"], c["node"], c["admin"], c["version_acked"], dict(c["errors"]))
+                for c in answer["clients"]
+            ],
+        )
+    except (KeyError, TypeError, ValueError) as error:
         raise Unreachable(
             f"the controller at {controller} describes its clients in a way that this version does not know: {error!r}"
         ) from error
@@ -54,7 +68,7 @@ def measure(controller: str, interval: float) -> Measured:
 
     :raises Unreachable: the controller does not answer, nobody is connected to it, or none of the clients answers.
     """
-    found = [client for client in clients(controller) if client.component in PLACES]
+    found = [client for client in fleet(controller).clients if client.component in PLACES]
     if not found:
         raise Unreachable(
             f"no agent or proxy is connected to the controller at {controller}: nothing is measured yet"

@@ -30,7 +30,8 @@ def run(*arguments: str) -> Result:
 
 
 def client(component: str, node: str = "node1", admin: str = "", **details: Any) -> dict[str, Any]:
-    return {"component": component, "node": node, "admin": admin, **details}
+    usual = {"version_acked": "current", "errors": {}}
+    return {"component": component, "node": node, "admin": admin, **usual, **details}
 
 
 def healthy(node: str = "node1") -> list[dict[str, Any]]:
@@ -42,7 +43,10 @@ def controller(
 ) -> str:
     pages = {
         "/debug/findings": lambda: findings or [],
-        "/debug/clients": lambda: healthy() if clients is None else clients,
+        "/debug/clients": lambda: {
+            "version": "current",
+            "clients": healthy() if clients is None else clients,
+        },
     }
     return serve(json=pages)
 
@@ -152,7 +156,7 @@ def test_no_node_at_all_is_an_error(serve: Serve) -> None:
 
 def test_what_a_client_refuses_or_has_not_taken_yet_is_told(serve: Serve) -> None:
     clients = healthy()
-    clients[0] |= {"version_sent": "b", "version_acked": "a"}
+    clients[0] |= {"version_acked": "old"}
     clients[2] |= {"errors": {"listener web:80": "no such cluster"}}
     result = run("check", "--controller", controller(serve, clients=clients))
     assert result.exit_code == 1
