@@ -17,7 +17,8 @@ from controlplane.api import Action, Authorization, MtlsMode, Rule, Workload, au
 #: In a policy table: every port that has no entry of its own.
 ANY_PORT = 0
 
-#: (identity, port) to whether the connection is allowed. What has no entry is refused.
+#: (identity, port) to whether the connection is allowed. What has no entry is refused. Probes and what the node proxy
+#: delivers are not in it: the kernel admits them by who dials.
 PolicyTable = Mapping[tuple[int, int], bool]
 
 
@@ -35,6 +36,7 @@ class Peer:
 class ServiceEntry:
     """Where connections to one (service address, port) go. ``backends`` are (address, port), sorted."""
 
+    service: str  #: ``NAMESPACE/NAME``
     l7: bool
     backends: tuple[tuple[str, int], ...]
 
@@ -64,7 +66,7 @@ def compile_tables(
     return Tables(
         peers=_peers(mesh, node, attached, numbered),
         services=_services(mesh),
-        policies=_policies(mesh, node, attached, numbered),
+        policies=_policies(mesh, node, attached, numbers),
         identities=numbered,
     )
 
@@ -103,7 +105,7 @@ def _services(mesh: Mesh) -> dict[tuple[str, int], ServiceEntry]:
             if port.protocol != "TCP":
                 continue
             backends = {(e.address, e.port) for e in port.endpoints if is_ipv4(e.address)}
-            entry = ServiceEntry(port.l7, tuple(sorted(backends)))
+            entry = ServiceEntry(key, port.l7, tuple(sorted(backends)))
             for address in service.addresses:
                 if is_ipv4(address):
                     # Two services with one address are a fault of the source; the first by name has it.
@@ -112,13 +114,15 @@ def _services(mesh: Mesh) -> dict[tuple[str, int], ServiceEntry]:
 
 
 def _policies(
-    mesh: Mesh, node: str, attached: Mapping[str, tuple[str, ...]], numbered: Mapping[str, int]
+    mesh: Mesh, node: str, attached: Mapping[str, tuple[str, ...]], numbers: Identities
 ) -> dict[str, PolicyTable]:
-    clients = {
-        numbered[uid]: mesh.workloads[uid].identity.removeprefix("spiffe://")
+    here = {
+        workload.identity
         for uid, workload in mesh.workloads.items()
         if workload.enrolled and (workload.node == node or uid in attached)
     }
+    # Also numbers that were a workload's before its labels changed: connections from then still carry them.
+    clients = numbers.principals(here)
     tables: dict[str, PolicyTable] = {}
     # Most pods share their policies with others: one table for all of them.
     shared: dict[tuple[object, ...], PolicyTable] = {}
@@ -157,7 +161,7 @@ def policy_table(
     policies = tuple(policies)
     ports = sorted(mentioned_ports(workload, policies))
     mtls = dict(workload.port_mtls)
-    table = {(IDENTITY_PROBE, ANY_PORT): True, (IDENTITY_TUNNEL, ANY_PORT): True}
+    table: dict[tuple[int, int], bool] = {}
     by_principal: dict[str, dict[int, bool]] = {}
 
     def enter(identity: int, verdicts: Mapping[int, bool]) -> None:
@@ -195,5 +199,7 @@ def mentioned_ports(workload: Workload, policies: Iterable[Authorization]) -> se
 
 def allowed(table: PolicyTable, identity: int, port: int) -> bool:
     """The verdict that the kernel gives by this table."""
+    if identity in (IDENTITY_PROBE, IDENTITY_TUNNEL):
+        return True
     verdict = table.get((identity, port))
     return table.get((identity, ANY_PORT), False) if verdict is None else verdict

@@ -7,6 +7,8 @@ is never used again for another. Writing the file is the caller's: before a new 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 
 from bpf.wire import IDENTITY_FIRST
@@ -72,9 +74,17 @@ class Identities:
             self.dirty = True
         return number
 
+    def find(self, workload: Workload) -> int | None:
+        """A workload's number, if it has one."""
+        return self._numbers.get(label_of(workload))
+
     def label(self, number: int) -> Label | None:
         """Whom a number stands for; None for the reserved ones and for those of no workload."""
         return self._labels.get(number)
+
+    def principals(self, identities: Collection[str]) -> dict[int, str]:
+        """Principal by number, of every number that was ever given to one of these SPIFFE IDs."""
+        return {n: label.principal for n, label in self._labels.items() if label.identity in identities}
 
     def dump(self) -> bytes:
         self.dirty = False

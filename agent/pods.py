@@ -80,13 +80,17 @@ class Pods:
     def remove(self, key: AttachmentKey) -> Attachment | None:
         return self._attachments.pop(key, None)
 
+    def __len__(self) -> int:
+        return len(self._attachments)
+
     def __iter__(self) -> Iterator[Attachment]:
         return iter(tuple(self._attachments.values()))
 
     def sandboxes(self) -> dict[int, Sandbox]:
         """By netns cookie, oldest first."""
         found: dict[int, list[Attachment]] = {}
-        for attachment in self._attachments.values():
+        # At once, not item by item: admin threads look too.
+        for attachment in tuple(self._attachments.values()):
             found.setdefault(attachment.netns_cookie, []).append(attachment)
         return {
             cookie: Sandbox(

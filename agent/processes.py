@@ -61,6 +61,11 @@ def netns_inode_of(pid: int | str, proc: Path = Path("/proc")) -> int:
         raise ProcessError(f"process {pid}: {error.strerror}") from None
 
 
+def boot_id(proc: Path = Path("/proc")) -> str:
+    """A name of this boot of the machine."""
+    return (proc / "sys/kernel/random/boot_id").read_text().strip()
+
+
 def find_netns(inode: int, proc: Path = Path("/proc")) -> int | None:
     """A descriptor of the network namespace with that inode, by any process in it; None if there is none."""
     for entry in os.listdir(proc):

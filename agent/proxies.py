@@ -23,7 +23,7 @@ _log = logs.get(__name__)
 
 _HELLO_TIMEOUT = 5.0
 #: Seconds that a proxy may take to read what is sent to it before its connection is given up.
-_SEND_TIMEOUT = 10.0
+_SEND_TIMEOUT = 2.0
 _MAX_SOCKETS = 32
 
 #: Which listeners a role gets if it names none.
@@ -41,6 +41,10 @@ class ProxyRefused(Exception):
     """The peer is not served; the text is the reason that it gets."""
 
 
+class SocketError(Exception):
+    """A socket could not be made in a pod's namespace."""
+
+
 class Enrolled(Protocol):
     """The pods that proxies carry."""
 
@@ -54,7 +58,7 @@ class Enrolled(Protocol):
 
 
 class Sockets(Protocol):
-    """Sockets in pods' namespaces. Descriptors that are returned belong to the caller."""
+    """Sockets in pods' namespaces. Descriptors that are returned belong to the caller; failures are SocketErrors."""
 
     async def listener(self, netns_cookie: int, address: str, kind: api.ListenerKind) -> int:
         """A listening socket, known to the kernel as the one for its port from now on."""
@@ -191,7 +195,7 @@ class Proxies:
         """A proxy that cannot be reached does not hold up the others: its own task ends it."""
         try:
             await work
-        except (OSError, PacketError) as error:
+        except (OSError, PacketError, TimeoutError) as error:
             _log.warning("proxy cannot be told", role=session.role.value, pid=session.pid, reason=str(error))
             session.abort()
 
@@ -250,7 +254,7 @@ class Proxies:
                     continue
                 try:
                     fds.append(await self._sockets.listener(pod.netns_cookie, pod.address, kind))
-                except OSError as error:
+                except SocketError as error:
                     # Refused there until the next attempt; the proxy still learns of the pod.
                     _log.error(
                         "no listener", pod=f"{pod.namespace}/{pod.name}", kind=kind.value, reason=str(error)
@@ -279,6 +283,6 @@ class Proxies:
         else:
             try:
                 fds = await self._sockets.outgoing(request.netns_cookie, request.purpose, request.count)
-            except OSError as failure:
-                error = f"{failure.strerror or failure}"
+            except SocketError as failure:
+                error = str(failure)
         await session.send(api.Sockets(request.id, len(fds), error), tuple(fds))

@@ -127,8 +127,6 @@ class TestPolicies:
         identities = {identity for identity, _ in tables.policies["uid-server"]}
         assert identities == {
             IDENTITY_PLAIN,
-            IDENTITY_PROBE,
-            IDENTITY_TUNNEL,
             tables.identities["uid-client"],
             tables.identities["uid-server"],
         }
@@ -241,8 +239,8 @@ class TestPeersAndServices:
         )
         tables = compile_tables(mesh(service), node="n1", attached={}, numbers=Identities())
         assert tables.services == {
-            ("10.96.0.1", 80): ServiceEntry(True, (("10.0.1.1", 8080), ("10.0.2.1", 8080))),
-            ("10.96.0.1", 81): ServiceEntry(False, ()),
+            ("10.96.0.1", 80): ServiceEntry("default/web", True, (("10.0.1.1", 8080), ("10.0.2.1", 8080))),
+            ("10.96.0.1", 81): ServiceEntry("default/web", False, ()),
         }
 
 

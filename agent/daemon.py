@@ -1,0 +1,233 @@
+"""Wires the agent together and runs it until it is told to end.
+
+Owns start and end: the loader child first, then the kernel's tables, then what serves others, so that nobody is answered before
+the node is as its last good state says. An end is an upgrade: kernel state, pins and proxies are left alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+from agent import processes
+from agent.cni_service import CniService
+from agent.debug import pages
+from agent.kernel import Kernel, KernelError
+from agent.metrics import CniLatencies, Collector, View, name_of
+from agent.namespaces import Namespaces
+from agent.node import Node
+from agent.packets import Server
+from agent.programmer import Programmer
+from agent.proxies import Proxies
+from agent.refusals import Refusals
+from agent.roles import RoleError, Roles
+from agent.sockets import PodSockets
+from agent.storage import Storage
+from agent.stream import Settings, Stream
+from agent.sweeper import Sweeper
+from bpf.wire import Role
+from cni import protocol
+from common import logs
+from common.admin import AdminServer
+from common.tasks import Tasks
+
+_log = logs.get(__name__)
+
+AGENT_SOCKET = "agent.sock"
+#: Seconds for the loader child: compiling takes a second, on a machine under load several.
+_LOADER_TIMEOUT = 120.0
+
+
+class StartError(Exception):
+    """The agent cannot start; the message says why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line. ``admin`` is (address, port)."""
+
+    node: str
+    run: Path
+    state: Path
+    pins: Path
+    cgroup: Path
+    controller: str
+    roots: Path
+    credential: Path
+    admin: tuple[str, int]
+    prober_cgroup: Path | None = None
+    envoy_cgroup: Path | None = None
+    log_level: str = "info"
+    log_format: str = "text"
+
+
+async def run(options: Options) -> None:
+    """Run until SIGTERM or SIGINT.
+
+    :raises StartError: it cannot start.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await _load(options)
+    try:
+        kernel = Kernel(options.pins)
+    except KernelError as error:
+        raise StartError(str(error)) from None
+    with kernel:
+        await _serve(options, kernel, stop)
+
+
+async def _load(options: Options) -> None:
+    """Run the loader and wait for it: it compiles, pins, attaches and ends, and takes LLVM with it."""
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "bpf.loader", "--pins", str(options.pins), "--cgroup", str(options.cgroup)),
+        *("--log-level", options.log_level, "--log-format", options.log_format),
+        stdin=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        async with asyncio.timeout(_LOADER_TIMEOUT):
+            status = await child.wait()
+    except BaseException:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+        raise
+    if status:
+        raise StartError(f"the loader failed with status {status}; its reason stands above")
+
+
+async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
+    try:
+        options.run.mkdir(mode=0o755, parents=True, exist_ok=True)
+        storage = Storage(options.state)
+    except OSError as error:
+        raise StartError(f"{error.filename}: {error.strerror}") from None
+    roles = _roles(options, kernel)
+    namespaces = Namespaces()
+    programmer = Programmer(kernel, namespaces)
+    sweeper = Sweeper(kernel, namespaces, lambda number: name_of(number, node.numbers))
+    node = Node(
+        options.node,
+        storage=storage,
+        programmer=programmer,
+        namespaces=namespaces,
+        sweeper=sweeper,
+        boot=processes.boot_id(),
+    )
+    proxies = Proxies(
+        node=options.node,
+        enrolled=node,
+        sockets=PodSockets(kernel, namespaces),
+        register=roles.register,
+        maps=lambda: {"captured": kernel.captured_fd()},
+    )
+    node.proxies = proxies
+    stream = Stream(
+        Settings(
+            options.controller,
+            options.roots,
+            options.credential,
+            admin=f"{options.admin[0]}:{options.admin[1]}",
+        ),
+        version=lambda: node.mesh.version if not node.problem else "",
+        apply=node.apply,
+    )
+    latencies = CniLatencies()
+    cni = CniService(options.run, node, latencies=latencies)
+
+    def look() -> View:
+        return View(
+            mesh=node.mesh,
+            numbers=node.numbers,
+            flows=kernel.flows(),
+            pressure=kernel.pressure(),
+            pods=len(node.pods),
+            enrolled=len(node.enrolled()),
+            proxies=proxies.connected(),
+            connected=stream.connected,
+            destroyed=sweeper.destroyed,
+        )
+
+    registry = CollectorRegistry()
+    registry.register(Collector(look, latencies))
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    GCCollector(registry=registry)
+    try:
+        admin = AdminServer(
+            *options.admin,
+            registry=registry,
+            ready=lambda: node.problem or True,
+            json=pages(node, kernel, proxies, stream),
+        )
+    except OSError as error:
+        raise StartError(f"admin address {options.admin[0]}:{options.admin[1]}: {error.strerror}") from None
+
+    failed: list[BaseException] = []
+
+    def on_failure(error: BaseException) -> None:
+        failed.append(error)
+        stop.set()
+
+    tasks = Tasks(on_failure)
+    _watch_refusals(kernel, node)
+    with admin:
+        await node.start()
+        await cni.work_off_notes()
+        servers = [
+            Server(options.run / protocol.SOCKET_NAME, cni.serve, name="cni"),
+            Server(options.run / AGENT_SOCKET, proxies.serve, name="proxies"),
+        ]
+        for server in servers:
+            server.start()
+        tasks.start(cni.watch_notes(), name="notes")
+        tasks.start(stream.run(), name="stream")
+        _log.info(
+            "agent runs", node=options.node, run=str(options.run), pid=os.getpid(), admin_port=admin.port
+        )
+        await stop.wait()
+        _log.info("agent ends; kernel state and proxies stay as they are")
+        for server in servers:
+            await server.close()
+        await tasks.cancel()
+        await node.stop()
+    asyncio.get_running_loop().remove_reader(kernel.events_fd())
+    if failed:
+        raise StartError(f"a task of the agent failed: {failed[0]!r}")
+
+
+def _roles(options: Options, kernel: Kernel) -> Roles:
+    try:
+        own = processes.cgroup_of("self")
+    except processes.ProcessError as error:
+        _log.warning("own cgroup is not known", reason=str(error))
+        own = None
+    roles = Roles(kernel, own=own, hierarchy=options.cgroup)
+    try:
+        roles.forget_gone()
+        for path, role in ((options.prober_cgroup, Role.PROBER), (options.envoy_cgroup, Role.ENVOY)):
+            if path is not None:
+                roles.fix(processes.cgroup(path), role)
+    except (KernelError, RoleError, processes.ProcessError) as error:
+        raise StartError(str(error)) from None
+    return roles
+
+
+def _watch_refusals(kernel: Kernel, node: Node) -> None:
+    loop = asyncio.get_running_loop()
+
+    def pod(cookie: int) -> str:
+        sandbox = node.pods.sandboxes().get(cookie)
+        return f"{sandbox.namespace}/{sandbox.name}" if sandbox is not None else f"namespace {cookie}"
+
+    refusals = Refusals(lambda number: name_of(number, node.numbers), pod)
+    loop.add_reader(kernel.events_fd(), lambda: refusals.tell(kernel.read_events(), loop.time()))

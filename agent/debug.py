@@ -1,0 +1,117 @@
+"""JSON pages of the admin server: what ``mycel check``, ``mycel stat`` and people ask an agent.
+
+Owns their shape. They are called in the admin server's threads and only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from agent.kernel import Kernel
+from agent.metrics import name_of
+from agent.node import Node
+from agent.proxies import Proxies
+from agent.stream import Stream
+
+
+def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mapping[str, Callable[[], object]]:
+    """Page by path."""
+
+    def name(number: int) -> str:
+        return name_of(number, node.numbers)
+
+    def status() -> dict[str, Any]:
+        return {
+            "node": node.name,
+            "version": node.mesh.version,
+            "controller": {"connected": stream.connected, "problem": stream.problem},
+            "problem": node.problem,
+            "proxies": proxies.connected(),
+            "limits": [
+                "UDP of enrolled pods passes as without a mesh",
+                "native IPv6 TCP of enrolled pods is refused",
+            ],
+        }
+
+    def pods() -> list[dict[str, Any]]:
+        enrolled = {pod.netns_cookie for pod in node.enrolled()}
+        rows = []
+        for cookie, sandbox in node.pods.sandboxes().items():
+            workload = node.mesh.workloads.get(sandbox.uid)
+            policy = kernel.policy(cookie) if cookie in enrolled else None
+            rows.append(
+                {
+                    "uid": sandbox.uid,
+                    "namespace": sandbox.namespace,
+                    "name": sandbox.name,
+                    "addresses": sandbox.addresses,
+                    "netns_cookie": cookie,
+                    "known": workload is not None,
+                    "enrolled": workload is not None and workload.enrolled,
+                    "programmed": cookie in enrolled,
+                    "identity": workload.identity if workload is not None else "",
+                    "mtls": workload.mtls.value if workload is not None else "",
+                    "generation": policy[0] if policy is not None else 0,
+                    "policy": [
+                        {"source": name(identity), "port": port, "allowed": allowed}
+                        for (identity, port), allowed in sorted(policy[1].items())
+                    ]
+                    if policy is not None
+                    else [],
+                }
+            )
+        return rows
+
+    def flows() -> list[dict[str, Any]]:
+        return [
+            {
+                "source": name(key.source),
+                "destination": name(key.destination),
+                "port": key.port,
+                "direction": key.direction.name.lower(),
+                "opened": counters.opened,
+                "closed": counters.closed,
+                "refused": counters.refused,
+                "sent": counters.sent,
+                "received": counters.received,
+                "measured_in": "kernel",
+            }
+            for key, counters in sorted(kernel.flows().items())
+        ]
+
+    def connections() -> list[dict[str, Any]]:
+        return [
+            {
+                "client": f"{c.client[0]}:{c.client[1]}",
+                "server": f"{c.server[0]}:{c.server[1]}",
+                "source": name(c.source),
+                "destination": name(c.destination),
+                "via": c.via.name.lower(),
+                "generation": c.generation,
+                "sent": c.sent,
+                "received": c.received,
+            }
+            for c in kernel.connections()
+        ]
+
+    def tables() -> dict[str, Any]:
+        return {
+            "peers": {
+                address: {"local": peer.local, "enrolled": peer.enrolled, "identity": name(peer.identity)}
+                for address, peer in sorted(kernel.peers().items())
+            },
+            "services": {
+                f"{address}:{port}": {"l7": l7, "backends": [f"{b.address}:{b.port}" for b in backends]}
+                for (address, port), (l7, backends) in sorted(kernel.services().items())
+            },
+            "pressure": {m: p._asdict() for m, p in sorted(kernel.pressure().items())},
+        }
+
+    return {
+        "/debug/status": status,
+        "/debug/pods": pods,
+        "/debug/flows": flows,
+        "/debug/connections": connections,
+        "/debug/tables": tables,
+    }

@@ -1,0 +1,465 @@
+"""The node's one owner of state: the mesh as the controller tells it and the pods as the runtime attaches them.
+
+It brings the kernel and the proxies to agree with both. Whatever changes (an update, an ADD, a DEL) is written into the state first and brought into force by one reconciler, so
+that there is one order of events and sixty-four ADDs at once cost little more than one. Who asked waits for the first pass that
+began after its change. What fails is tried again, and fails closed meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from agent import api, processes
+from agent.compiler import EMPTY, Tables, compile_tables
+from agent.identities import Identities, IdentitiesError
+from agent.mesh import Mesh, apply, is_ipv4
+from agent.namespaces import Namespaces
+from agent.pods import Attachment, AttachmentKey, Pods, PodsError, Refusal, Sandbox
+from agent.programmer import Outcome, PodSpec, Programmer
+from agent.proxies import Proxies
+from agent.storage import Storage
+from agent.sweeper import Sweeper
+from cni import protocol
+from common import logs
+from common.tasks import Tasks
+from controlplane.api import ResourceError, Update, Workload, decode_update, encode
+
+_log = logs.get(__name__)
+
+#: Seconds that an ADD waits for the controller to speak of its pod; the whole request has a little more.
+WORKLOAD_TIMEOUT = 10.0
+#: Seconds until what failed is tried again.
+RETRY = 3.0
+
+MESH_FILE = "mesh.msgpack"
+IDENTITIES_FILE = "identities.json"
+PODS_FILE = "pods.json"
+
+
+class Node:
+    """See the module. All methods belong to the event loop's thread."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        storage: Storage,
+        programmer: Programmer,
+        namespaces: Namespaces,
+        sweeper: Sweeper,
+        boot: str,
+    ) -> None:
+        """``boot`` tells one boot of the machine from the next: pods do not outlive it."""
+        self.name = name
+        self.mesh = Mesh()
+        self.tables: Tables = EMPTY
+        self.numbers = Identities()
+        self.pods = Pods()
+        self.proxies: Proxies | None = None
+        self._storage = storage
+        self._programmer = programmer
+        self._namespaces = namespaces
+        self._sweeper = sweeper
+        self._boot = boot
+        self._host_netns = processes.netns_inode_of("self")
+        self._tasks = Tasks()
+        self._mesh_changed = asyncio.Event()
+        self._dirty = asyncio.Event()
+        self._waiting: list[asyncio.Future[Outcome]] = []
+        self._told: dict[int, api.Enroll] = {}  # by netns cookie: what proxies were told
+        self._unsaved = asyncio.Event()
+        self._last = Outcome()
+
+    # Life
+
+    async def start(self) -> None:
+        """Load the last good state, adopt the pods that still live, bring the kernel to agree, and go on reconciling."""
+        self._load()
+        await self._adopt()
+        self._tasks.start(self._reconcile(), name="reconcile")
+        self._tasks.start(self._save(), name="save mesh")
+        await self._settled()
+
+    async def stop(self) -> None:
+        """Leave the kernel and the proxies as they are: an agent that ends is one that is replaced."""
+        await self._tasks.cancel()
+        if self._unsaved.is_set():
+            self._save_mesh(self.mesh.snapshot())
+
+    @property
+    def problem(self) -> str:
+        """Why the node is not as it should be; empty when it is."""
+        if not self.mesh.known:
+            return "the controller has not said anything yet"
+        if not self._last.clean:
+            return self._last.text()
+        return ""
+
+    # Controller
+
+    async def apply(self, update: Update) -> tuple[ResourceError, ...]:
+        """Bring an update into force; gives what of it is not."""
+        self.mesh, errors = apply(self.mesh, update)
+        changed, self._mesh_changed = self._mesh_changed, asyncio.Event()
+        changed.set()
+        outcome = await self._settled()
+        self._unsaved.set()
+        return errors + outcome.resources
+
+    # CNI
+
+    async def add(self, attachment: Attachment, netns: int) -> None:
+        """Attach a pod; on return the kernel enforces what the mesh says of it.
+
+        :param netns: its network namespace, still the caller's.
+        :raises Refusal: it is not attached.
+        """
+        cookie, inode = await self._look_at(attachment, netns)
+        workload = await self._workload(attachment)
+        if workload.enrolled and not any(is_ipv4(address) for address in attachment.addresses):
+            raise Refusal(
+                protocol.ERR_REFUSED,
+                f"pod {workload.namespace}/{workload.name} is in the mesh and has no IPv4 address",
+                f"addresses: {', '.join(attachment.addresses) or 'none'}",
+            )
+        attachment = msgspec.structs.replace(attachment, netns_cookie=cookie, netns_inode=inode)
+        before = self.pods.get(attachment.key)
+        self._namespaces.hold(cookie, netns)
+        self.pods.put(attachment)
+        self._save_pods()
+        if before is not None and before.netns_cookie != cookie:
+            await self._forget(before)
+        outcome = await self._settled()
+        if reason := outcome.pods.get(cookie):
+            await self.delete(attachment.key)
+            raise Refusal(protocol.ERR_TRY_AGAIN, "the kernel could not be programmed for the pod", reason)
+        _log.info(
+            "pod attached",
+            pod=f"{workload.namespace}/{workload.name}",
+            uid=workload.uid,
+            addresses=",".join(attachment.addresses),
+            enrolled=workload.enrolled,
+        )
+
+    async def delete(self, key: AttachmentKey) -> None:
+        """Undo an ADD, if there was one.
+
+        :raises Refusal: something of it is still there; it will be tried again.
+        """
+        attachment = self.pods.remove(key)
+        if attachment is None:
+            return
+        self._save_pods()
+        await self._forget(attachment)
+        outcome = await self._settled()
+        if reason := outcome.pods.get(attachment.netns_cookie):
+            raise Refusal(protocol.ERR_TRY_AGAIN, "the pod could not be removed from the kernel", reason)
+        _log.info(
+            "pod detached", pod=f"{attachment.pod_namespace}/{attachment.pod_name}", uid=attachment.pod_uid
+        )
+
+    async def check(self, attachment: Attachment, netns: int) -> None:
+        """Look whether what ADD installed is there; changes nothing.
+
+        :raises Refusal: something is missing.
+        """
+        known = self.pods.get(attachment.key)
+        if known is None:
+            raise Refusal(
+                protocol.ERR_UNKNOWN_CONTAINER,
+                f"{attachment.container_id} {attachment.ifname} was never added",
+            )
+        if os.fstat(netns).st_ino != known.netns_inode:
+            raise Refusal(
+                protocol.ERR_INVALID_ENVIRONMENT,
+                f"CNI_NETNS: {attachment.netns_path} is not the namespace of ADD",
+            )
+        missing = [] if known.netns_cookie not in self._told else self._programmer.missing(known.netns_cookie)
+        workload = self.mesh.workloads.get(known.pod_uid)
+        if workload is not None and workload.enrolled and known.netns_cookie not in self._told:
+            missing.append(self._last.pods.get(known.netns_cookie, "not enrolled yet"))
+        if missing:
+            raise Refusal(
+                protocol.ERR_TRY_AGAIN,
+                f"missing for pod {known.pod_namespace}/{known.pod_name}: {', '.join(missing)}",
+            )
+
+    async def collect(self, network: str, valid: frozenset[AttachmentKey]) -> None:
+        """Remove every attachment of a network that is not in ``valid``.
+
+        :raises Refusal: some could not be removed; the others are.
+        """
+        failed = []
+        for attachment in self.pods:
+            if attachment.network == network and attachment.key not in valid:
+                try:
+                    await self.delete(attachment.key)
+                except Refusal as refusal:
+                    failed.append(
+                        f"{attachment.container_id} {attachment.ifname}: {refusal.details or refusal.message}"
+                    )
+        if failed:
+            raise Refusal(protocol.ERR_TRY_AGAIN, "not all could be removed", "; ".join(failed))
+
+    async def status(self) -> None:
+        """:raises Refusal: an ADD would fail now, and why."""
+        if not self.mesh.known:
+            raise Refusal(protocol.ERR_NOT_AVAILABLE, "not ready for pods", self.problem)
+        if full := self._programmer.full():
+            raise Refusal(protocol.ERR_NOT_AVAILABLE, "no room for another pod", f"full: {', '.join(full)}")
+
+    # Proxies (agent.proxies.Enrolled)
+
+    def enrolled(self) -> Sequence[api.Enroll]:
+        """The pods that proxies carry, without listeners."""
+        return tuple(self._told.values())
+
+    def pod_namespaces(self) -> Collection[int]:
+        return {attachment.netns_inode for attachment in self.pods}
+
+    # Within
+
+    async def _look_at(self, attachment: Attachment, netns: int) -> tuple[int, int]:
+        inode = os.fstat(netns).st_ino
+        if inode == self._host_netns:
+            raise Refusal(
+                protocol.ERR_INVALID_ENVIRONMENT, "CNI_NETNS: this is the node's own namespace, not a pod's"
+            )
+        try:
+            cookie, interfaces = await self._namespaces.look(netns)
+        except OSError as error:
+            raise Refusal(
+                protocol.ERR_INVALID_ENVIRONMENT,
+                f"CNI_NETNS: {attachment.netns_path} cannot be entered",
+                str(error),
+            ) from None
+        if attachment.ifname not in interfaces:
+            raise Refusal(
+                protocol.ERR_INVALID_ENVIRONMENT,
+                f"CNI_IFNAME: the pod has no interface {attachment.ifname}",
+                f"it has {', '.join(interfaces)}",
+            )
+        return cookie, inode
+
+    async def _workload(self, attachment: Attachment) -> Workload:
+        """The workload of a pod, waiting for the controller to speak of it.
+
+        :raises Refusal: it does not, or speaks of another.
+        """
+        uid = attachment.pod_uid
+        if not uid:
+            raise Refusal(protocol.ERR_REFUSED, "pod cannot be identified: it has no UID")
+        try:
+            async with asyncio.timeout(WORKLOAD_TIMEOUT):
+                while (workload := self.mesh.workloads.get(uid)) is None:
+                    await self._mesh_changed.wait()
+        except TimeoutError:
+            said = (
+                "the controller has not said anything yet"
+                if not self.mesh.known
+                else "the controller does not know it"
+            )
+            raise Refusal(
+                protocol.ERR_TRY_AGAIN,
+                f"pod {attachment.pod_namespace}/{attachment.pod_name} ({uid}) is not known",
+                f"{said}, {WORKLOAD_TIMEOUT:g} s long",
+            ) from None
+        if workload.node != self.name:
+            raise Refusal(
+                protocol.ERR_REFUSED,
+                f"pod {uid} belongs to node {workload.node!r}",
+                f"this node is {self.name!r}",
+            )
+        for field, given, known in (
+            ("K8S_POD_NAMESPACE", attachment.pod_namespace, workload.namespace),
+            ("K8S_POD_NAME", attachment.pod_name, workload.name),
+        ):
+            if given and given != known:
+                raise Refusal(
+                    protocol.ERR_REFUSED, f"CNI_ARGS: {field} is {given!r}, but pod {uid} has {known!r}"
+                )
+        return workload
+
+    async def _forget(self, attachment: Attachment) -> None:
+        """An attachment has left the book: if it was its namespace's last, nothing of ours keeps that alive."""
+        cookie = attachment.netns_cookie
+        if any(other.netns_cookie == cookie for other in self.pods):
+            return
+        self._namespaces.release(cookie)
+        self._told.pop(cookie, None)
+        if self.proxies is not None:
+            await self.proxies.withdraw(attachment.pod_uid, cookie)
+
+    async def _settled(self) -> Outcome:
+        """Wait for the first pass that begins from now on."""
+        waiter: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        self._dirty.set()
+        return await waiter
+
+    async def _reconcile(self) -> None:
+        loop = asyncio.get_running_loop()
+        retry: asyncio.TimerHandle | None = None
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            waiting, self._waiting = self._waiting, []
+            if retry is not None:
+                retry.cancel()
+                retry = None
+            try:
+                outcome = await self._pass()
+            except Exception as error:
+                _log.exception("reconciling failed")
+                reason = f"{type(error).__name__}: {error}"
+                outcome = Outcome(
+                    resources=(ResourceError("", reason),), pods=dict.fromkeys(self.pods.sandboxes(), reason)
+                )
+            if not outcome.clean:
+                if outcome.text() != self._last.text():
+                    _log.error("node is not as it should be", reason=outcome.text(), retry_s=RETRY)
+                retry = loop.call_later(RETRY, self._dirty.set)
+            elif not self._last.clean:
+                _log.info("node is as it should be again")
+            self._last = outcome
+            for waiter in waiting:
+                if not waiter.done():
+                    waiter.set_result(outcome)
+
+    async def _pass(self) -> Outcome:
+        """Bring the kernel and the proxies to agree with the state as it is now."""
+        mesh = self.mesh
+        sandboxes = self.pods.sandboxes()
+        if not mesh.known:
+            # Nothing is known, so nothing is changed: what a predecessor left in the kernel goes on to hold.
+            return Outcome()
+        attached: dict[str, tuple[str, ...]] = {}
+        for sandbox in sandboxes.values():
+            attached[sandbox.uid] = attached.get(sandbox.uid, ()) + sandbox.addresses
+        tables = compile_tables(mesh, node=self.name, attached=attached, numbers=self.numbers)
+        if self.numbers.dirty:
+            self._storage.write(IDENTITIES_FILE, self.numbers.dump())
+        specs = {
+            cookie: PodSpec(sandbox.uid, cookie, _first_ipv4(sandbox), tables.identities.get(sandbox.uid, 0))
+            for cookie, sandbox in sandboxes.items()
+            if self._is_enrolled(mesh, sandbox)
+        }
+        gone = {cookie for cookie, sandbox in sandboxes.items() if sandbox.uid not in mesh.workloads}
+        outcome = await self._programmer.program(tables, specs, sealed=gone)
+        self.tables = tables
+        if outcome.verdicts_changed:
+            self._tasks.start(self._sweeper.sweep(), name="sweep")
+        await self._tell(mesh, {cookie: sandboxes[cookie] for cookie in specs if cookie not in outcome.pods})
+        return outcome
+
+    def _is_enrolled(self, mesh: Mesh, sandbox: Sandbox) -> bool:
+        workload = mesh.workloads.get(sandbox.uid)
+        return workload is not None and workload.enrolled and _first_ipv4(sandbox) != ""
+
+    async def _tell(self, mesh: Mesh, enrolled: Mapping[int, Sandbox]) -> None:
+        """Tell the proxies what has changed since they were told last."""
+        for cookie in [cookie for cookie in self._told if cookie not in enrolled]:
+            pod = self._told.pop(cookie)
+            if self.proxies is not None:
+                await self.proxies.withdraw(pod.uid, cookie)
+        for cookie, sandbox in enrolled.items():
+            workload = mesh.workloads[sandbox.uid]
+            pod = api.Enroll(
+                uid=workload.uid,
+                netns_cookie=cookie,
+                address=_first_ipv4(sandbox),
+                namespace=workload.namespace,
+                name=workload.name,
+                service_account=workload.service_account,
+                identity=workload.identity,
+                workload_name=workload.workload_name,
+                app=workload.app,
+                version=workload.version,
+            )
+            if self._told.get(cookie) != pod:
+                self._told[cookie] = pod
+                if self.proxies is not None:
+                    await self.proxies.enroll(pod)
+
+    def _load(self) -> None:
+        if (data := self._storage.read(IDENTITIES_FILE)) is not None:
+            try:
+                self.numbers = Identities.load(data)
+            except IdentitiesError as error:
+                self._storage.set_aside(IDENTITIES_FILE, str(error))
+                data = None
+        if data is None and self._programmer.programmed:
+            # Numbers of a predecessor are in the kernel, and nobody knows whose they are: none of them may come again.
+            self.numbers = Identities(first=int(time.time()))
+        if (data := self._storage.read(MESH_FILE)) is not None:
+            try:
+                self.mesh, errors = apply(Mesh(), decode_update(data))
+            except msgspec.DecodeError as error:
+                self._storage.set_aside(MESH_FILE, str(error))
+            else:
+                for bad in errors:
+                    _log.error("last good state is not all good", resource=bad.key, reason=bad.reason)
+                _log.info(
+                    "last good state loaded",
+                    version=self.mesh.version[:12],
+                    resources=len(self.mesh.resources),
+                )
+        if (data := self._storage.read(PODS_FILE)) is not None:
+            try:
+                book = msgspec.json.decode(data, type=_PodsFile)
+                if book.boot == self._boot:
+                    self.pods = Pods.load(bytes(book.pods))
+            except (msgspec.DecodeError, PodsError) as error:
+                self._storage.set_aside(PODS_FILE, str(error))
+
+    async def _adopt(self) -> None:
+        """Find the namespaces of the pods that a predecessor attached; forget the pods that have gone meanwhile."""
+        changed = False
+        for attachment in self.pods:
+            if not await self._namespaces.find(
+                attachment.netns_cookie, attachment.netns_inode, Path(attachment.netns_path)
+            ):
+                _log.info(
+                    "pod has gone while no agent ran", pod=f"{attachment.pod_namespace}/{attachment.pod_name}"
+                )
+                self.pods.remove(attachment.key)
+                changed = True
+        if changed:
+            self._save_pods()
+
+    def _save_pods(self) -> None:
+        self._storage.write(
+            PODS_FILE, msgspec.json.encode(_PodsFile(self._boot, msgspec.Raw(self.pods.dump())))
+        )
+
+    async def _save(self) -> None:
+        """Keep the last good state on disk; the file is large and may be a few changes behind, never torn."""
+        while True:
+            await self._unsaved.wait()
+            self._unsaved.clear()
+            snapshot = self.mesh.snapshot()
+            try:
+                await asyncio.to_thread(self._save_mesh, snapshot)
+            except OSError as error:
+                _log.error(
+                    "last good state cannot be written", folder=str(self._storage.folder), reason=str(error)
+                )
+            await asyncio.sleep(0.2)
+
+    def _save_mesh(self, snapshot: Update) -> None:
+        self._storage.write(MESH_FILE, encode(snapshot))
+
+
+class _PodsFile(msgspec.Struct):
+    boot: str
+    pods: msgspec.Raw
+
+
+def _first_ipv4(sandbox: Sandbox) -> str:
+    return next((address for address in sandbox.addresses if is_ipv4(address)), "")

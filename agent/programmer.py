@@ -1,0 +1,201 @@
+"""Writes the compiled tables into the kernel: only what differs, in an order that never opens a gap.
+
+Owns the knowledge of what the kernel has. It begins with what a predecessor left there, so a restarted agent changes only what
+changed meanwhile. What cannot be written is reported and counts as not written, so that the next pass tries again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from agent import kernel as facade
+from agent.compiler import PolicyTable, ServiceEntry, Tables
+from agent.kernel import Kernel, KernelError, MapFullError
+from agent.namespaces import Namespaces
+from controlplane.api import ResourceError
+
+#: Namespace operations and policy swaps at one time: each may wait for tens of milliseconds in the kernel.
+_PARALLEL = 8
+
+_EMPTY_POLICY: PolicyTable = {}
+
+
+class PodSpec(NamedTuple):
+    """A pod that the kernel is to have."""
+
+    uid: str
+    netns_cookie: int
+    address: str
+    identity: int
+
+
+@dataclass
+class Outcome:
+    """What came of a pass. ``pods``: reason by netns cookie of those that are not as they should be."""
+
+    resources: tuple[ResourceError, ...] = ()
+    pods: dict[int, str] = field(default_factory=dict)
+    #: Verdicts of pods that were there before have changed: established connections are to be judged again.
+    verdicts_changed: bool = False
+
+    @property
+    def clean(self) -> bool:
+        return not self.resources and not self.pods
+
+    def text(self) -> str:
+        reasons = [f"{e.key}: {e.reason}" if e.key else e.reason for e in self.resources]
+        known = {e.reason for e in self.resources}
+        reasons += [f"pod in namespace {cookie}: {r}" for cookie, r in self.pods.items() if r not in known]
+        return "; ".join(reasons)
+
+
+class _Policy(NamedTuple):
+    generation: int
+    table: PolicyTable
+
+
+class Programmer:
+    """One caller at a time (the reconciler); the kernel is touched by nobody else in the ways that this does."""
+
+    def __init__(self, kernel: Kernel, namespaces: Namespaces) -> None:
+        self._kernel = kernel
+        self._namespaces = namespaces
+        self._pods: dict[int, facade.Pod] = kernel.pods()
+        self._policies: dict[int, _Policy] = {}
+        for cookie in self._pods:
+            if (policy := kernel.policy(cookie)) is not None:
+                self._policies[cookie] = _Policy(*policy)
+        of_pods = {pod.address for pod in self._pods.values()}
+        self._peers = {a: peer for a, peer in kernel.peers().items() if a not in of_pods}
+        self._services = {
+            key: (l7, tuple(sorted(backends))) for key, (l7, backends) in kernel.services().items()
+        }
+
+    @property
+    def programmed(self) -> Collection[int]:
+        """Netns cookies of the pods that the kernel has."""
+        return self._pods.keys()
+
+    async def program(
+        self, tables: Tables, specs: Mapping[int, PodSpec], *, sealed: Collection[int]
+    ) -> Outcome:
+        """Make the kernel agree.
+
+        :param specs: the enrolled pods by netns cookie.
+        :param sealed: pods that still run and that nobody knows any more: those that the kernel has stay captured, and
+            nobody may connect to them.
+        """
+        outcome = Outcome()
+        errors: list[ResourceError] = []
+        slots = asyncio.Semaphore(_PARALLEL)
+        kept = specs.keys() | (set(sealed) & self._pods.keys())
+        await asyncio.gather(
+            *(self._remove_pod(cookie, slots, outcome) for cookie in self._pods.keys() - kept)
+        )
+        # Before pods and services that lead to them: who has an address decides between capture and plain text.
+        addresses = {spec.address for spec in specs.values()} | {p.address for p in self._pods.values()}
+        peers = {a: peer for a, peer in tables.peers.items() if a not in addresses}
+        for address, peer in peers.items():
+            told = facade.Peer(peer.local, peer.enrolled, peer.identity)
+            if self._peers.get(address) != told:
+                try:
+                    self._kernel.set_peer(address, told)
+                    self._peers[address] = told
+                except (KernelError, MapFullError, ValueError) as error:
+                    errors.append(ResourceError(f"workload/{peer.uid}", f"address {address}: {error}"))
+        await asyncio.gather(
+            *(
+                self._program_pod(spec, tables.policies.get(spec.uid, _EMPTY_POLICY), slots, outcome, errors)
+                for spec in specs.values()
+            ),
+            *(self._seal(cookie, slots, outcome) for cookie in kept - specs.keys()),
+        )
+        errors += self._program_services(tables.services)
+        for address in self._peers.keys() - peers.keys():
+            try:
+                self._kernel.remove_peer(address)
+                del self._peers[address]
+            except KernelError as error:
+                errors.append(ResourceError("", f"address {address}: {error}"))
+        outcome.resources = tuple(errors)
+        return outcome
+
+    def missing(self, netns_cookie: int) -> list[str]:
+        """What the kernel lacks of a pod that was programmed, in words."""
+        if netns_cookie not in self._pods:
+            return ["the pod's entry"]
+        try:
+            return self._kernel.missing(netns_cookie, self._namespaces.fd(netns_cookie))
+        except KeyError:
+            return ["the pod's namespace"]
+
+    def full(self) -> list[str]:
+        """The maps that have no room for another element."""
+        return [name for name, pressure in self._kernel.pressure().items() if pressure.used >= pressure.size]
+
+    async def _program_pod(
+        self,
+        spec: PodSpec,
+        table: PolicyTable,
+        slots: asyncio.Semaphore,
+        outcome: Outcome,
+        errors: list[ResourceError],
+    ) -> None:
+        cookie = spec.netns_cookie
+        pod = facade.Pod(cookie, spec.address, spec.identity)
+        try:
+            async with slots:
+                if self._pods.get(cookie) != pod:
+                    await asyncio.to_thread(self._kernel.add_pod, pod, self._namespaces.fd(cookie))
+                    self._pods[cookie] = pod
+                    self._peers.pop(pod.address, None)
+                await self._set_policy(cookie, table, outcome)
+        except (KernelError, OSError, ValueError, KeyError) as error:
+            reason = str(error) if not isinstance(error, KeyError) else "its namespace is gone"
+            outcome.pods[cookie] = reason
+            errors.append(ResourceError(f"workload/{spec.uid}", reason))
+
+    async def _seal(self, cookie: int, slots: asyncio.Semaphore, outcome: Outcome) -> None:
+        try:
+            async with slots:
+                await self._set_policy(cookie, _EMPTY_POLICY, outcome)
+        except (KernelError, OSError, ValueError) as error:
+            outcome.pods[cookie] = str(error)
+
+    async def _set_policy(self, cookie: int, table: PolicyTable, outcome: Outcome) -> None:
+        old = self._policies.get(cookie)
+        if old is not None and old.table == table:
+            return
+        generation = 1 if old is None else old.generation % 0xFFFFFFFF + 1
+        await asyncio.to_thread(self._kernel.set_policy, cookie, table, generation)
+        self._policies[cookie] = _Policy(generation, table)
+        outcome.verdicts_changed |= old is not None
+
+    async def _remove_pod(self, cookie: int, slots: asyncio.Semaphore, outcome: Outcome) -> None:
+        try:
+            async with slots:
+                await asyncio.to_thread(self._kernel.remove_pod, cookie)
+        except (KernelError, OSError) as error:
+            outcome.pods[cookie] = str(error)
+            return
+        del self._pods[cookie]
+        self._policies.pop(cookie, None)
+
+    def _program_services(self, services: Mapping[tuple[str, int], ServiceEntry]) -> Iterable[ResourceError]:
+        for (address, port), entry in services.items():
+            wanted = (entry.l7, tuple(facade.Backend(*backend) for backend in entry.backends))
+            if self._services.get((address, port)) != wanted:
+                try:
+                    self._kernel.set_service(address, port, wanted[1], l7=entry.l7)
+                    self._services[address, port] = wanted
+                except (KernelError, MapFullError, ValueError) as error:
+                    yield ResourceError(f"service/{entry.service}", f"{address}:{port}: {error}")
+        for address, port in self._services.keys() - services.keys():
+            try:
+                self._kernel.remove_service(address, port)
+                del self._services[address, port]
+            except KernelError as error:
+                yield ResourceError("", f"service at {address}:{port}: {error}")

@@ -1,0 +1,77 @@
+"""Which cgroups have which role in the kernel: our own processes, the prober's, a real Envoy's.
+
+Owns the rule that a cgroup has one role, so that no process gets another's exemptions by sharing its cgroup.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from agent import api, processes
+from agent.kernel import Kernel, KernelError, MapFullError
+from agent.proxies import ProxyRefused
+from bpf.wire import Role
+from common import logs
+
+_log = logs.get(__name__)
+
+_OF_PROXIES = {api.Role.NODEPROXY: Role.NODEPROXY, api.Role.L7PROXY: Role.L7PROXY}
+
+
+class RoleError(Exception):
+    """A cgroup cannot have the role."""
+
+
+class Roles:
+    """The map ``roles``."""
+
+    def __init__(self, kernel: Kernel, *, own: processes.Cgroup | None, hierarchy: Path) -> None:
+        """``own`` is the agent's cgroup, ``hierarchy`` the node's part of the cgroup hierarchy."""
+        self._kernel = kernel
+        self._own = own
+        self._hierarchy = hierarchy
+        self._fixed: dict[int, Role] = {}
+
+    def forget_gone(self) -> None:
+        """Remove the roles of cgroups that are no more (proxies of an earlier time)."""
+        alive = {os.stat(folder).st_ino for folder, _, _ in os.walk(self._hierarchy)}
+        for cgroup_id, role in self._kernel.roles().items():
+            if cgroup_id not in alive:
+                self._kernel.set_role(cgroup_id, Role.NONE)
+                _log.debug("role of a cgroup that is gone removed", cgroup_id=cgroup_id, role=role.name)
+
+    def fix(self, cgroup: processes.Cgroup, role: Role) -> None:
+        """Give a role that the command line names.
+
+        :raises RoleError: the cgroup has another, or the kernel refuses.
+        """
+        self._give(cgroup, role)
+        self._fixed[cgroup.id] = role
+
+    def register(self, role: api.Role, cgroup: processes.Cgroup) -> None:
+        """Give a proxy's cgroup its role.
+
+        :raises ProxyRefused: it must not have it.
+        """
+        try:
+            self._give(cgroup, _OF_PROXIES[role])
+        except RoleError as error:
+            raise ProxyRefused(str(error)) from None
+
+    def _give(self, cgroup: processes.Cgroup, role: Role) -> None:
+        if self._own is not None and cgroup.id == self._own.id:
+            raise RoleError(f"cgroup {cgroup.path} is the agent's: each process needs one of its own")
+        if cgroup.id == 1:
+            raise RoleError("the root cgroup can have no role: others run in it too")
+        fixed = self._fixed.get(cgroup.id, role)
+        if fixed is not role:
+            raise RoleError(f"cgroup {cgroup.path} has the role {fixed.name.lower()} already")
+        before = self._kernel.roles().get(cgroup.id, Role.NONE)
+        if before not in (Role.NONE, role):
+            # Of an earlier time: what runs there now is what counts, and it is one of ours.
+            _log.warning("cgroup changes its role", cgroup=str(cgroup.path), old=before.name, new=role.name)
+        try:
+            self._kernel.set_role(cgroup.id, role)
+        except (KernelError, MapFullError) as error:
+            raise RoleError(f"cgroup {cgroup.path}: {error}") from None
