@@ -69,6 +69,7 @@ class Lab:
         self._arguments = dict(arguments or {})
         self._log_level = log_level
         self._outsiders = itertools.count(100)
+        self._barriers = itertools.count(1)
         self._stack = contextlib.ExitStack()
         self._holders: list[subprocess.Popen[str]] = []
         self._nodes: dict[str, Node] = {}
@@ -524,11 +525,43 @@ class Lab:
         """Wait for something to become true. :raises LabError: it did not."""
         wait_until(condition, timeout, what, interval=interval, explain=explain)
 
-    def settle(self, timeout: float = 5.0) -> None:
-        """Wait until everything that was written is in force on every node, or refused with a reason."""
+    def settle(self, timeout: float = 10.0) -> None:
+        """Wait until everything that was written is in force on every node, or refused with a reason.
+
+        A Service that nobody dials marks the end of what was written: once the controller has it, it has all before it.
+        """
         if not self.mesh:
             return
-        raise NotImplementedError
+        number = next(self._barriers)
+        self.cluster.service(
+            "lab-barrier",
+            namespace="lab-barrier",
+            selector={"app": "lab-barrier"},
+            ports=[{"name": "tcp", "port": number, "protocol": "TCP"}],
+            address="10.96.255.254",
+        )
+
+        def compiled() -> bool:
+            for resource in self.get_json("controlplane", path="/debug/snapshot")["resources"]:
+                if resource.get("type") == "service" and resource["name"] == "lab-barrier":
+                    return bool(resource["ports"][0]["port"] == number)
+            return False
+
+        wait_until(compiled, timeout, "the controller has read what was written")
+        wait_until(
+            lambda: not self._behind(), timeout, "every node has what was written", explain=self._behind
+        )
+
+    def _behind(self) -> list[str]:
+        """Processes that do not have what the controller serves."""
+        page = self.get_json("controlplane", path="/debug/clients")
+        acked = {(client["node"], client["component"]): client["version_acked"] for client in page["clients"]}
+        return [
+            f"{process.name} has {acked.get((node.name, component), 'no stream')[:12]}, not {page['version'][:12]}"
+            for node in self.nodes
+            for component, process in node.processes.items()
+            if process.running and acked.get((node.name, component)) != page["version"]
+        ]
 
     def processes_of(self, node: str, component: str) -> list[int]:
         """Process ids of a component and its children."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -55,6 +58,13 @@ class Totals:
         )
 
 
+def settled(read: Callable[[], Totals], expected: Totals) -> Totals:
+    """What is read, once it is as expected or stays otherwise. Figures that go beyond it do not come back."""
+    eventually(lambda: read() == expected)
+    time.sleep(0.2)
+    return read()
+
+
 def scrapes(lab: Lab) -> list[Metrics]:
     return [lab.metrics(node.name, component) for node in lab.nodes for component in ("agent", "nodeproxy")]
 
@@ -91,16 +101,15 @@ def test_counts_are_what_applications_wrote_and_read(lab: Lab, world: World, whe
         # While they are open: nothing is closed, every byte is counted.
         open_now = Totals(opened=5, closed=0, received=written, sent=read)
         for reporter in ("source", "destination"):
-            eventually(lambda reporter=reporter: since(reporter) == open_now)
-            assert since(reporter) == open_now, reporter
+            assert settled(partial(since, reporter), open_now) == open_now, reporter
         for number in range(3):
             talker.close(f"{number}")
         for reporter in ("source", "destination"):
-            eventually(lambda reporter=reporter: since(reporter).closed == 3)
-            assert since(reporter) == Totals(5, 3, written, read), reporter
+            now = Totals(5, 3, written, read)
+            assert settled(partial(since, reporter), now) == now, reporter
     for reporter in ("source", "destination"):
-        eventually(lambda reporter=reporter: since(reporter).closed == 5)
-        assert since(reporter) == Totals(5, 5, written, read), reporter
+        now = Totals(5, 5, written, read)
+        assert settled(partial(since, reporter), now) == now, reporter
     # And that is what the server saw.
     assert eventually(lambda: len(events(server, "close")) == seen_before + 5)
     seen = events(server, "close")[seen_before:]
@@ -121,8 +130,7 @@ def test_half_a_conversation_is_counted_exactly(lab: Lab, world: World, where: s
             talker("send", text="x" * 10_000)
         expected = Totals(1, 0, 200_000, 0)
         for reporter in ("source", "destination"):
-            eventually(lambda reporter=reporter: totals(lab, reporter, client, mute) == expected)
-            assert totals(lab, reporter, client, mute) == expected, reporter
+            assert settled(partial(totals, lab, reporter, client, mute), expected) == expected, reporter
     mute.delete()
 
 

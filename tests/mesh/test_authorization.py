@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -115,7 +116,7 @@ EVERYBODY = {"alice", "bob", "carol"}
     ],
 )
 def test_who_gets_through(
-    lab: Lab, world: World, where: str, policies: list[tuple[str, list[dict]]], expected: set[str]
+    lab: Lab, world: World, where: str, policies: list[tuple[str, list[dict[str, Any]]]], expected: set[str]
 ):
     for number, (action, rules) in enumerate(policies):
         lab.apply(

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,10 @@ def witness(lab: Lab, pod: Pod) -> Iterator[Place]:
         holder.wait()
 
 
+def lacks(place: Place, interface: str) -> bool:
+    return interface not in place.run(["ip", "-o", "link"]).stdout
+
+
 def test_after_del_nothing_of_ours_keeps_the_namespace_alive(lab: Lab, server: Pod):
     for node in ("node1", "node2"):
         pod = echo_server(lab, f"leaving-{node}", node=node, namespace=NAMESPACE, service_account="trusted")
@@ -141,11 +146,7 @@ def test_after_del_nothing_of_ours_keeps_the_namespace_alive(lab: Lab, server: P
             client.delete()
         with witness(lab, pod) as place:
             pod.delete()
-            wait_until(
-                lambda place=place: "canary" not in place.run(["ip", "-o", "link"]).stdout,
-                5,
-                f"the namespace of {pod.name} is freed",
-            )
+            wait_until(partial(lacks, place, "canary"), 5, f"the namespace of {pod.name} is freed")
 
 
 def test_processes_hold_no_descriptors_of_pods_that_are_gone(lab: Lab):
