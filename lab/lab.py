@@ -455,7 +455,8 @@ class Lab:
         self, *arguments: str, timeout: float = 30.0, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run the ``mycel`` command beside the controller."""
-        command = [str(Path(sys.executable).parent / "mycel"), *arguments]
+        controller = f"MYCEL_CONTROLLER={CONTROL_ADDRESS}:{ADMIN_PORTS['controlplane']}"
+        command = ["/usr/bin/env", controller, str(Path(sys.executable).parent / "mycel"), *arguments]
         return self.control.run(command, timeout=timeout, check=check)
 
     # -- looking
