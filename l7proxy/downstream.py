@@ -92,6 +92,15 @@ class DownstreamConnection(asyncio.Protocol):
             if self.stream is not None:
                 self.stream.from_tunnel_client(data)
             return
+        if self.stream is None:
+            try:
+                head = self._reader.whole(data)
+            except ProtocolError as error:
+                self._refuse(error)
+                return
+            if head is not None:
+                self._begin(head, complete=head.length == 0)
+                return
         self._reader.feed(data)
         self._pump()
 
@@ -146,7 +155,10 @@ class DownstreamConnection(asyncio.Protocol):
                     head = self._reader.next()
                     if head is None:
                         break
-                    self._begin(cast("RequestHead", head))
+                    complete = cast("RequestHead", head).length == 0
+                    if complete:
+                        self._reader.next()  # its End
+                    self._begin(cast("RequestHead", head), complete=complete)
                 elif stream.request_complete:
                     if self._reader.buffered > PIPELINE_LIMIT:
                         self.hold("pipeline")
@@ -164,11 +176,8 @@ class DownstreamConnection(asyncio.Protocol):
         finally:
             self._pumping = False
 
-    def _begin(self, head: RequestHead) -> None:
+    def _begin(self, head: RequestHead, *, complete: bool) -> None:
         self.requests += 1
-        complete = head.length == 0
-        if complete:
-            self._reader.next()  # its End
         stream = self.stream = Stream(self, head, request_complete=complete)
         stream.start()
 
@@ -191,8 +200,9 @@ class DownstreamConnection(asyncio.Protocol):
 
     def on_stream_done(self, *, close: bool) -> None:
         self.stream = None
-        for reason in ("connection", "upstream", "pipeline"):
-            self.release(reason)
+        if self.held:
+            for reason in tuple(self.held):
+                self.release(reason)
         if self._closing:
             return
         if self._aborting or self._tunnel:
@@ -200,7 +210,7 @@ class DownstreamConnection(asyncio.Protocol):
             self.transport.close()
         elif close or self.proxy.draining:
             self._close_soon()
-        else:
+        elif self._reader.buffered:
             self._pump()
 
     def begin_tunnel(self) -> None:

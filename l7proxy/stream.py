@@ -389,6 +389,14 @@ class Stream:
         )
         self._out.append(data)
 
+    def on_response(self, head: ResponseHead, body: bytes) -> None:
+        """A complete response at once."""
+        self.on_response_head(head)
+        if self.state == State.RESPONDING:
+            if body:
+                self.on_response_data(body)
+            self.on_response_end(())
+
     def on_response_data(self, data: bytes) -> None:
         self.record.sent += len(data)
         self._out.append(headers.chunk(data) if self._chunked else data)

@@ -95,6 +95,11 @@ class UpstreamConnection(asyncio.Protocol):
             stream.on_tunnel_data(data)
             return
         reader = self._reader
+        whole = reader.whole(data)
+        if whole is not None:
+            self._keep_alive = whole[0].keep_alive
+            stream.on_response(whole[0], whole[1])
+            return
         reader.feed(data)
         try:
             while (event := reader.next()) is not None:

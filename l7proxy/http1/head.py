@@ -15,9 +15,9 @@ Fields = tuple[tuple[bytes, bytes], ...]
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 # RFC 9110, section 5.5: VCHAR, SP, HTAB and obs-text; no other control character, hence no bare CR, LF or NUL.
-_FIELD = rb"(?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)"
-_FIELDS_BLOCK = re.compile(_FIELD + rb"*")
-_FIELD_PAIR = re.compile(rb"(" + _TOKEN + rb"):[\t ]*([^\r]*?)[\t ]*\r\n")
+_FIELD = rb"(?:" + _TOKEN + rb"+:[\t\x20-\x7e\x80-\xff]*+\r\n)"
+_FIELDS_BLOCK = re.compile(_FIELD + rb"*+")
+_FIELD_PAIR = re.compile(rb"([^:]+):[\t ]*([^\r]*)\r\n")  # of a block that is known to be valid
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/(\d)\.(\d)\r\n")
 _STATUS_LINE = re.compile(rb"HTTP/(\d)\.(\d) ([1-9]\d\d)(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n")
 # RFC 3986, section 3.2: host with an optional port, no user information.
@@ -46,6 +46,10 @@ HOP_BY_HOP = frozenset(
         b"http2-settings",
     }
 )
+#: Fields that say something about this message's framing or connection: a request without any of them is a plain one.
+_CONNECTION_FIELDS = HOP_BY_HOP | {b"expect", b"content-length"}
+#: Fields that must not come twice (RFC 9112, sections 3.2 and 6.3).
+_SINGLE = frozenset({b"host", b"content-length"})
 #: A Connection field that names one of these does not make it hop-by-hop: an attacker would take away what others rely on.
 _NEVER_NOMINATED = frozenset(
     {
@@ -106,11 +110,22 @@ class RequestHead:
         self.minor = minor
         self.fields = fields
         self.size = size
-        self.values = _combine(fields)
-        values = self.values
+        values = dict(fields)
+        if len(values) != len(fields):
+            values = _combine(fields)
+        self.values = values
+        self.path, self.host = _target(method, target, minor, values)
+        #: what the router last built of this head: (its key, bytes); see l7proxy.headers
+        self.cached_upstream: tuple[object, bytes] = (None, b"")
+        if _CONNECTION_FIELDS.isdisjoint(values):
+            self.length = 0
+            self.keep_alive = minor == 1
+            self.upgrade = ""
+            self.expects_continue = self.te_trailers = False
+            self.forwarded = b"".join([b"%b: %b\r\n" % pair for pair in fields if pair[0] != b"host"])
+            return
         options = _connection_options(values)
-        self.path, self.host = _target(method, target, minor, fields)
-        self.length = _request_length(method, minor, fields, values)
+        self.length = _request_length(method, minor, values)
         self.keep_alive = b"close" not in options if minor else b"keep-alive" in options
         self.upgrade = ""
         if b"upgrade" in options and minor:
@@ -119,10 +134,8 @@ class RequestHead:
         self.te_trailers = b"trailers" in (
             part.strip().lower() for part in values.get(b"te", b"").split(b",")
         )
-        drop = HOP_BY_HOP | {b"host", b"expect", b"content-length"} | (options - _NEVER_NOMINATED)
+        drop = _CONNECTION_FIELDS | {b"host"} | (options - _NEVER_NOMINATED)
         self.forwarded = b"".join([b"%b: %b\r\n" % pair for pair in fields if pair[0] not in drop])
-        #: what the router last built of this head: (its key, bytes); see l7proxy.headers
-        self.cached_upstream: tuple[object, bytes] = (None, b"")
 
     def __repr__(self) -> str:
         return f"RequestHead({self.method!r}, {self.target!r}, 1.{self.minor}, {self.fields!r})"
@@ -149,10 +162,12 @@ class ResponseHead:
         self.minor = minor
         self.fields = fields
         self.size = size
-        self.values = _combine(fields)
+        self.values = dict(fields)
+        if len(self.values) != len(fields):
+            self.values = _combine(fields)
         options = _connection_options(self.values)
         self.upgrade = self.values.get(b"upgrade", b"").decode("latin-1").strip().lower()
-        self.length = _response_length(status, minor, fields, self.values, method)
+        self.length = _response_length(status, minor, self.values, method)
         self.keep_alive = b"close" not in options if minor else b"keep-alive" in options
         if self.length == UNTIL_CLOSE:
             self.keep_alive = False
@@ -207,6 +222,8 @@ def parse_fields(data: bytes, start: int) -> Fields:
     pairs = _FIELD_PAIR.findall(data, start, end)
     if len(pairs) > MAX_FIELDS:
         raise ProtocolError(f"{len(pairs)} header fields, at most {MAX_FIELDS}", 431)
+    if b" \r\n" in data or b"\t\r\n" in data:
+        return tuple([(name.lower(), value.rstrip(b" \t")) for name, value in pairs])
     return tuple([(name.lower(), value) for name, value in pairs])
 
 
@@ -220,6 +237,8 @@ def _combine(fields: Fields) -> dict[bytes, bytes]:
     values: dict[bytes, bytes] = {}
     for name, value in fields:
         if name in values:
+            if name in _SINGLE:
+                raise ProtocolError(f"more than one {name.decode()}")
             values[name] += b"," + value
         else:
             values[name] = value
@@ -233,15 +252,14 @@ def _connection_options(values: dict[bytes, bytes]) -> frozenset[bytes]:
     return frozenset([option.strip().lower() for option in value.split(b",")])
 
 
-def _target(method: bytes, target: bytes, minor: int, fields: Fields) -> tuple[str, str]:
+def _target(method: bytes, target: bytes, minor: int, values: dict[bytes, bytes]) -> tuple[str, str]:
     """Path and authority (RFC 9112, section 3.2)."""
-    hosts = [value for name, value in fields if name == b"host"]
-    if len(hosts) > 1:
-        raise ProtocolError("more than one Host")
-    if not hosts and minor:
-        raise ProtocolError("no Host")
-    host = hosts[0] if hosts else b""
-    if host and not _AUTHORITY.fullmatch(host):
+    host = values.get(b"host")
+    if host is None:
+        if minor:
+            raise ProtocolError("no Host")
+        host = b""
+    elif host and not _AUTHORITY.fullmatch(host):
         raise ProtocolError("invalid Host")
     if method == b"CONNECT":
         if not _AUTHORITY.fullmatch(target) or b":" not in target:
@@ -279,33 +297,26 @@ def _transfer_encoding(minor: int, values: dict[bytes, bytes]) -> bool:
     return True
 
 
-def _content_length(fields: Fields) -> int | None:
-    lengths = [value for name, value in fields if name == b"content-length"]
-    if not lengths:
+def _content_length(values: dict[bytes, bytes]) -> int | None:
+    length = values.get(b"content-length")
+    if length is None:
         return None
-    if len(lengths) > 1:
-        raise ProtocolError("more than one Content-Length")
-    if not _LENGTH.fullmatch(lengths[0]):
+    if not _LENGTH.fullmatch(length):
         raise ProtocolError("invalid Content-Length")
-    return int(lengths[0])
+    return int(length)
 
 
-def _request_length(method: bytes, minor: int, fields: Fields, values: dict[bytes, bytes]) -> int:
-    if _transfer_encoding(minor, values):
-        length = CHUNKED
-    else:
-        length = _content_length(fields) or 0
+def _request_length(method: bytes, minor: int, values: dict[bytes, bytes]) -> int:
+    length = CHUNKED if _transfer_encoding(minor, values) else _content_length(values) or 0
     if method == b"CONNECT" and length:
         raise ProtocolError("CONNECT with a body")
     return length
 
 
-def _response_length(
-    status: int, minor: int, fields: Fields, values: dict[bytes, bytes], method: bytes
-) -> int:
+def _response_length(status: int, minor: int, values: dict[bytes, bytes], method: bytes) -> int:
     """RFC 9112, section 6.3."""
     chunked = _transfer_encoding(minor, values)
-    length = _content_length(fields)
+    length = _content_length(values)
     if status < 200 or status == 204:
         if chunked or length:
             raise ProtocolError(f"status {status} with a body")

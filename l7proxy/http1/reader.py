@@ -207,6 +207,33 @@ class RequestReader(_Reader):
 
     __slots__ = ()
 
+    def whole(self, data: bytes) -> RequestHead | None:
+        """The short way for what most requests are: one read that is exactly one head. None: feed the bytes.
+
+        A request without a body is then complete: there is no End to take.
+
+        :raises ProtocolError: as :meth:`next`.
+        """
+        if self._buffer or self._state != self._head or self.failed:
+            return None
+        head = _requests.get(data)
+        if head is None:
+            if (
+                data.find(b"\r\n\r\n") != len(data) - 4
+                or len(data) < 16
+                or data[0] == 13
+                or len(data) > MAX_HEAD
+            ):
+                return None
+            try:
+                head = request_head(data)
+            except ProtocolError:
+                self.failed = True
+                raise
+        if head.length:
+            self._begin_body(head.length)
+        return head
+
     def next(self) -> RequestEvent | None:
         """The next event, or None: feed more.
 
@@ -241,6 +268,17 @@ class ResponseReader(_Reader):
 
     def expect(self, method: bytes) -> None:
         self._method = method
+
+    def whole(self, data: bytes) -> tuple[ResponseHead, bytes] | None:
+        """The short way for what most responses are: one read that is exactly one final response with a counted body
+        and a head seen before. None: feed the bytes."""
+        if self._buffer or self._state != self._head or self._method == b"HEAD":
+            return None
+        end = data.find(b"\r\n\r\n") + 4
+        head = _responses.get(data[:end])
+        if head is None or head.status < 200 or len(data) - end != head.length:
+            return None
+        return head, data[end:]
 
     def next(self) -> ResponseEvent | None:
         """As :meth:`RequestReader.next`. Interim (1xx) responses are heads too, each followed by End; 101 is not."""
