@@ -1,0 +1,254 @@
+"""What the node proxy counts: ``istio_tcp_*`` with Istio's labels, and one log line for each tunnel at its end.
+
+Owns the records of open tunnels and the totals of closed ones; both come from one record (:class:`Flow`), which is closed
+exactly once. Metrics include open tunnels, so that a long connection is seen while it lasts.
+
+``from_source`` are the bytes that the client's application wrote (Istio's *received*), ``to_source`` those it was sent
+(Istio's *sent*).
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from common import logs
+from nodeproxy.loop import Loop
+
+_log = logs.get("nodeproxy.access")
+
+
+class Reporter(enum.Enum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class Outcome(enum.Enum):
+    """How a tunnel came out; the value is the label ``response_flags`` (as Istio's ambient mode writes it)."""
+
+    OK = "-"
+    DENIED = "DENY"  #: policy
+    UNREACHABLE = "CONNECT"  #: connecting failed, or the peer's application refused
+    TLS = "TLS_FAILURE"  #: the connection between the nodes
+    IDENTITY = "IDENTITY"  #: no certificate, or the peer is not who it has to be
+    TIMEOUT = "TIMEOUT"
+    INVALID = "INVALID"  #: a request or header that makes no sense
+    RESET = "RESET"  #: open, then broken off
+
+
+class Party(NamedTuple):
+    """One end, as the labels name it."""
+
+    workload: str = "unknown"
+    namespace: str = "unknown"
+    principal: str = "unknown"  #: ``spiffe://...``
+    app: str = "unknown"
+    version: str = "unknown"
+
+
+UNKNOWN = Party()
+
+
+class Labels(NamedTuple):
+    reporter: str
+    source_workload: str
+    source_workload_namespace: str
+    source_principal: str
+    source_app: str
+    source_version: str
+    source_canonical_service: str
+    source_canonical_revision: str
+    destination_workload: str
+    destination_workload_namespace: str
+    destination_principal: str
+    destination_app: str
+    destination_version: str
+    destination_canonical_service: str
+    destination_canonical_revision: str
+    destination_service: str
+    destination_service_name: str
+    destination_service_namespace: str
+    request_protocol: str
+    response_flags: str
+    connection_security_policy: str
+
+
+class Counts(Protocol):
+    """The live counters of an open tunnel (``relay.Relay``)."""
+
+    read: int
+    written: int
+
+
+class _Totals:
+    __slots__ = ("closed", "from_source", "opened", "to_source")
+
+    def __init__(self) -> None:
+        self.opened = 0
+        self.closed = 0
+        self.from_source = 0
+        self.to_source = 0
+
+
+class Flow:
+    """One tunnel, from the moment it is asked for."""
+
+    __slots__ = (
+        "addresses", "counts", "destination", "ended", "opened_at", "port", "reporter", "service", "source",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        reporter: Reporter,
+        source: Party,
+        destination: Party,
+        service: tuple[str, str, str],
+        addresses: tuple[str, str],
+        opened_at: float,
+    ) -> None:
+        """One tunnel that is asked for.
+
+        :param service: host, name and namespace of the service that was dialled, empty if none.
+        :param addresses: client and destination, ``ADDRESS:PORT``.
+        """
+        self.reporter = reporter
+        self.source = source
+        self.destination = destination
+        self.service = service
+        self.addresses = addresses
+        self.opened_at = opened_at
+        self.counts: Counts | None = None  #: set while it is open
+        self.ended = False
+
+    @property
+    def from_source(self) -> int:
+        if self.counts is None:
+            return 0
+        return self.counts.read if self.reporter is Reporter.SOURCE else self.counts.written
+
+    @property
+    def to_source(self) -> int:
+        if self.counts is None:
+            return 0
+        return self.counts.written if self.reporter is Reporter.SOURCE else self.counts.read
+
+    def labels(self, outcome: Outcome) -> Labels:
+        s, d = self.source, self.destination
+        host, name, namespace = self.service
+        if not host:
+            # Istio: the workload's own names where no service was dialled.
+            host, name, namespace = d.workload, d.workload, d.namespace
+        return Labels(
+            self.reporter.value,
+            s.workload, s.namespace, s.principal, s.app, s.version, s.app, s.version,
+            d.workload, d.namespace, d.principal, d.app, d.version, d.app, d.version,
+            host, name, namespace,
+            "tcp",
+            outcome.value,
+            "mutual_tls",
+        )  # fmt: skip
+
+
+class Accounting(Collector):
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()  # against the admin server's thread
+        self._totals: dict[Labels, _Totals] = {}
+        self._open: dict[Flow, None] = {}
+
+    def begin(self, flow: Flow) -> None:
+        """A tunnel is asked for; it counts as opened when its outcome is known."""
+        with self._lock:
+            self._open[flow] = None
+
+    def end(self, flow: Flow, outcome: Outcome, detail: str = "") -> None:
+        """It ended, was refused or failed. Only the first call counts."""
+        if flow.ended:
+            return
+        flow.ended = True
+        # What was open has been counted as such: counters never go down. How it ended stands in the log.
+        labels = flow.labels(outcome if flow.counts is None else Outcome.OK)
+        with self._lock:
+            totals = self._totals.get(labels)
+            if totals is None:
+                totals = self._totals[labels] = _Totals()
+            totals.opened += 1
+            totals.closed += 1
+            totals.from_source += flow.from_source
+            totals.to_source += flow.to_source
+            self._open.pop(flow, None)
+        if _log.enabled("info"):
+            _log.info(
+                "tunnel",
+                reporter=flow.reporter.value,
+                flags=outcome.value,
+                source=flow.addresses[0],
+                source_workload=flow.source.workload,
+                source_namespace=flow.source.namespace,
+                source_identity=flow.source.principal,
+                destination=flow.addresses[1],
+                destination_workload=flow.destination.workload,
+                destination_namespace=flow.destination.namespace,
+                destination_identity=flow.destination.principal,
+                destination_service=flow.service[0],
+                received=flow.from_source,
+                sent=flow.to_source,
+                duration_ms=int((self._loop.now - flow.opened_at) * 1000),
+                detail=detail,
+            )
+
+    def snapshot(self) -> dict[Labels, tuple[int, int, int, int]]:
+        """Opened, closed, bytes from and to the source, by labels, with open tunnels."""
+        with self._lock:
+            result = {
+                labels: (t.opened, t.closed, t.from_source, t.to_source) for labels, t in self._totals.items()
+            }
+            for flow in self._open:
+                if flow.counts is not None:
+                    labels = flow.labels(Outcome.OK)
+                    opened, closed, received, sent = result.get(labels, (0, 0, 0, 0))
+                    result[labels] = (
+                        opened + 1,
+                        closed,
+                        received + flow.from_source,
+                        sent + flow.to_source,
+                    )
+        return result
+
+    def collect(self) -> Iterator[Metric]:
+        """:mod:`prometheus_client`'s way to ask."""
+        names = Labels._fields
+        families = [
+            CounterMetricFamily("istio_tcp_connections_opened", "Tunnels opened.", labels=names),
+            CounterMetricFamily("istio_tcp_connections_closed", "Tunnels closed.", labels=names),
+            CounterMetricFamily("istio_tcp_received_bytes", "Bytes that clients sent.", labels=names),
+            CounterMetricFamily("istio_tcp_sent_bytes", "Bytes that clients were sent.", labels=names),
+        ]
+        for labels, values in self.snapshot().items():
+            for family, value in zip(families, values, strict=True):
+                family.add_metric(labels, value)
+        yield from families
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def open_tunnels(self) -> list[dict[str, object]]:
+        """For the debug page."""
+        return [
+            {
+                "reporter": flow.reporter.value,
+                "source": flow.addresses[0],
+                "source_identity": flow.source.principal,
+                "destination": flow.addresses[1],
+                "destination_identity": flow.destination.principal,
+                "open": flow.counts is not None,
+                "received": flow.from_source,
+                "sent": flow.to_source,
+            }
+            for flow in list(self._open)
+        ]

@@ -1,0 +1,174 @@
+"""The controller's client: the workload/policy stream and certificate signing, over gRPC.
+
+Owns the channel and one thread that reads the stream; gRPC has more of its own. What arrives is posted to the data loop, so
+that nothing but this module ever waits for the network. When the controller is away it is tried again for ever; the last
+good state stays with those who hold it.
+"""
+
+from __future__ import annotations
+
+import functools
+import queue
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grpc
+import msgspec
+
+from common import logs
+from controlplane.api import (
+    METHOD_SIGN,
+    METHOD_SUBSCRIBE,
+    Ack,
+    ClientMessage,
+    Hello,
+    Nack,
+    ResourceError,
+    SignRequest,
+    SignResponse,
+    Update,
+    decode_sign_response,
+    decode_update,
+    encode,
+)
+
+_log = logs.get(__name__)
+
+#: Seconds between attempts to reach the controller.
+_RETRY_FIRST, _RETRY_MOST = 0.2, 5.0
+_SIGN_TIMEOUT = 10.0
+#: A snapshot is one message.
+_MAX_MESSAGE = 256 * 1024 * 1024
+
+Post = Callable[[Callable[[], None]], None]
+
+
+class Controller:
+    def __init__(
+        self,
+        address: str,
+        *,
+        roots: bytes,
+        credential: str,
+        admin: str,
+        post: Post,
+        on_update: Callable[[Update], tuple[ResourceError, ...]],
+        version: Callable[[], str],
+    ) -> None:
+        """Make the channel; :meth:`start` connects.
+
+        :param roots: PEM; the controller's TLS certificate has to chain to one of them.
+        :param credential: the node's token.
+        :param post: calls back on the data loop's thread; ``on_update`` and ``version`` run there.
+        """
+        self._metadata = (("authorization", f"Bearer {credential}"),)
+        self._admin = admin
+        self._post = post
+        self._on_update = on_update
+        self._version = version
+        self._stopped = threading.Event()
+        self.connected = False
+        options = [
+            ("grpc.max_receive_message_length", _MAX_MESSAGE),
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.max_reconnect_backoff_ms", 5_000),
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.min_reconnect_backoff_ms", 200),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options)
+        self._subscribe = self._channel.stream_stream(
+            METHOD_SUBSCRIBE, request_serializer=encode, response_deserializer=decode_update
+        )
+        self._sign = self._channel.unary_unary(
+            METHOD_SIGN, request_serializer=encode, response_deserializer=decode_sign_response
+        )
+        self._call: Any = None
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._call is not None:
+            self._call.cancel()
+        self._channel.close()
+        self._thread.join(timeout=5)
+
+    # --- certificates ---------------------------------------------------------------------------------------------
+
+    def sign(self, request: SignRequest, done: Callable[[SignResponse | str], None]) -> None:
+        """Ask for a certificate; ``done`` gets it on the loop's thread, or in words why not."""
+        try:
+            future = self._sign.future(request, timeout=_SIGN_TIMEOUT, metadata=self._metadata)
+        except ValueError as error:  # the channel is closed
+            reason = str(error)
+            self._post(lambda: done(reason))
+            return
+
+        def finished(call: Any) -> None:
+            result: SignResponse | str
+            try:
+                result = call.result()
+            except grpc.RpcError as error:
+                result = f"{error.code().name}: {error.details()}"
+            except grpc.FutureCancelledError:
+                result = "cancelled"
+            except msgspec.DecodeError as error:
+                result = f"answer not understood: {error}"
+            self._post(lambda: done(result))
+
+        future.add_done_callback(finished)
+
+    # --- stream -----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        delay = _RETRY_FIRST
+        while not self._stopped.is_set():
+            try:
+                if self._stream():
+                    delay = _RETRY_FIRST
+            except grpc.RpcError as error:
+                if not self._stopped.is_set():
+                    _log.warning("controller stream ended", code=error.code().name, reason=error.details())
+            except (msgspec.DecodeError, ValueError) as error:
+                _log.error("controller stream not understood", reason=str(error))
+            self.connected = False
+            self._stopped.wait(delay * random.uniform(0.8, 1.2))
+            delay = min(delay * 2, _RETRY_MOST)
+
+    def _stream(self) -> bool:
+        """One stream until it ends; whether anything was received."""
+        outgoing: queue.SimpleQueue[ClientMessage | None] = queue.SimpleQueue()
+        outgoing.put(Hello("nodeproxy", version=self._version(), admin=self._admin))
+
+        def messages() -> Iterator[ClientMessage]:
+            while (message := outgoing.get()) is not None:
+                yield message
+
+        received = False
+        self._call = self._subscribe(messages(), metadata=self._metadata)
+        try:
+            update: Update
+            for update in self._call:
+                received = True
+                if not self.connected:
+                    self.connected = True
+                    _log.info("controller stream open", version=update.version[:12])
+                self._post(functools.partial(self._apply, update, outgoing))
+        finally:
+            outgoing.put(None)
+        return received
+
+    def _apply(self, update: Update, outgoing: queue.SimpleQueue[ClientMessage | None]) -> None:
+        """On the loop's thread."""
+        errors = self._on_update(update)
+        for error in errors:
+            _log.error("resource refused", key=error.key, reason=error.reason)
+        outgoing.put(
+            Nack(update.nonce, update.version, errors) if errors else Ack(update.nonce, update.version)
+        )

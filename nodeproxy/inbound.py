@@ -1,0 +1,365 @@
+"""HBONE arriving: the server on POD:15008, from the request to the destination's application.
+
+Owns the verdict on each stream. In order: the authority is this pod's (400), the client's SVID is that of the workload at the
+source address as the kernel sees it (waiting a little for the controller's word, then 401), policy (401), delivery (503).
+Verdicts are taken again when the mesh changes: what is no longer allowed is reset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import socket
+import time
+
+from agent.api import ListenerKind, Purpose
+from common import logs
+from controlplane.api import Workload
+from nodeproxy.accounting import Accounting, Flow, Outcome, Party, Reporter
+from nodeproxy.agent_client import AgentClient, Pod
+from nodeproxy.certificates import Certificates
+from nodeproxy.h2core import Stream
+from nodeproxy.h2frames import Code
+from nodeproxy.h2headers import Request, authority_of, forwarded_for, split_authority
+from nodeproxy.link import Link
+from nodeproxy.loop import OUT, Loop, prepare, reset
+from nodeproxy.mesh import Mesh
+from nodeproxy.relay import Relay
+from nodeproxy.tls import Credentials, PeerIdentityError
+from nodeproxy.tunnel import party_of_pod, party_of_workload
+
+_log = logs.get(__name__)
+
+#: Seconds that a source address may stay unknown, or another's: addresses travel by another way than packets.
+SOURCE_PATIENCE = 2.0
+#: Seconds for the application to accept.
+CONNECT_TIMEOUT = 10.0
+_OWN_PORTS = frozenset(kind.port for kind in ListenerKind)
+_IP_BIND_ADDRESS_NO_PORT = 24
+_ACCEPTS = 64
+
+
+class Inbound:
+    """All HBONE connections that this node's pods have accepted."""
+
+    def __init__(
+        self, loop: Loop, mesh: Mesh, agent: AgentClient, certificates: Certificates, accounting: Accounting
+    ) -> None:
+        self.loop = loop
+        self.mesh = mesh
+        self.agent = agent
+        self.certificates = certificates
+        self.accounting = accounting
+        self.waiting: dict[Delivery, None] = {}
+        self.open: dict[Delivery, None] = {}
+        self._servers: dict[_Server, None] = {}
+        self._verified_by: object = None
+
+    def listen(self, pod: Pod, listener: socket.socket) -> None:
+        def accept(_events: int) -> None:
+            for _ in range(_ACCEPTS):
+                try:
+                    sock, remote = listener.accept()
+                except BlockingIOError:
+                    return
+                except OSError as error:
+                    _log.warning("cannot accept HBONE", pod=pod.uid, reason=str(error))
+                    return
+                prepare(sock)
+                self.certificates.wait(pod.uid, functools.partial(self._serve, pod, sock, remote))
+
+        self.loop.add(listener.fileno(), 1, accept)
+
+    def _serve(self, pod: Pod, sock: socket.socket, remote: tuple[str, int], tls: Credentials | None) -> None:
+        if tls is None or pod.withdrawn:
+            _log.warning(
+                "HBONE refused: no certificate", pod=pod.uid, identity=pod.identity, client=remote[0]
+            )
+            reset(self.loop, sock)
+            return
+        server = _Server(self, pod)
+        self._servers[server] = None
+        server.link = Link(self.loop, sock, tls, server, client=False, remote=remote)
+
+    def forget(self, server: _Server) -> None:
+        self._servers.pop(server, None)
+
+    def links(self) -> list[Link]:
+        return [server.link for server in self._servers if server.link is not None]
+
+    def withdraw(self, pod: Pod) -> None:
+        for server in list(self._servers):
+            if server.pod is pod and server.link is not None:
+                server.link.close("pod withdrawn")
+
+    def mesh_changed(self) -> None:
+        """Judge again: first whom we trust, then every stream."""
+        trust = self.mesh.trust
+        if trust is not None and trust is not self._verified_by:
+            self._verified_by = trust
+            for link in self.links():
+                try:
+                    if link.peer is not None:
+                        link.peer.verify(trust, time.time())
+                except PeerIdentityError as error:
+                    link.close(f"peer: {error}")
+        for delivery in list(self.waiting):
+            delivery.decide()
+        verdicts: dict[tuple[str, str, int], str | None] = {}
+        for delivery in list(self.open):
+            delivery.judge_again(verdicts)
+
+
+class _Server:
+    """One accepted connection: what its link reports to."""
+
+    def __init__(self, inbound: Inbound, pod: Pod) -> None:
+        self.inbound = inbound
+        self.pod = pod
+        self.link: Link | None = None
+
+    def on_open(self, link: Link) -> None:
+        """Chain, validity and trust domain are verified; whose address it is is asked with each stream."""
+
+    def on_ready(self, link: Link) -> None:
+        pass
+
+    def on_request(self, link: Link, stream: Stream, request: Request) -> None:
+        Delivery(self.inbound, self.pod, link, stream, request).decide()
+
+    def on_goaway(self, link: Link) -> None:
+        pass
+
+    def on_stream_gone(self, link: Link) -> None:
+        if link.core.closing and not link.core.streams and not link.closed:
+            link.flush()
+            link.close("drained")
+
+    def on_closed(self, link: Link, reason: str) -> None:
+        if link.peer is None:
+            _log.warning("HBONE refused", pod=self.pod.uid, client=link.remote[0], reason=reason)
+        else:
+            _log.debug("HBONE connection closed", peer=link.name, reason=reason)
+        self.inbound.forget(self)
+
+
+class Delivery:
+    """One stream, until its relay takes over; then what judges it again."""
+
+    def __init__(self, inbound: Inbound, pod: Pod, link: Link, stream: Stream, request: Request) -> None:
+        self._all = inbound
+        self._pod = pod
+        self._link = link
+        self._stream = stream
+        self._request = request
+        self._early = bytearray()
+        self._ended = False
+        self._over = False
+        self._sock: socket.socket | None = None
+        self._relay: Relay | None = None
+        self._port = 0
+        self._own_port = True
+        self._broken = Outcome.RESET  #: what an open tunnel that breaks off counts as
+        self._timer = inbound.loop.later(SOURCE_PATIENCE, self._unknown)
+        stream.owner = self
+        inbound.waiting[self] = None
+        assert link.peer is not None
+        self._peer = link.peer
+        who = inbound.mesh.at(link.remote[0])
+        source = Party(principal=str(link.peer.identity))
+        if who is not None and who.identity == str(link.peer.identity):
+            source = party_of_workload(who)
+        self._client = (link.remote[0], 0)
+        told = forwarded_for(request.get(b"forwarded"))
+        if told is not None and told[0] == link.remote[0]:
+            self._client = told
+        self._flow = Flow(
+            Reporter.DESTINATION,
+            source,
+            party_of_pod(pod),
+            ("", "", ""),
+            (authority_of(*self._client), request.authority),
+            inbound.loop.now,
+        )
+        inbound.accounting.begin(self._flow)
+
+    # --- verdict -----------------------------------------------------------------------------------------------------
+
+    def _unknown(self) -> None:
+        self._refuse(401, Outcome.IDENTITY, f"{self._peer.identity} is not known at {self._link.remote[0]}")
+
+    def _verified(self) -> Workload | None:
+        """The destination workload, if the client is who the mesh says is at its address; None: not known (yet)."""
+        source = self._all.mesh.at(self._link.remote[0])
+        if source is None or source.identity != str(self._peer.identity):
+            return None
+        self._flow.source = party_of_workload(source)
+        return self._all.mesh.workloads.get(self._pod.uid)
+
+    def decide(self) -> None:
+        """Judge now, or wait for the mesh to know the client."""
+        if self._over:
+            return
+        if self._request.method != "CONNECT":
+            self._refuse(400, Outcome.INVALID, f"method {self._request.method}")
+            return
+        target = split_authority(self._request.authority)
+        if target is None or target[0] != self._pod.address or target[1] in _OWN_PORTS:
+            self._refuse(400, Outcome.INVALID, f"authority {self._request.authority} is not of this pod")
+            return
+        self._port = target[1]
+        trust = self._all.mesh.trust
+        try:
+            if trust is None:
+                raise PeerIdentityError("nobody is trusted yet")
+            self._peer.verify(trust, time.time())
+        except PeerIdentityError as error:
+            self._refuse(401, Outcome.IDENTITY, str(error))
+            return
+        workload = self._verified()
+        if workload is None:
+            return
+        self._timer.cancel()
+        self._all.waiting.pop(self, None)
+        verdict = self._all.mesh.judge(workload, self._peer.identity.principal, self._port)
+        if not verdict.allowed:
+            self._refuse(
+                401, Outcome.DENIED, f"policy {verdict.policy}" if verdict.policy else "no policy allows it"
+            )
+            return
+        self._all.open[self] = None
+        self._timer = self._all.loop.later(CONNECT_TIMEOUT, self._too_slow)
+        self._all.agent.get_socket(self._pod, Purpose.DELIVERY, self._have_socket)
+
+    def judge_again(self, verdicts: dict[tuple[str, str, int], str | None]) -> None:
+        """After a change. ``verdicts`` remembers those of this round: None is allowed, else the reason."""
+        source = self._all.mesh.at(self._link.remote[0])
+        reason: str | None
+        if source is not None and source.identity != str(self._peer.identity):
+            reason = f"{source.identity} is at the source address now"
+        else:
+            key = (self._pod.uid, self._peer.identity.principal, self._port)
+            if key not in verdicts:
+                verdicts[key] = self._judge(*key)
+            reason = verdicts[key]
+        if reason is None:
+            return
+        self._broken = Outcome.DENIED
+        if self._relay is not None:
+            self._relay.abort(reason, Code.CANCEL)
+        else:
+            self._refuse(401, Outcome.DENIED, reason)
+
+    def _judge(self, uid: str, principal: str, port: int) -> str | None:
+        workload = self._all.mesh.workloads.get(uid)
+        if workload is None:
+            return None  # The pod is on its way out: the agent withdraws it.
+        verdict = self._all.mesh.judge(workload, principal, port)
+        return None if verdict.allowed else f"policy {verdict.policy or 'allows others only'}"
+
+    # --- delivery ----------------------------------------------------------------------------------------------------
+
+    def _have_socket(self, sock: socket.socket | None) -> None:
+        if self._over:
+            if sock is not None:
+                sock.close()
+            return
+        if sock is None:
+            self._refuse(503, Outcome.UNREACHABLE, "no socket from the agent")
+            return
+        self._sock = sock
+        try:
+            self._bind(sock)
+            code = sock.connect_ex((self._pod.address, self._port))
+        except OSError as error:
+            code = error.errno or errno.EIO
+        if code in (0, errno.EINPROGRESS):
+            self._all.loop.add(sock.fileno(), OUT, self._connected)
+        elif code in (errno.EADDRINUSE, errno.EADDRNOTAVAIL) and self._own_port:
+            # The client's own port is taken here by an earlier connection: any other of its address.
+            self._own_port = False
+            self._sock = None
+            self._all.loop.close(sock)
+            self._all.agent.get_socket(self._pod, Purpose.DELIVERY, self._have_socket)
+        else:
+            self._refuse(503, Outcome.UNREACHABLE, os.strerror(code))
+
+    def _bind(self, sock: socket.socket) -> None:
+        """To the client's address, so that the application sees its true peer."""
+        address, port = self._client
+        if self._own_port and port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((address, port))
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+            sock.bind((address, 0))
+
+    def _connected(self, _events: int) -> None:
+        sock = self._sock
+        assert sock is not None
+        code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            self._refuse(503, Outcome.UNREACHABLE, os.strerror(code))
+            return
+        self._timer.cancel()
+        self._all.loop.remove(sock.fileno())
+        self._link.core.respond(self._stream, 200, end=False)
+        self._link.mark()
+        relay = self._relay = Relay(self._all.loop, self._link, self._stream, sock, self._done)
+        self._flow.counts = relay
+        if self._early:
+            relay.on_data(memoryview(bytes(self._early)))
+            self._early.clear()
+        if self._ended and not relay.closed:
+            relay.on_end()
+
+    def _done(self, _relay: Relay, reason: str) -> None:
+        self._over = True
+        self._all.open.pop(self, None)
+        outcome = self._broken if reason else Outcome.OK
+        self._all.accounting.end(self._flow, outcome, reason)
+
+    def _too_slow(self) -> None:
+        self._refuse(503, Outcome.TIMEOUT, "the application does not accept")
+
+    def _refuse(self, status: int, outcome: Outcome, reason: str) -> None:
+        if self._over:
+            return
+        self._give_up(outcome, reason)
+        if not self._link.closed:
+            self._link.core.respond(self._stream, status, end=True)
+            # The client may still be sending: nobody reads it (RFC 9113, section 8.1).
+            self._link.reset(self._stream, Code.NO_ERROR)
+            self._link.stream_done()
+
+    def _give_up(self, outcome: Outcome, reason: str) -> None:
+        self._over = True
+        self._timer.cancel()
+        self._all.waiting.pop(self, None)
+        self._all.open.pop(self, None)
+        if self._sock is not None:
+            with contextlib.suppress(OSError):
+                reset(self._all.loop, self._sock)
+        self._all.accounting.end(self._flow, outcome, reason)
+
+    # --- the stream's owner until the relay takes over ----------------------------------------------------------------
+
+    def on_data(self, data: memoryview) -> None:
+        """A client that does not wait for the answer: bounded by the stream's window, which is not given back yet."""
+        if not self._over:
+            self._early += data
+
+    def on_end(self) -> None:
+        self._ended = True
+
+    def on_window(self) -> None:
+        pass
+
+    def on_response(self, status: int) -> None:
+        pass
+
+    def on_reset(self, code: Code) -> None:
+        if not self._over:
+            self._give_up(Outcome.RESET, f"stream reset: {code.name}")

@@ -1,0 +1,137 @@
+"""What the controller says of the mesh: workloads by UID and address, policies, services, trust.
+
+Owns the last good state and the verdicts that follow from it. Nothing here waits or talks: updates are applied whole, on the
+data loop's thread, and whoever is concerned by a change is told afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from common import logs, spiffe
+from controlplane.api import (
+    Authorization,
+    MeshConfig,
+    ResourceError,
+    Service,
+    Update,
+    Verdict,
+    Workload,
+    authorize,
+    resource_key,
+)
+from nodeproxy.tls import Trust, load_roots
+
+_log = logs.get(__name__)
+
+
+class Mesh:
+    def __init__(self) -> None:
+        self.synced = False  #: a complete update has been applied
+        self.version = ""
+        self.trust: Trust | None = None
+        self.workloads: dict[str, Workload] = {}
+        self.watchers: list[Callable[[], None]] = []  #: called after each update
+        self._authorizations: dict[str, Authorization] = {}
+        self._services: dict[str, Service] = {}
+        self._at: dict[str, dict[str, Workload]] = {}
+        self._service_at: dict[tuple[str, int], Service] = {}
+
+    def apply(self, update: Update) -> tuple[ResourceError, ...]:
+        """Put an update in force, except for what is returned: of that the last good state stays."""
+        errors: list[ResourceError] = []
+        if update.complete:
+            keep = {resource_key(resource) for resource in update.upserts}
+            for key in [k for k in self._keys() if k not in keep]:
+                self._remove(key)
+        for key in update.removes:
+            self._remove(key)
+        for resource in update.upserts:
+            try:
+                self._upsert(resource)
+            except (ValueError, spiffe.SpiffeError) as error:
+                errors.append(ResourceError(resource_key(resource), str(error)))
+        self._service_at = {
+            (address, port.port): service
+            for service in self._services.values()
+            for address in service.addresses
+            for port in service.ports
+        }
+        self.synced = self.synced or update.complete
+        # With an error the state is not the snapshot's: on reconnect it has to come again.
+        self.version = "" if errors else update.version
+        for watcher in self.watchers:
+            watcher()
+        return tuple(errors)
+
+    def _keys(self) -> list[str]:
+        return [
+            *(f"workload/{uid}" for uid in self.workloads),
+            *(f"authorization/{key}" for key in self._authorizations),
+            *(f"service/{key}" for key in self._services),
+        ]
+
+    def _upsert(self, resource: Workload | Service | Authorization | MeshConfig) -> None:
+        match resource:
+            case Workload():
+                spiffe.parse(resource.identity)
+                self._remove_workload(resource.uid)
+                self.workloads[resource.uid] = resource
+                for address in resource.addresses:
+                    self._at.setdefault(address, {})[resource.uid] = resource
+            case Authorization():
+                self._authorizations[f"{resource.namespace}/{resource.name}"] = resource
+            case Service():
+                self._services[f"{resource.namespace}/{resource.name}"] = resource
+            case MeshConfig():
+                self._set_trust(resource)
+
+    def _set_trust(self, config: MeshConfig) -> None:
+        spiffe.check_trust_domain(config.trust_domain)
+        roots = load_roots(config.roots)
+        if not roots:
+            raise ValueError("mesh: no root certificates")
+        if self.trust is None or (self.trust.trust_domain, self.trust.roots) != (config.trust_domain, roots):
+            self.trust = Trust(config.trust_domain, roots)
+
+    def _remove(self, key: str) -> None:
+        kind, _, name = key.partition("/")
+        if kind == "workload":
+            self._remove_workload(name)
+        elif kind == "authorization":
+            self._authorizations.pop(name, None)
+        elif kind == "service":
+            self._services.pop(name, None)
+
+    def _remove_workload(self, uid: str) -> None:
+        old = self.workloads.pop(uid, None)
+        for address in old.addresses if old else ():
+            holders = self._at.get(address, {})
+            holders.pop(uid, None)
+            if not holders:
+                self._at.pop(address, None)
+
+    def at(self, address: str) -> Workload | None:
+        """The workload of an address. Of several (an old pod not yet removed) the enrolled and the latest one."""
+        holders = self._at.get(address)
+        if not holders:
+            return None
+        enrolled = [w for w in holders.values() if w.enrolled]
+        return (enrolled or list(holders.values()))[-1]
+
+    def service_at(self, address: str, port: int) -> Service | None:
+        return self._service_at.get((address, port))
+
+    def judge(self, workload: Workload, principal: str, port: int) -> Verdict:
+        """Whether a client may connect to a workload's own port. A policy that is named but not known refuses.
+
+        :param principal: the client's SPIFFE ID without ``spiffe://``.
+        """
+        policies = []
+        for key in workload.policies:
+            policy = self._authorizations.get(key)
+            if policy is None:
+                _log.error("policy refuses because it is missing", workload=workload.name, policy=key)
+                return Verdict(False, key)
+            policies.append(policy)
+        return authorize(policies, principal, port)
