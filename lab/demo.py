@@ -269,7 +269,7 @@ class Demo:
     def _refused(self) -> float:
         return sum(
             sample.value
-            for sample in self.lab.metrics("node1", "agent").samples("istio_tcp_connections_refused_total")
+            for sample in self.lab.metrics("node1", "agent").samples("mycel_tcp_connections_refused_total")
             if sample.labels.get("source_workload") == "client"
         )
 

@@ -137,7 +137,7 @@ def test_requests_carry_what_was_really_served(lab: Lab, world: World, version: 
     assert duration == before["200"] + 7
 
 
-@pytest.mark.parametrize(("version", "policy"), [("v1", "none"), ("v2", "mutual_tls")])
+@pytest.mark.parametrize(("version", "policy"), [("v1", "same_node"), ("v2", "mutual_tls")])
 def test_tcp_carries_both_identities_and_where_it_was_measured(
     lab: Lab, world: World, version: str, policy: str
 ):
@@ -146,29 +146,22 @@ def test_tcp_carries_both_identities_and_where_it_was_measured(
         "source_principal": f"spiffe://cluster.local/ns/{NAMESPACE}/sa/buyer",
         "destination_workload": f"echo-{version}",
         "destination_principal": f"spiffe://cluster.local/ns/{NAMESPACE}/sa/echo",
-        "connection_security_policy": policy,
     }
     node = world.echo[version].node.name
-
-    def opened(reporter: str) -> dict[str, float]:
-        where = "node1" if reporter == "source" else node
-        return {
-            component: lab.metrics(where, component).total(
-                "istio_tcp_connections_opened_total", reporter=reporter, **labels
-            )
-            for component in ("agent", "nodeproxy")
-        }
-
-    assert echoes(world.client, world.echo[version].address, ECHO) == ""
     measured_by, other = ("agent", "nodeproxy") if version == "v1" else ("nodeproxy", "agent")
 
-    def opened_by(reporter: str) -> float:
-        return opened(reporter)[measured_by]
+    def opened(reporter: str, component: str, **more: str) -> float:
+        where = "node1" if reporter == "source" else node
+        metrics = lab.metrics(where, component)
+        return metrics.total("istio_tcp_connections_opened_total", reporter=reporter, **labels, **more)
 
+    assert echoes(world.client, world.echo[version].address, ECHO) == ""
     for reporter in ("source", "destination"):
-        eventually(partial(at_least, partial(opened_by, reporter), 1))
-        assert opened_by(reporter) == 1
-        assert opened(reporter)[other] == 0
+        eventually(partial(at_least, partial(opened, reporter, measured_by), 1))
+        assert opened(reporter, measured_by) == 1
+        assert opened(reporter, other) == 0
+    # Who received it knows how it came.
+    assert opened("destination", measured_by, connection_security_policy=policy) == 1
 
 
 def test_access_log_is_envoy_s_default_line(lab: Lab, world: World):
