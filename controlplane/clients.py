@@ -67,4 +67,4 @@ class Clients:
         self._nacks.labels(client.component, kind).inc()
 
     def __iter__(self) -> Iterator[Client]:
-        return iter(sorted(list(self._all.values()), key=lambda c: (c.node, c.component, c.id)))
+        return iter(sorted(self._all.values(), key=lambda c: (c.node, c.component, c.id)))

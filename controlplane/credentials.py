@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -71,7 +71,7 @@ class FolderCredentials:
         return {node: digest for node, (_, digest) in fresh.items()}
 
 
-def bearer_token(metadata: Sequence[tuple[str, str | bytes]] | None) -> str | None:
+def bearer_token(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
     """The token of ``authorization: Bearer TOKEN``, if there is exactly one."""
     values = [v for k, v in metadata or () if k.lower() == "authorization"]
     if len(values) != 1 or not isinstance(values[0], str) or not values[0].lower().startswith(_PREFIX):
@@ -79,7 +79,7 @@ def bearer_token(metadata: Sequence[tuple[str, str | bytes]] | None) -> str | No
     return values[0][len(_PREFIX) :].strip()
 
 
-async def authenticate(credentials: Credentials, context: grpc.aio.ServicerContext) -> str:
+async def authenticate(credentials: Credentials, context: grpc.aio.ServicerContext[Any, Any]) -> str:
     """The calling node's name; ends the call with UNAUTHENTICATED if there is none."""
     token = bearer_token(context.invocation_metadata())
     node = credentials.node_of(token) if token else None

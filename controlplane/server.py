@@ -46,7 +46,9 @@ class ServerCertificate:
     def credentials(self) -> grpc.ServerCredentials:
         """TLS for a server; each handshake asks for a newer certificate."""
         return grpc.dynamic_ssl_server_credentials(
-            self._current, self.fetch, require_client_authentication=False
+            self._current,
+            self.fetch,  # type: ignore[arg-type]  # None is allowed: no newer one
+            require_client_authentication=False,
         )
 
     def fetch(self) -> grpc.ServerCertificateConfiguration | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -47,7 +48,7 @@ class CertificateService:
             registry=registry,
         )
 
-    async def sign(self, request: bytes, context: grpc.aio.ServicerContext) -> bytes:
+    async def sign(self, request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
         """One certificate, or the call ends with the codes that :data:`controlplane.api.METHOD_SIGN` lists."""
         node = await authenticate(self._credentials, context)
         try:
@@ -81,7 +82,12 @@ class CertificateService:
         )
 
     async def _refuse(
-        self, context: grpc.aio.ServicerContext, node: str, uid: str, code: grpc.StatusCode, reason: str
+        self,
+        context: grpc.aio.ServicerContext[Any, Any],
+        node: str,
+        uid: str,
+        code: grpc.StatusCode,
+        reason: str,
     ) -> bytes:
         self._refused.labels(code.name).inc()
         _log.warning("certificate refused", node=node, uid=uid, code=code.name, reason=reason)

@@ -1,7 +1,7 @@
 """PeerAuthentication: which workloads, and which of their ports, refuse plain text.
 
-Precedence is Istio's: workload, namespace, mesh (root namespace); the oldest of several on one level; UNSET inherits. A policy with
-a selector in the root namespace has no effect, as in Istio.
+Precedence is Istio's: workload, namespace, mesh (root namespace); the oldest of several on one level; UNSET inherits. A
+policy with a selector in the root namespace has no effect, as in Istio.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ class _Compiler:
         if not routes and not balances:
             return
         if routes and chosen and port.protocol is Protocol.OPAQUE:
-            text = f"port {port.number} of {service.object.key} is named {port.name or 'otherwise'}, which is not HTTP: not routed"
+            where = f"port {port.number} ({port.name}) of {service.object.key}"
+            text = f"{where} says of itself that it is not HTTP: not routed"
             self._findings.warning(
                 chosen, "spec.http", text, "name the port http, or http-..., if it speaks HTTP"
             )

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from controlplane.istio import GROUP_NETWORKING, GROUP_SECURITY
-from controlplane.schema.rules import duration
 
 Problem = tuple[str, str]
 
@@ -17,9 +16,12 @@ _NOT_RE2 = re.compile(r"\(\?(?:=|!|<[=!]|#|\(|P[=>])|\\[1-9]")
 _ONLY_RE2 = re.compile(r"\\[pPzQEC]|\[\[:")
 #: Envoy's retry conditions (router filter, x-envoy-retry-on and x-envoy-retry-grpc-on).
 _RETRY_ON = frozenset(
-    "5xx gateway-error reset reset-before-request connect-failure envoy-ratelimited retriable-4xx refused-stream "
-    "retriable-status-codes retriable-headers http3-post-connect-failure cancelled deadline-exceeded internal "
-    "resource-exhausted unavailable".split()
+    (
+        *("5xx", "gateway-error", "reset", "reset-before-request", "connect-failure", "envoy-ratelimited"),
+        *("retriable-4xx", "refused-stream", "retriable-status-codes", "retriable-headers"),
+        *("http3-post-connect-failure", "cancelled", "deadline-exceeded", "internal", "resource-exhausted"),
+        "unavailable",
+    )
 )
 _CONDITIONS = re.compile(
     r"source\.(ip|namespace|principal|serviceAccount|trustDomain)|remote\.ip|destination\.(ip|port)|connection\.sni"

@@ -1,7 +1,7 @@
 """VirtualService's HTTP routes, compiled for one port of one service.
 
-Order is Istio's: routes as written, each match of a route a route of its own, nothing after one that matches everything. A route with
-a condition that is not in force yet is left out and reported: it must not match more than was asked for.
+Order is Istio's: routes as written, each match of a route a route of its own, nothing after one that matches everything.
+A route with a condition that is not in force yet is left out and reported: it must not match more than was asked for.
 """
 
 from __future__ import annotations

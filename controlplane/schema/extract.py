@@ -2,8 +2,9 @@
 
     python -m controlplane.schema.extract CRDS.yaml > controlplane/schema/istio.json
 
-Kept: the structural schema of ``spec`` and ``status`` with its CEL rules. Dropped: descriptions, printer columns and what else only
-an API server needs. Every served version of a kind has one schema upstream; the tool refuses to go on when that changes.
+Kept: the structural schema of ``spec`` and ``status`` with its CEL rules. Dropped: descriptions, printer columns and
+what else only an API server needs. Every served version of a kind has one schema upstream; the tool refuses to go on when
+that changes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main(path: str) -> None:
         json.dumps(k) + ": " + json.dumps(v, sort_keys=True, separators=(",", ":"))
         for k, v in sorted(kinds.items())
     ]
-    print(",\n".join(out) + "}")
+    sys.stdout.write(",\n".join(out) + "}\n")
 
 
 if __name__ == "__main__":

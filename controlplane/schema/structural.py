@@ -21,6 +21,11 @@ Schema = Mapping[str, Any]
 #: A field's path (``spec.http[0].route``) and what is wrong with it.
 Problem = tuple[str, str]
 
+_UNITS = {
+    "string": ("Length", "characters"),
+    "array": ("Items", "items"),
+    "object": ("Properties", "properties"),
+}
 _INTEGERS = {"int32": (-(2**31), 2**31 - 1), "int64": (-(2**63), 2**63 - 1)}
 
 
@@ -86,9 +91,7 @@ def _limits(value: Any, schema: Schema, path: str) -> Iterator[Problem]:
     if "enum" in schema and value not in schema["enum"]:
         yield path, f"Unsupported value: {_show(value)}; one of {', '.join(map(str, schema['enum']))}"
     size = len(value) if isinstance(value, (str, list, dict)) else 0
-    unit = {str: ("Length", "characters"), list: ("Items", "items"), dict: ("Properties", "properties")}.get(
-        type(value)
-    )
+    unit = _UNITS.get(_type_of(value))
     if unit:
         least, most = schema.get("min" + unit[0]), schema.get("max" + unit[0])
         if least is not None and size < least:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -32,7 +33,7 @@ class MeshService:
         self._clients = clients
 
     async def subscribe(
-        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[bytes]:
         """One client, from its Hello until either side ends the stream."""
         node = await authenticate(self._credentials, context)
@@ -114,7 +115,9 @@ class MeshService:
         else:
             client.errors = {}
 
-    async def _hello(self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> api.Hello:
+    async def _hello(
+        self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> api.Hello:
         reason = "the first message is not Hello"
         try:
             async with asyncio.timeout(_HELLO_TIMEOUT):

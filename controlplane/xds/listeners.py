@@ -21,7 +21,6 @@ NAME = "outbound-l7"
 #: Where Envoy listens unless its node's metadata says otherwise (``ENVOY_SOCKET``).
 DEFAULT_SOCKET = "/run/mycel/envoy.sock"
 _MAX_HEADERS_KB = 60
-_Manager = http_connection_manager_pb2.HttpConnectionManager
 
 
 def listener(tables: Iterable[RouteTable], socket: str) -> listener_pb2.Listener | None:
@@ -59,8 +58,9 @@ def _chain(table: RouteTable) -> listener_components_pb2.FilterChain:
     return listener_components_pb2.FilterChain(name=table.name, filter_chain_match=match, filters=[http])
 
 
-def _manager(table: RouteTable) -> _Manager:
-    return _Manager(
+def _manager(table: RouteTable) -> http_connection_manager_pb2.HttpConnectionManager:
+    manager = http_connection_manager_pb2.HttpConnectionManager
+    return manager(
         stat_prefix=table.name,
         rds=http_connection_manager_pb2.Rds(route_config_name=table.name, config_source=over_ads()),
         http_filters=[
@@ -74,11 +74,11 @@ def _manager(table: RouteTable) -> _Manager:
                 typed_config=pack(file_pb2.FileAccessLog(path="/dev/stdout")),
             )
         ],
-        server_header_transformation=_Manager.PASS_THROUGH,
+        server_header_transformation=manager.PASS_THROUGH,
         use_remote_address=wrappers_pb2.BoolValue(value=False),
         normalize_path=wrappers_pb2.BoolValue(value=True),
         max_request_headers_kb=wrappers_pb2.UInt32Value(value=_MAX_HEADERS_KB),
         # Istio lets streams be idle for ever; its applications rely on it.
         stream_idle_timeout=duration_pb2.Duration(),
-        upgrade_configs=[_Manager.UpgradeConfig(upgrade_type="websocket")],
+        upgrade_configs=[manager.UpgradeConfig(upgrade_type="websocket")],
     )

@@ -1,7 +1,7 @@
-"""What one ADS client has subscribed to, has been sent and has in force. State of the world; no sockets, time is an argument.
+"""What one ADS client has subscribed to, has been sent and has in force (state of the world; no sockets, no clock).
 
-Make before break, on one stream: clusters, their endpoints, the listener, routes; each type waits until the client has answered for
-those before it. A cluster that is gone stays until routes that may still use it have been replaced.
+Make before break, on one stream: clusters, their endpoints, the listener, routes. The latter two wait until the client
+has taken the former two. A cluster that is gone stays until routes that may still use it have been replaced.
 """
 
 from __future__ import annotations
@@ -88,14 +88,13 @@ class AdsSession:
             subscription = self.subscriptions.get(kind)
             if subscription is None:
                 continue
-            if kind in (Type.LISTENER, Type.ROUTES) and self._endpoints_pending(now):
+            if kind in (Type.LISTENER, Type.ROUTES) and self._clusters_pending(now):
                 break
-            wanted = self._wanted(kind, subscription, resources)
-            changes = self._changes(kind, subscription, wanted)
-            if changes is not None and not subscription.waiting:
-                result.append(self._response(kind, subscription, wanted, changes, now))
-            if subscription.waiting:
-                break
+            if not subscription.waiting:
+                wanted = self._wanted(kind, subscription, resources)
+                changes = self._changes(kind, subscription, wanted)
+                if changes is not None:
+                    result.append(self._response(kind, subscription, wanted, changes, now))
         return result
 
     def wait(self, now: float) -> float | None:
@@ -190,6 +189,14 @@ class AdsSession:
     def _endpoints_pending(self, now: float) -> bool:
         started = self._clusters_sent_at
         return started is not None and self._missing_endpoints() and now < started + ENDPOINTS_PATIENCE
+
+    def _clusters_pending(self, now: float) -> bool:
+        """True while the client has clusters or endpoints to take.
+
+        Envoy acknowledges clusters when they are warm, which takes their endpoints: so these never wait for that.
+        """
+        both = (self.subscriptions.get(Type.CLUSTER), self.subscriptions.get(Type.ENDPOINTS))
+        return any(s is not None and s.waiting for s in both) or self._endpoints_pending(now)
 
 
 def _version(resources: Mapping[str, Packed]) -> str:

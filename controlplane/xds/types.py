@@ -55,6 +55,6 @@ def over_ads() -> config_source_pb2.ConfigSource:
     """Further resources come over the same stream; waiting for them has no end (the last good state stays)."""
     return config_source_pb2.ConfigSource(
         ads=config_source_pb2.AggregatedConfigSource(),
-        resource_api_version=3,
+        resource_api_version="V3",
         initial_fetch_timeout=duration_pb2.Duration(),
     )
