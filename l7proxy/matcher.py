@@ -17,6 +17,7 @@ from l7proxy.model import (
     Route,
     RouteMatch,
     RouteTable,
+    TlsRequirement,
     VirtualHost,
     WeightedCluster,
 )
@@ -45,7 +46,22 @@ def find_route(table: RouteTable, head: RequestHead, random: int) -> Route | Non
     return find_in(host, head, random) if host is not None else None
 
 
-def find_in(host: VirtualHost, head: RequestHead, random: int) -> Route | None:
+_TO_HTTPS = Route("require_tls", RouteMatch(PathKind.PREFIX, "/"), redirect=Redirect(scheme="https"))
+
+
+def find_in(
+    host: VirtualHost, head: RequestHead, random: int, *, secure: bool = False, internal: bool = True
+) -> Route | None:
+    """``secure``: the client's connection is TLS; ``internal``: it comes from inside the mesh. Here it is always plain
+    and from inside: what TLS there is, is the mesh's.
+    """
+    required = host.require_tls
+    if (
+        required is not TlsRequirement.NONE
+        and not secure
+        and (required is TlsRequirement.ALL or not internal)
+    ):
+        return _TO_HTTPS
     for route in host.routes:
         if matches(route.match, head, random):
             return route
@@ -56,9 +72,8 @@ def matches(match: RouteMatch, head: RequestHead, random: int) -> bool:
     kind = match.path_kind
     path = head.path
     if kind is PathKind.PREFIX:
-        if match.path != "/" or path[:1] != "/" or match.ignore_case:
-            if not (path.lower() if match.ignore_case else path).startswith(match.path):
-                return False
+        if not (path.lower() if match.ignore_case else path).startswith(match.path):
+            return False
     elif kind is PathKind.CONNECT:
         if head.method != b"CONNECT":
             return False
@@ -186,9 +201,9 @@ def rewritten_path(route: Route, path: str) -> str:
     return path
 
 
-def redirect_location(redirect: Redirect, route: Route, head: RequestHead) -> str:
-    """The Location of a redirect (Envoy's newUri)."""
-    scheme = redirect.scheme or "http"
+def redirect_location(redirect: Redirect, route: Route, head: RequestHead, scheme: str = "http") -> str:
+    """The Location of a redirect (Envoy's newUri); ``scheme`` is the request's own."""
+    scheme = redirect.scheme or scheme
     authority = redirect.host or head.host
     if redirect.port:
         if not redirect.host:

@@ -52,14 +52,15 @@ class XdsClient:
         node: str,
         resources: Resources,
         publish: Callable[[Config], None],
+        admin: str = "",
     ) -> None:
+        """``admin`` is where this process serves its metrics, ``ADDRESS:PORT``; the controller tells ``mycel stat``."""
         self._target = target
         self._roots = roots
         self._credential = credential
         self._node = base_pb2.Node(id=f"l7proxy~{node}", user_agent_name="mycel-l7proxy")
-        self._node.metadata.CopyFrom(
-            struct_pb2.Struct(fields={"NODE_NAME": struct_pb2.Value(string_value=node)})
-        )
+        metadata = {"NODE_NAME": node, "COMPONENT": "l7proxy", "ADMIN": admin}
+        self._node.metadata.update(metadata)
         self._resources = resources
         self._publish = publish
         self._nonces: dict[str, str] = {}

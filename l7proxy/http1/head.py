@@ -62,28 +62,10 @@ _NEVER_NOMINATED = frozenset(
         b"traceparent",
     }
 )
-#: Fields that a trailer must not carry (RFC 9110, section 6.5.1).
+#: Fields that a trailer must not carry: framing, routing and authentication (RFC 9110, section 6.5.1).
 FORBIDDEN_TRAILERS = frozenset(
-    {
-        b"content-length",
-        b"transfer-encoding",
-        b"host",
-        b"connection",
-        b"authorization",
-        b"content-encoding",
-        b"content-type",
-    }
-    | {
-        b"content-range",
-        b"te",
-        b"trailer",
-        b"upgrade",
-        b"expect",
-        b"cookie",
-        b"set-cookie",
-        b"cache-control",
-        b"max-forwards",
-    }
+    {b"content-length", b"transfer-encoding", b"host", b"connection", b"authorization", b"content-encoding"}
+    | {b"content-range", b"te", b"trailer", b"upgrade", b"expect", b"cookie", b"set-cookie"}
 )
 
 
