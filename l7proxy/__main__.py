@@ -63,6 +63,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         node=arguments.node,
         resources=resources,
         publish=proxy.publish,
+        admin=arguments.admin,
     )
     metrics = proxy.metrics
     metrics.value(

@@ -15,7 +15,6 @@ import grpc
 import grpc.aio
 from envoy.config.core.v3 import base_pb2
 from envoy.service.discovery.v3 import discovery_pb2
-from google.protobuf import struct_pb2
 from google.rpc import status_pb2
 
 from common import logs
