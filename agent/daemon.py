@@ -88,21 +88,24 @@ async def run(options: Options) -> None:
 async def _load(options: Options) -> None:
     """Run the loader and wait for it: it compiles, pins, attaches and ends, and takes LLVM with it."""
     child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "bpf.loader", "--pins", str(options.pins), "--cgroup", str(options.cgroup)),
-        *("--log-level", options.log_level, "--log-format", options.log_format),
+        *(sys.executable, "-m", "bpf.loader", "--pins", str(options.pins), "--cgroup", str(options.cgroup)),
         stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
     try:
         async with asyncio.timeout(_LOADER_TIMEOUT):
-            status = await child.wait()
-    except BaseException:
+            done, errors = await child.communicate()
+    except BaseException as error:
         if child.returncode is None:
             child.kill()
             await child.wait()
+        if isinstance(error, TimeoutError):
+            raise StartError(f"the loader was not done in {_LOADER_TIMEOUT:g} s") from None
         raise
-    if status:
-        raise StartError(f"the loader failed with status {status}; its reason stands above")
+    if child.returncode:
+        raise StartError(f"the loader failed: {errors.decode(errors='replace').strip()}")
+    _log.info("kernel programs in force", loader=done.decode(errors="replace").strip())
 
 
 async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:

@@ -1,8 +1,9 @@
 """The node's one owner of state: the mesh as the controller tells it and the pods as the runtime attaches them.
 
-It brings the kernel and the proxies to agree with both. Whatever changes (an update, an ADD, a DEL) is written into the state first and brought into force by one reconciler, so
-that there is one order of events and sixty-four ADDs at once cost little more than one. Who asked waits for the first pass that
-began after its change. What fails is tried again, and fails closed meanwhile.
+It brings the kernel and the proxies to agree with both. Whatever changes (an update, an ADD, a DEL) is written into the state
+first and brought into force by one reconciler, so that there is one order of events and sixty-four ADDs at once cost little
+more than one. Who asked waits for the first pass that began after its change. What fails is tried again, and fails closed
+meanwhile.
 """
 
 from __future__ import annotations

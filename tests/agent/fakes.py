@@ -1,0 +1,191 @@
+"""A kernel that only remembers: for tests of the agent's own logic, in process or as ``python -m tests.agent.fakes``.
+
+Started as a module it is the whole agent with this kernel in place of the real one, for tests that need many starts. What is
+enforced is proved elsewhere, on the real one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from agent.kernel import (
+    Backend,
+    Connection,
+    Event,
+    FlowCounters,
+    FlowKey,
+    Kernel,
+    KernelError,
+    MapFullError,
+    Peer,
+    Pod,
+    Pressure,
+)
+from bpf.wire import Role
+
+
+class FakeKernel(Kernel):
+    """``calls`` is the transcript of what was written. ``broken`` makes writes about an address or cookie fail."""
+
+    def __init__(self, pins: Path = Path("/nowhere")) -> None:
+        self.calls: list[str] = []
+        self.broken: set[object] = set()
+        self.gone: dict[int, list[str]] = {}
+        self.open_connections: list[Connection] = []
+        self.refused: list[Connection] = []
+        self.accounts: dict[FlowKey, FlowCounters] = {}
+        self.map_pressure: dict[str, Pressure] = {"pods": Pressure(0, 1024, 0)}
+        self._roles: dict[int, Role] = {}
+        self._pods: dict[int, Pod] = {}
+        self._policies: dict[int, tuple[int, dict[tuple[int, int], bool]]] = {}
+        self._peers: dict[str, Peer] = {}
+        self._services: dict[tuple[str, int], tuple[bool, list[Backend]]] = {}
+        self._listeners: dict[tuple[str, int], tuple[int, int]] = {}
+        self._events, self._events_writer = os.pipe()
+        self._fails = os.environ.get("FAKE_KERNEL_FAILS", "").split(",")
+        if "pressure" in self._fails:
+            self.map_pressure["pods"] = Pressure(1024, 1024, 0)
+
+    def close(self) -> None:
+        os.close(self._events)
+        os.close(self._events_writer)
+
+    def _write(self, call: str, *about: object) -> None:
+        for thing in about:
+            if thing in self.broken:
+                raise (
+                    MapFullError(7, f"map full at {thing}")
+                    if isinstance(thing, str)
+                    else KernelError(f"{thing} is broken")
+                )
+        self.calls.append(call)
+
+    def set_role(self, cgroup_id: int, role: Role) -> None:
+        self._write(f"role {cgroup_id} {role.name}", cgroup_id)
+        self._roles[cgroup_id] = role
+
+    def roles(self) -> dict[int, Role]:
+        return dict(self._roles)
+
+    def add_pod(self, pod: Pod, netns: int) -> None:
+        os.fstat(netns)
+        self._write(f"add pod {pod.netns_cookie} {pod.address} {pod.identity}", pod.netns_cookie)
+        self._pods[pod.netns_cookie] = pod
+
+    def remove_pod(self, netns_cookie: int) -> None:
+        self._write(f"remove pod {netns_cookie}", netns_cookie)
+        if "remove-first" in self._fails and netns_cookie == next(iter(self._pods), None):
+            raise KernelError(f"pod {netns_cookie} cannot be removed")
+        self._pods.pop(netns_cookie, None)
+        self._policies.pop(netns_cookie, None)
+
+    def pods(self) -> dict[int, Pod]:
+        return dict(self._pods)
+
+    def missing(self, netns_cookie: int, netns: int) -> list[str]:
+        return self.gone.get(netns_cookie, [])
+
+    def create_listener(self, netns: int, address: str, port: int) -> int:
+        self._write(f"listener {address}:{port}", (address, port))
+        sock = socket.socket()
+        sock.listen()
+        # The real entry goes with the socket; here an inode number tells whether it still lives.
+        self._listeners[address, port] = (os.getpid(), os.fstat(sock.fileno()).st_ino)
+        return sock.detach()
+
+    def set_listener(self, address: str, port: int, fd: int) -> None:
+        self._listeners[address, port] = (os.getpid(), os.fstat(fd).st_ino)
+
+    def has_listener(self, address: str, port: int) -> bool:
+        return (address, port) in self._listeners
+
+    def kill_listener(self, address: str, port: int) -> None:
+        """As when the proxy that holds it dies."""
+        del self._listeners[address, port]
+
+    def create_outbound(self, netns: int, count: int = 1) -> list[int]:
+        return [socket.socket().detach() for _ in range(count)]
+
+    def create_delivery(self, netns: int, count: int = 1) -> list[int]:
+        return self.create_outbound(netns, count)
+
+    def set_policy(self, netns_cookie: int, table: Mapping[tuple[int, int], bool], generation: int) -> None:
+        self._write(f"policy {netns_cookie} generation {generation}", ("policy", netns_cookie))
+        self._policies[netns_cookie] = (generation, dict(table))
+
+    def policy(self, netns_cookie: int) -> tuple[int, dict[tuple[int, int], bool]] | None:
+        return self._policies.get(netns_cookie)
+
+    def set_peer(self, address: str, peer: Peer) -> None:
+        if address not in {pod.address for pod in self._pods.values()}:
+            self._write(f"peer {address} {'enrolled' if peer.enrolled else 'plain'}", address)
+            self._peers[address] = peer
+
+    def remove_peer(self, address: str) -> None:
+        if address not in {pod.address for pod in self._pods.values()}:
+            self._write(f"no peer {address}", address)
+            self._peers.pop(address, None)
+
+    def peers(self) -> dict[str, Peer]:
+        return self._peers | {pod.address: Peer(True, True, pod.identity) for pod in self._pods.values()}
+
+    def set_service(self, address: str, port: int, backends: Iterable[Backend], *, l7: bool = False) -> None:
+        backends = list(backends)
+        self._write(
+            f"service {address}:{port} {','.join(f'{b.address}:{b.port}' for b in backends)}", (address, port)
+        )
+        self._services[address, port] = (l7, backends)
+
+    def remove_service(self, address: str, port: int) -> None:
+        self._write(f"no service {address}:{port}", (address, port))
+        self._services.pop((address, port), None)
+
+    def services(self) -> dict[tuple[str, int], tuple[bool, list[Backend]]]:
+        return dict(self._services)
+
+    def captured_fd(self) -> int:
+        return os.open("/dev/null", os.O_RDONLY)
+
+    def connections(self) -> list[Connection]:
+        return list(self.open_connections)
+
+    def refused_now(self) -> list[Connection]:
+        return list(self.refused)
+
+    def destroy(self, connection: Connection, netns: int) -> bool:
+        if connection not in self.refused:
+            return False
+        self.refused.remove(connection)
+        self.calls.append(f"destroy {connection.client[1]}")
+        return True
+
+    def flows(self) -> dict[FlowKey, FlowCounters]:
+        return dict(self.accounts)
+
+    def forget_flows(self, keys: Iterable[FlowKey]) -> None:
+        for key in keys:
+            self.accounts.pop(key, None)
+
+    def pressure(self) -> dict[str, Pressure]:
+        return dict(self.map_pressure)
+
+    def events_fd(self) -> int:
+        return self._events
+
+    def read_events(self) -> list[Event]:
+        return []
+
+
+if __name__ == "__main__":
+    import agent.daemon
+    from agent.__main__ import main
+
+    async def nothing(_: object) -> None:
+        """In the loader's place."""
+
+    setattr(agent.daemon, "Kernel", FakeKernel)  # noqa: B010
+    setattr(agent.daemon, "_load", nothing)  # noqa: B010
+    main()

@@ -1,0 +1,72 @@
+"""Network namespaces in the place of pods, and what the mesh says of them."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+from pathlib import Path
+
+from controlplane.api import MeshConfig, Resource, Update, Workload, encode
+
+PREFIX = "mk-agent"
+_numbers = itertools.count(1)
+
+
+class Netns:
+    """One namespace with interface ``eth0``; a context manager that removes it."""
+
+    def __init__(self, *interfaces: str) -> None:
+        self.name = f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
+        self.path = Path("/run/netns", self.name)
+        self._interfaces = interfaces or ("eth0",)
+
+    def __enter__(self) -> Netns:
+        ip("netns", "add", self.name)
+        ip("-n", self.name, "link", "set", "lo", "up")
+        for number, interface in enumerate(self._interfaces):
+            ip("-n", self.name, "link", "add", interface, "type", "veth", "peer", "name", f"peer{number}")
+            ip("-n", self.name, "link", "set", f"peer{number}", "up")
+            ip("-n", self.name, "link", "set", interface, "up")
+        return self
+
+    def add_address(self, address: str, interface: str = "eth0") -> None:
+        ip("-n", self.name, "addr", "add", address, "dev", interface)
+
+    def remove(self) -> None:
+        if self.path.exists():
+            ip("netns", "del", self.name)
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def ip(*arguments: str) -> str:
+    """:raises CalledProcessError: with ip's own words on standard error."""
+    return subprocess.run(["ip", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def workload(name: str, *, node: str = "n1", enrolled: bool = True, **more) -> Workload:
+    """A pod in the namespace ``default``; its UID follows from its name."""
+    account = more.pop("service_account", name)
+    return Workload(
+        uid=more.pop("uid", f"uid-{name}"),
+        namespace="default",
+        name=name,
+        service_account=account,
+        node=node,
+        identity=f"spiffe://cluster.local/ns/default/sa/{account}",
+        enrolled=enrolled,
+        ready=True,
+        workload_name=more.pop("workload_name", name),
+        **more,
+    )
+
+
+def complete(*resources: Resource, version: str = "v1", nonce: int = 1) -> Update:
+    return Update(nonce=nonce, version=version, complete=True, upserts=(MeshConfig(), *resources))
+
+
+def last_good(*resources: Resource) -> bytes:
+    """The content of an agent's state file."""
+    return encode(complete(*resources))
