@@ -1,7 +1,7 @@
 """An HBONE connection, either end: a socket, TLS on it, and the HTTP/2 core in that.
 
-Owns the socket and the order of things: connect, handshake, peer check, then events to the streams' owners. One buffer per
-process receives; what goes out is written once a turn (:meth:`Link.flush`). Who may do what is the owner's business.
+Owns the socket and the order of things: connect, handshake, peer check, then events to the streams' owners. All receive into
+the loop's one buffer; what goes out is written once a turn (:meth:`Link.flush`). Who may do what is the owner's business.
 """
 
 from __future__ import annotations
@@ -29,9 +29,6 @@ RECORD = 16 * 1024
 RECORDS = 16
 #: Seconds from the first packet to the end of the handshake.
 HANDSHAKE_TIMEOUT = 10.0
-
-_buffer = bytearray(RECORD)
-_view = memoryview(_buffer)
 
 
 class StreamOwner(Protocol):
@@ -163,10 +160,12 @@ class Link:
         receive = self._tls.recv_into
         core = self.core
         now = self.loop.now
+        view = self.loop.view
+        record = view[:RECORD]
         try:
             for _ in range(RECORDS):
-                count = receive(_buffer)
-                for kind, stream, value in core.receive(_view[:count], now):
+                count = receive(record)
+                for kind, stream, value in core.receive(view[:count], now):
                     if kind == h2core.DATA:
                         stream.owner.on_data(value)
                     else:

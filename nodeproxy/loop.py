@@ -26,6 +26,8 @@ _log = logs.get(__name__)
 
 Handler = Callable[[int], None]
 IN = select.EPOLLIN
+#: Size of the buffer that all handlers receive into.
+BUFFER = 64 * 1024
 OUT = select.EPOLLOUT
 BROKEN = select.EPOLLERR | select.EPOLLHUP
 
@@ -51,6 +53,8 @@ class Loop:
     def __init__(self) -> None:
         self.now = time.monotonic()  #: seconds, of the current turn
         self.dirty: list[Flushable] = []
+        self.buffer = bytearray(BUFFER)  #: what a handler has just received, until it returns
+        self.view = memoryview(self.buffer)
         self._epoll = select.epoll()
         self._handlers: dict[int, Handler] = {}
         self._timers: list[tuple[float, int, Timer]] = []

@@ -11,10 +11,6 @@ from collections.abc import Callable
 
 from nodeproxy.loop import BROKEN, IN, OUT, Loop, reset
 
-_SIZE = 64 * 1024
-_buffer = bytearray(_SIZE)
-_view = memoryview(_buffer)
-
 
 class _Side:
     """What is read from ``sock`` goes to ``other``."""
@@ -81,7 +77,7 @@ class _Side:
         pair = self.pair
         other = self.other
         try:
-            count = self.sock.recv_into(_buffer)
+            count = self.sock.recv_into(pair.loop.buffer)
         except BlockingIOError:
             return
         except OSError:
@@ -93,14 +89,14 @@ class _Side:
             self.want()
             return
         try:
-            sent = other.sock.send(_view[:count])
+            sent = other.sock.send(pair.loop.view[:count])
         except BlockingIOError:
             sent = 0
         except OSError:
             pair.close("reset")
             return
         if sent < count:
-            other.pending += _view[sent:count]
+            other.pending += pair.loop.view[sent:count]
             other.want()
             self.want()
 

@@ -80,10 +80,10 @@ def _context(svid: Svid, trust: Trust, method: int) -> SSL.Context:
     context.set_max_proto_version(SSL.TLS1_3_VERSION)
     context.set_options(SSL.OP_NO_TICKET | SSL.OP_NO_COMPRESSION)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
-    context.use_privatekey(crypto.PKey.from_cryptography_key(svid.key))
-    context.use_certificate(crypto.X509.from_cryptography(svid.chain[0]))
+    context.use_privatekey(svid.key)
+    context.use_certificate(svid.chain[0])
     for certificate in svid.chain[1:]:
-        context.add_extra_chain_cert(crypto.X509.from_cryptography(certificate))
+        context.add_extra_chain_cert(certificate)
     store = context.get_cert_store()
     for root in trust.roots:
         if store is not None:

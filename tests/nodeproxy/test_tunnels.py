@@ -1,0 +1,239 @@
+"""Tunnels between two node proxies over real sockets with real certificates: what applications see."""
+
+import hashlib
+import os
+import socket
+import threading
+import time
+
+import pytest
+
+from nodeproxy.accounting import Labels
+from tests.nodeproxy.fakes.apps import Server, echo, read_all
+from tests.nodeproxy.fakes.world import World, identity, wait_until
+
+
+@pytest.fixture
+def server(world: World):
+    made = Server(world.server_address, echo)
+    yield made
+    made.close()
+
+
+def totals(world: World, node) -> dict[str, tuple[int, int, int, int]]:
+    """By response flags."""
+    result: dict[str, tuple[int, int, int, int]] = {}
+    snapshot: dict[Labels, tuple[int, int, int, int]] = node.proxy.accounting.snapshot()
+    for labels, values in snapshot.items():
+        old = result.get(labels.response_flags, (0, 0, 0, 0))
+        result[labels.response_flags] = tuple(a + b for a, b in zip(old, values, strict=True))  # type: ignore[assignment]
+    return result
+
+
+def test_echo(world: World, server: Server):
+    with world.dial(server.port) as sock:
+        sock.sendall(b"hello")
+        assert sock.recv(100) == b"hello"
+        sock.shutdown(socket.SHUT_WR)
+        assert sock.recv(100) == b""
+
+
+def test_the_application_sees_the_clients_address_and_port(world: World, server: Server):
+    with world.dial(server.port) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        assert server.peers == [sock.getsockname()]
+
+
+def test_half_close_both_ways(world: World):
+    def late(sock: socket.socket) -> None:
+        data = read_all(sock)  # until the client's end
+        sock.sendall(b"got %d" % len(data))
+
+    server = Server(world.server_address, late)
+    with world.dial(server.port) as sock:
+        sock.sendall(b"y" * 300_000)
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock) == b"got 300000"
+    server.close()
+
+    def early(sock: socket.socket) -> None:
+        sock.sendall(b"bye")
+        sock.shutdown(socket.SHUT_WR)
+        seen.append(len(read_all(sock)))
+
+    seen: list[int] = []
+    server = Server(world.server_address, early)
+    with world.dial(server.port) as sock:
+        assert read_all(sock) == b"bye"
+        sock.sendall(b"z" * 100_000)
+    wait_until(lambda: seen == [100_000], "what was sent after the server's end")
+    server.close()
+
+
+def test_reset_travels_both_ways(world: World):
+    reset = b"\x01\x00\x00\x00\x00\x00\x00\x00"
+
+    def rude(sock: socket.socket) -> None:
+        sock.recv(1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+
+    server = Server(world.server_address, rude)
+    with world.dial(server.port) as sock:
+        sock.sendall(b"x")
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    server.close()
+
+    server = Server(world.server_address, echo)
+    sock = world.dial(server.port)
+    sock.sendall(b"x")
+    assert sock.recv(1) == b"x"
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    sock.close()
+    wait_until(lambda: server.errors, "the server's application sees the reset")
+    assert isinstance(server.errors[0], ConnectionResetError)
+    server.close()
+
+
+def test_many_streams_share_one_connection_and_no_byte_is_wrong(world: World, server: Server):
+    def one(number: int) -> None:
+        data = os.urandom(200_000 + number * 1000)
+        with world.dial(server.port) as sock:
+
+            def send() -> None:
+                sock.sendall(data)
+                sock.shutdown(socket.SHUT_WR)
+
+            sender = threading.Thread(target=send)
+            sender.start()
+            back = read_all(sock)
+            sender.join()
+            if hashlib.sha256(back).digest() != hashlib.sha256(data).digest():
+                wrong.append(number)
+
+    wrong: list[int] = []
+    threads = [threading.Thread(target=one, args=(n,)) for n in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+    assert len(world.a.proxy.pool.links()) == 1
+    sent = sum(200_000 + n * 1000 for n in range(40))
+    for node in world.nodes:
+        wait_until(
+            lambda node=node: totals(world, node) == {"-": (40, 40, sent, sent)},
+            "exact figures: opened, closed, bytes each way",
+        )
+
+
+def test_a_sleeping_reader_stops_its_writer_and_nobody_else(world: World, server: Server):
+    wake = threading.Event()
+
+    def sleep(sock: socket.socket) -> None:
+        wake.wait(20)
+        got.append(hashlib.sha256(read_all(sock)).hexdigest())
+
+    got: list[str] = []
+    sleeper = Server(world.server_address, sleep)
+    data = os.urandom(1 << 20) * 64
+    with world.dial(sleeper.port) as sock:
+        sock.setblocking(False)
+        sent = 0
+        quiet = time.monotonic() + 1.0
+        while time.monotonic() < quiet:
+            try:
+                sent += sock.send(data[sent : sent + (1 << 20)])
+                quiet = time.monotonic() + 1.0
+            except BlockingIOError:
+                time.sleep(0.01)
+        # Stopped by us: socket buffers of four sockets and one stream's window.
+        assert sent < 40 << 20
+        tunnel = world.a.proxy.accounting.open_tunnels()[0]
+        assert tunnel["received"] <= sent
+        with world.dial(server.port) as other:
+            began = time.monotonic()
+            other.sendall(b"ping")
+            assert other.recv(10) == b"ping"
+            assert time.monotonic() - began < 1.0
+        sock.setblocking(True)
+        wake.set()
+        sock.sendall(data[sent:])
+        sock.shutdown(socket.SHUT_WR)
+        wait_until(lambda: got, "the sleeper read everything", 20)
+    assert got == [hashlib.sha256(data).hexdigest()]
+    sleeper.close()
+
+
+def test_open_tunnels_are_counted(world: World, server: Server):
+    with world.dial(server.port) as sock:
+        sock.sendall(b"12345")
+        assert sock.recv(10) == b"12345"
+        assert totals(world, world.a) == {"-": (1, 0, 5, 5)}
+        assert totals(world, world.b) == {"-": (1, 0, 5, 5)}
+    wait_until(lambda: totals(world, world.a) == {"-": (1, 1, 5, 5)}, "closed")
+    labels = next(iter(world.b.proxy.accounting.snapshot()))
+    assert labels.reporter == "destination"
+    assert labels.source_principal == identity("client")
+    assert labels.destination_workload == "server"
+    assert labels.connection_security_policy == "mutual_tls"
+
+
+def test_nobody_listens(world: World, server: Server):
+    server.close()
+    with world.dial(server.port) as sock:
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    assert totals(world, world.b) == {"CONNECT": (1, 1, 0, 0)}
+    assert totals(world, world.a) == {"CONNECT": (1, 1, 0, 0)}
+
+
+def test_connections_wait_for_the_certificate(world: World, server: Server):
+    world.ready()
+    late = world.pod(world.a, "late", world.client_address.rsplit(".", 1)[0] + ".3", 3, enroll=False)
+    world.publish()
+    signs = world.a.sign
+    world.a.sign = lambda request: "UNAVAILABLE: not yet"
+    world.enroll(world.a, late, 3)
+    wait_until(lambda: len(world.a.requests) == 2, "asked")
+    world.a.captured.destination = (world.server_address, server.port)
+    with socket.create_connection((late.addresses[0], 15001), 10, (late.addresses[0], 0)) as sock:
+        sock.sendall(b"early")
+        time.sleep(0.2)
+        assert server.peers == []
+        world.a.sign = signs
+        assert sock.recv(10) == b"early"
+    assert len(world.a.requests) >= 3
+
+
+def test_the_agent_goes_and_comes_back(world: World, server: Server):
+    with world.dial(server.port) as sock:
+        sock.sendall(b"one")
+        assert sock.recv(10) == b"one"
+        world.a.agent.stop()
+        world.b.agent.stop()
+        sock.sendall(b"two")
+        assert sock.recv(10) == b"two"
+        with world.dial(server.port) as new:  # from the stock
+            new.sendall(b"three")
+            assert new.recv(10) == b"three"
+        world.a.agent.start()
+        world.b.agent.start()
+        wait_until(lambda: len(world.a.agent.hellos) == 2, "the proxy comes back")
+        assert {held.kind.value for held in world.a.agent.hellos[1].held} == {"outbound", "hbone"}
+        sock.sendall(b"four")
+        assert sock.recv(10) == b"four"
+
+
+def test_a_withdrawn_pod_loses_everything(world: World, server: Server):
+    with world.dial(server.port) as sock:
+        sock.sendall(b"one")
+        assert sock.recv(10) == b"one"
+        world.b.agent.withdraw("uid-server", 2)
+        with pytest.raises(ConnectionResetError):
+            sock.recv(10)
+    wait_until(lambda: not world.b.client.pods, "withdrawn")
+    assert world.b.call(lambda: world.b.proxy.certificates.get("uid-server")) is None
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((world.server_address, 15008), 1)
