@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 from collections.abc import Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -62,6 +63,7 @@ _create.argtypes = (
 )
 _get_info = _lib.bpf_obj_get_info_by_fd
 _get_info.argtypes = (ctypes.c_int, _void, ctypes.POINTER(ctypes.c_uint32))
+_lib.bpf_btf_load.argtypes = (ctypes.c_char_p, ctypes.c_size_t, _void)
 _pin = _lib.bpf_obj_pin
 _pin.argtypes = (ctypes.c_int, ctypes.c_char_p)
 _get_opts = _lib.bpf_obj_get_opts
@@ -138,6 +140,23 @@ def map_info(fd: int) -> Info:
         raise _error("map info")
     sizes = (info.key_size, info.value_size, info.max_entries)
     return Info(info.type, info.id, *sizes, info.map_flags, info.name.decode())
+
+
+def load_btf_of_bytes(size: int) -> tuple[int, int, int]:
+    """BTF for a map whose kind needs some: key ``u32``, value ``u8[size]``. (descriptor, key type, value type).
+
+    :raises MapError: the kernel refuses it.
+    """
+    names = b"\0u32\0u8\0"
+    integer, array = 1 << 24, 3 << 24
+    types = struct.pack("=4I", 1, integer, 4, 32) + struct.pack("=4I", 5, integer, 1, 8)
+    types += struct.pack("=6I", 0, array, 0, 2, 1, size)
+    header = struct.pack("=HBB5I", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(names))
+    blob = header + types + names
+    fd = _lib.bpf_btf_load(blob, len(blob), None)
+    if fd < 0:
+        raise _error("load BTF")
+    return fd, 1, 3
 
 
 class Map:

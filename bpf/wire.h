@@ -1,10 +1,11 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
 /*
  * The contract between the kernel programs and user space: constants, map keys and map values.
  * bpf/wire.py mirrors it; a test compares both with the BTF of the loaded objects.
  * Any change of a layout raises MYCEL_ABI (pins live in mycel/v<ABI>/).
  *
- * Addresses and ports are in network byte order unless a name ends in _host.
+ * Addresses and ports are in network byte order unless a name ends in _host. "netns" is always the cookie of a network
+ * namespace: for one of our pods it is the pod's key.
  */
 #ifndef MYCEL_WIRE_H
 #define MYCEL_WIRE_H
@@ -15,7 +16,7 @@
 #define PORT_OUTBOUND_L7 15002
 #define PORT_HBONE 15008
 
-/* Who a process is, by the cgroup it runs in (map roles). */
+/* Who a process is, by the cgroup it runs in (map roles: cgroup id -> __u32). */
 enum role {
 	ROLE_NONE = 0,
 	ROLE_AGENT = 1,
@@ -30,6 +31,115 @@ enum role {
 #define IDENTITY_PROBE 1
 #define IDENTITY_TUNNEL 2
 #define IDENTITY_FIRST 16
+
+/* How a connection goes, or came to be admitted (struct who, socket_state and connection: kind). */
+enum via {
+	VIA_PLAIN = 1,	  /* nobody wrote down who dials (inbound); no peer of the mesh there (outbound) */
+	VIA_DIRECT = 2,	  /* to a pod of this node, judged by the source's identity */
+	VIA_PROBE = 3,	  /* dialled by ROLE_PROBER */
+	VIA_TUNNEL = 4,	  /* delivered by ROLE_NODEPROXY, judged there */
+	VIA_SELF = 5,	  /* a pod to its own address */
+	VIA_CAPTURED = 6, /* turned to a listener of ours */
+};
+
+/* Which end of a connection an account is about. */
+enum direction {
+	DIRECTION_OUTBOUND = 0,
+	DIRECTION_INBOUND = 1,
+};
+
+/* Why a connection was refused: event.reason, and the index into the map refusals_by_reason. */
+enum reason {
+	REASON_POLICY = 1,		/* the destination's policy has no entry that allows it */
+	REASON_NO_POLICY = 2,		/* the destination has no policy (yet) */
+	REASON_SPOOFED = 3,		/* plain, with the address of an enrolled workload */
+	REASON_NOT_CAPTURED = 4,	/* one of our ports, and connect() did not put it there */
+	REASON_NO_LISTENER = 5,		/* a dead or missing listener of ours */
+	REASON_NO_BACKEND = 6,		/* a service without backends */
+	REASON_OWN_PORT = 7,		/* an application dialled one of our ports */
+	REASON_IPV6 = 8,		/* native IPv6 TCP */
+	REASON_MPTCP = 9,		/* a socket that would leave connect() aside */
+	REASON_MAP_FULL = 10,		/* no room to write down who dials */
+	REASON_UNKNOWN_DESTINATION = 11, /* arrived in a pod's namespace for an address that is not the pod's */
+	REASON_REVOKED = 12,		/* admitted, and refused by a newer policy when it was established */
+	REASON_COUNT = 16,
+};
+
+/* Map counters: what could not be written because a map was full, beside refusals by reason. */
+enum counter {
+	COUNTER_FULL_CONNECTING = REASON_COUNT,
+	COUNTER_FULL_CAPTURED,
+	COUNTER_FULL_FLOWS,
+	COUNTER_FULL_REFUSED,
+	COUNTER_FULL_SOCKETS,
+	COUNTER_FULL_EVENTS,
+	COUNTER_COUNT,
+};
+
+/* pods: netns -> pod. A namespace that is in it is in the mesh. */
+struct pod {
+	__be32 address;
+	__u32 identity;
+};
+
+/* peers: address -> peer. */
+#define PEER_LOCAL 1
+#define PEER_ENROLLED 2
+struct peer {
+	__u64 netns; /* of a pod of this node, else 0 */
+	__u32 identity;
+	__u32 flags;
+};
+
+/* Key of services and listeners, value of backends. */
+struct endpoint {
+	__be32 address;
+	__be16 port;
+	__u16 pad;
+};
+
+/* services: endpoint -> service. Its backends are those of (id, generation), all there before this names them. */
+#define SERVICE_L7 1
+struct service {
+	__u32 id;
+	__u32 generation;
+	__u32 count;
+	__u32 flags;
+};
+
+/* backends: backend_key -> endpoint; slots from 0 to count - 1. */
+struct backend_key {
+	__u32 service;
+	__u32 generation;
+	__u32 slot;
+};
+
+/*
+ * policies: netns -> inner map: policy_key -> __u32 verdict. Port 0 is any port without an entry; no entry refuses.
+ * The entry (POLICY_GENERATION, 0) is the policy's generation instead.
+ */
+#define POLICY_GENERATION 0xffffffff
+struct policy_key {
+	__u32 identity;
+	__be16 port;
+	__u16 pad;
+};
+
+/* connecting: tuple -> who. From the client's SYN until the server's end is established, or the client closes. */
+struct tuple {
+	__be32 client_address;
+	__be32 server_address;
+	__be16 client_port;
+	__be16 server_port;
+};
+
+struct who {
+	__u64 netns; /* of the socket that dials */
+	__u32 identity;
+	__u32 generation; /* of the policy that admitted it last; 0 until then */
+	__u32 kind;
+	__u32 pad;
+};
 
 /*
  * captured: what an application dialled before connect() was turned to a listener of ours. Written by sock_ops when the
@@ -49,6 +159,78 @@ struct captured {
 	__be16 destination_port;
 	__be16 service_port;
 	__u32 identity; /* the client's, of this node */
+};
+
+/* flows: flow_key -> flow; refused: flow_key -> __u64. Bytes are what the application at that end wrote and read. */
+struct flow_key {
+	__u32 source;
+	__u32 destination;
+	__be16 port; /* the destination's own */
+	__u16 direction;
+};
+
+struct flow {
+	__u64 opened;
+	__u64 closed;
+	__u64 sent;
+	__u64 received;
+};
+
+/* sockets: storage of each TCP socket that we know something of (private to the programs). */
+#define SOCKET_REWRITTEN 1 /* getpeername() answers service_* */
+#define SOCKET_ACTIVE 2	   /* it dialled */
+#define SOCKET_OPEN 4	   /* established */
+#define SOCKET_COUNTED 8   /* has an account: flow */
+#define SOCKET_RECORD 16   /* write down who dials: the destination is a pod of this node */
+#define SOCKET_REVOKED 32
+#define ACCOUNT_CLOSED 0xffffffffffffffffULL
+struct socket_state {
+	__u64 netns;
+	__u64 sent;	/* already in the flow; ACCOUNT_CLOSED when that is all */
+	__u64 received; /* the same */
+	struct tuple tuple;
+	__u32 identity; /* the source's */
+	__be32 source_address; /* that it has to dial from, or 0 */
+	__be32 destination_address;
+	__be32 service_address;
+	__be16 destination_port;
+	__be16 service_port;
+	struct flow_key flow;
+	__u32 generation;
+	__u16 kind;
+	__u16 flags;
+};
+
+/* What the iterators over open connections write, one after another. */
+struct connection {
+	__u64 netns;
+	struct tuple tuple;
+	__u32 source;
+	__u32 destination;
+	__u32 generation;
+	__u32 kind;
+	__u32 flags; /* SOCKET_REVOKED */
+	__u64 sent;
+	__u64 received;
+};
+
+/* events (ring buffer): a connection was refused. */
+struct event {
+	__u64 netns; /* of who dialled; 0 when it was refused at the destination */
+	__u32 reason;
+	__u32 source;
+	__u32 destination;
+	__be32 client_address;
+	__be32 server_address;
+	__be16 client_port;
+	__be16 server_port;
+	__u8 server6[16]; /* for REASON_IPV6 */
+};
+
+/* recent: refusal -> when it was told last, nanoseconds; clients repeat their SYNs. */
+struct refusal {
+	struct tuple tuple;
+	__u32 reason;
 };
 
 #endif

@@ -19,6 +19,16 @@ from typing import Any, ClassVar, Self
 
 ABI = 1
 
+#: Flags of :class:`Peer`.
+PEER_LOCAL = 1
+PEER_ENROLLED = 2
+#: Flag of :class:`Service`.
+SERVICE_L7 = 1
+#: Flag of :class:`Connection`.
+SOCKET_REVOKED = 32
+#: In :class:`PolicyKey` in place of an identity: the value is the policy's generation.
+POLICY_GENERATION = 0xFFFFFFFF
+
 PORT_OUTBOUND = 15001
 PORT_OUTBOUND_L7 = 15002
 PORT_HBONE = 15008
@@ -64,6 +74,17 @@ class Reason(enum.IntEnum):
     REVOKED = 12  #: admitted, and refused by a newer policy when it was established
 
 
+class Via(enum.IntEnum):
+    """How a connection goes, or came to be admitted."""
+
+    PLAIN = 1  #: nobody wrote down who dials: outside the mesh
+    DIRECT = 2  #: from a pod or a proxy of this node, judged by the source's identity
+    PROBE = 3
+    TUNNEL = 4  #: delivered by the node proxy, judged there
+    SELF = 5  #: a pod to its own address
+    CAPTURED = 6  #: turned to a listener of ours
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """How one C member is packed: its struct code, and what turns our value into the raw one and back."""
@@ -84,6 +105,12 @@ U8 = Kind("B")
 BOOL = Kind("B", int, bool)
 #: ``__be32``, dotted text here
 ADDRESS = Kind("4s", socket.inet_aton, socket.inet_ntoa)
+#: ``__u8[16]``, text here
+ADDRESS6 = Kind(
+    "16s",
+    lambda text: socket.inet_pton(socket.AF_INET6, text),
+    lambda data: socket.inet_ntop(socket.AF_INET6, data),
+)
 #: ``__be16``, an integer here
 PORT = Kind("2s", lambda port: port.to_bytes(2, "big"), lambda data: int.from_bytes(data, "big"))
 
@@ -163,3 +190,202 @@ class Captured(Record):
     destination_port: int
     service_port: int
     identity: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pod(Record):
+    """Value of ``pods``, whose key is the netns cookie."""
+
+    LAYOUT = Layout("pod", address=ADDRESS, identity=U32)
+    address: str
+    identity: int
+
+
+@dataclass(frozen=True, slots=True)
+class Peer(Record):
+    """Value of ``peers``, whose key is the address."""
+
+    LAYOUT = Layout("peer", netns=U64, identity=U32, flags=U32)
+    netns: int
+    identity: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint(Record):
+    """Key of ``services`` and ``listeners``, value of ``backends``."""
+
+    LAYOUT = Layout("endpoint", address=ADDRESS, port=PORT, pad=U16)
+    address: str
+    port: int
+    pad: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Service(Record):
+    """Value of ``services``."""
+
+    LAYOUT = Layout("service", id=U32, generation=U32, count=U32, flags=U32)
+    id: int
+    generation: int
+    count: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class BackendKey(Record):
+    LAYOUT = Layout("backend_key", service=U32, generation=U32, slot=U32)
+    service: int
+    generation: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyKey(Record):
+    """Key of the inner maps of ``policies``; port 0 is any port without an entry."""
+
+    LAYOUT = Layout("policy_key", identity=U32, port=PORT, pad=U16)
+    identity: int
+    port: int
+    pad: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tuple(Record):
+    """Key of ``connecting``: a connection as its client sees it."""
+
+    LAYOUT = Layout(
+        "tuple", client_address=ADDRESS, server_address=ADDRESS, client_port=PORT, server_port=PORT
+    )
+    client_address: str
+    server_address: str
+    client_port: int
+    server_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Who(Record):
+    """Value of ``connecting``."""
+
+    LAYOUT = Layout("who", netns=U64, identity=U32, generation=U32, kind=U32, pad=U32)
+    netns: int
+    identity: int
+    generation: int
+    kind: int
+    pad: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FlowKey(Record):
+    """Key of ``flows`` and ``refused``."""
+
+    LAYOUT = Layout("flow_key", source=U32, destination=U32, port=PORT, direction=U16)
+    source: int
+    destination: int
+    port: int
+    direction: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flow(Record):
+    """Value of ``flows``."""
+
+    LAYOUT = Layout("flow", opened=U64, closed=U64, sent=U64, received=U64)
+    opened: int
+    closed: int
+    sent: int
+    received: int
+
+
+@dataclass(frozen=True, slots=True)
+class Connection(Record):
+    """What the iterators over open connections write."""
+
+    LAYOUT = Layout(
+        "connection",
+        netns=U64,
+        client_address=ADDRESS,
+        server_address=ADDRESS,
+        client_port=PORT,
+        server_port=PORT,
+        source=U32,
+        destination=U32,
+        generation=U32,
+        kind=U32,
+        flags=U32,
+        sent=U64,
+        received=U64,
+    )
+    netns: int
+    client_address: str
+    server_address: str
+    client_port: int
+    server_port: int
+    source: int
+    destination: int
+    generation: int
+    kind: int
+    flags: int
+    sent: int
+    received: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event(Record):
+    """What the ring buffer ``events`` holds."""
+
+    LAYOUT = Layout(
+        "event",
+        netns=U64,
+        reason=U32,
+        source=U32,
+        destination=U32,
+        client_address=ADDRESS,
+        server_address=ADDRESS,
+        client_port=PORT,
+        server_port=PORT,
+        server6=ADDRESS6,
+    )
+    netns: int
+    reason: int
+    source: int
+    destination: int
+    client_address: str
+    server_address: str
+    client_port: int
+    server_port: int
+    server6: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal(Record):
+    """Key of ``recent``, whose value is when it was told last (nanoseconds)."""
+
+    LAYOUT = Layout(
+        "refusal",
+        client_address=ADDRESS,
+        server_address=ADDRESS,
+        client_port=PORT,
+        server_port=PORT,
+        reason=U32,
+    )
+    client_address: str
+    server_address: str
+    client_port: int
+    server_port: int
+    reason: int
+
+
+#: Bytes of ``struct socket_state``, which only the programs look into.
+SOCKET_STATE_SIZE = 80
+
+#: Slots of the map ``counters``: refusals by :class:`Reason`, then these.
+COUNTER_FULL = {
+    "connecting": 16,
+    "captured": 17,
+    "flows": 18,
+    "refused": 19,
+    "sockets": 20,
+    "events": 21,
+}
+COUNTERS = 22

@@ -1,0 +1,308 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/*
+ * connect() and getpeername() of enrolled pods: where a connection goes. The address is rewritten to an endpoint, or to
+ * a listener of ours in the pod's own namespace; getpeername() goes on to answer what the application dialled.
+ */
+#include "lib/helpers.h"
+#include "lib/policy.h"
+#include "lib/refusal.h"
+
+#define PASS 1
+#define REFUSE 0
+
+/* The way of one dial, as decided. */
+struct dial {
+	__be32 address; /* what connect() said */
+	__be16 port;
+	__be32 to_address; /* what it is turned to */
+	__be16 to_port;
+	bool rewrite;
+};
+
+inline_always int refuse(int error)
+{
+	set_retval(-error);
+	return REFUSE;
+}
+
+/* A backend of the service, drawn at random; false when there is none. */
+inline_always bool draw(struct endpoint *key, struct service *service, struct endpoint *drawn)
+{
+	struct service now = *service;
+
+	/* Between the two lookups the service's backends may be swapped: then it is asked again, once. */
+	for (int attempt = 0; attempt < 2; attempt++) {
+		if (now.count == 0)
+			return false;
+		struct backend_key backend_key = {
+			.service = now.id,
+			.generation = now.generation,
+			.slot = random_u32() % now.count,
+		};
+		struct endpoint *backend = map_lookup(MAP(BACKENDS), &backend_key);
+
+		if (backend) {
+			*drawn = *backend;
+			return true;
+		}
+		service = map_lookup(MAP(SERVICES), key);
+		if (!service)
+			return false;
+		now = *service;
+	}
+	return false;
+}
+
+/* The whole decision. Fills state and dial; PASS without SOCKET_* or kind means that we have nothing to do with it. */
+inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct dial *dial,
+			 struct socket_state *state)
+{
+	struct endpoint key = {.address = dial->address, .port = dial->port};
+	struct peer *peer;
+
+	if (is_loopback(dial->address) || dial->address == 0)
+		return PASS;
+
+	peer = map_lookup(MAP(PEERS), &key.address);
+	if (role == ROLE_ENVOY) {
+		if (!peer)
+			return PASS;
+		state->kind = VIA_CAPTURED;
+		dial->to_address = bpf_htonl(0x7f000001);
+		dial->to_port = bpf_htons(PORT_OUTBOUND);
+		dial->rewrite = true;
+		return PASS;
+	}
+	if (role == ROLE_PROBER) {
+		state->kind = VIA_PROBE;
+		state->identity = IDENTITY_PROBE;
+		if (peer && (peer->flags & PEER_LOCAL) && (peer->flags & PEER_ENROLLED))
+			state->flags |= SOCKET_RECORD;
+		return PASS;
+	}
+	if (!pod)
+		return PASS;
+	state->identity = pod->identity;
+	state->source_address = pod->address;
+	if (role == ROLE_AGENT || role == ROLE_NODEPROXY || role == ROLE_L7PROXY) {
+		if (!peer || !(peer->flags & PEER_LOCAL) || !(peer->flags & PEER_ENROLLED))
+			return PASS;
+		state->flags |= SOCKET_RECORD;
+		if (role == ROLE_NODEPROXY && dial->address == pod->address) {
+			/* A delivery: from the client's own address, judged by the node proxy. */
+			state->kind = VIA_TUNNEL;
+			state->identity = IDENTITY_TUNNEL;
+			state->source_address = 0;
+			return PASS;
+		}
+		state->kind = VIA_DIRECT;
+		goto judge_local;
+	}
+
+	/* An application. */
+	if (is_own_port(dial->port) && peer && (peer->flags & PEER_ENROLLED)) {
+		refuse_dial(netns, REASON_OWN_PORT, pod->identity, peer->identity, dial->address, dial->port,
+			    DIRECTION_OUTBOUND);
+		return refuse(ECONNREFUSED);
+	}
+	struct service *service = map_lookup(MAP(SERVICES), &key);
+
+	if (service && (service->flags & SERVICE_L7)) {
+		dial->to_address = pod->address;
+		dial->to_port = bpf_htons(PORT_OUTBOUND_L7);
+		dial->rewrite = true;
+		state->kind = VIA_CAPTURED;
+		return PASS;
+	}
+	if (service) {
+		struct endpoint drawn = {};
+
+		if (!draw(&key, service, &drawn)) {
+			refuse_dial(netns, REASON_NO_BACKEND, pod->identity, 0, dial->address, dial->port,
+				    DIRECTION_OUTBOUND);
+			return refuse(ECONNREFUSED);
+		}
+		key.address = drawn.address;
+		key.port = drawn.port;
+		peer = map_lookup(MAP(PEERS), &key.address);
+		dial->to_address = drawn.address;
+		dial->to_port = drawn.port;
+		dial->rewrite = true;
+		state->destination_address = drawn.address;
+		state->destination_port = drawn.port;
+	}
+	state->flow.source = pod->identity;
+	state->flow.destination = peer ? peer->identity : 0;
+	state->flow.port = key.port;
+	state->flow.direction = DIRECTION_OUTBOUND;
+	if (key.address == pod->address) {
+		state->kind = VIA_SELF;
+		state->flags |= SOCKET_RECORD | SOCKET_COUNTED;
+		return PASS;
+	}
+	if (!peer || !(peer->flags & PEER_ENROLLED)) {
+		state->kind = VIA_PLAIN;
+		state->flags |= SOCKET_COUNTED;
+		return PASS;
+	}
+	if (!(peer->flags & PEER_LOCAL)) {
+		dial->to_address = pod->address;
+		dial->to_port = bpf_htons(PORT_OUTBOUND);
+		dial->rewrite = true;
+		state->kind = VIA_CAPTURED;
+		return PASS;
+	}
+	state->kind = VIA_DIRECT;
+	state->flags |= SOCKET_RECORD | SOCKET_COUNTED;
+
+judge_local:;
+	/*
+	 * sk_lookup judges it in any case, by what sock_ops writes down. Asked here too, a refusal is an error of
+	 * connect() and not a connection that hangs.
+	 */
+	u32 generation, reason;
+
+	reason = judge(peer->netns, state->identity, key.port, &generation);
+	if (reason) {
+		refuse_dial(netns, reason, state->identity, peer->identity, key.address, key.port, DIRECTION_INBOUND);
+		return refuse(EPERM);
+	}
+	return PASS;
+}
+
+inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod, u32 role, struct dial *dial)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct socket_state state = {
+		.netns = netns,
+		.destination_address = dial->address,
+		.destination_port = dial->port,
+		.service_address = dial->address,
+		.service_port = dial->port,
+		.flags = SOCKET_ACTIVE,
+	};
+	struct socket_state *stored;
+
+	if (!sk)
+		return refuse(EPERM);
+	/* What an earlier attempt with this socket left behind. */
+	storage_delete(MAP(SOCKETS), sk);
+	if (ctx->protocol != IPPROTO_TCP) {
+		if (pod && role == ROLE_NONE && ctx->protocol == IPPROTO_MPTCP && !is_loopback(dial->address)) {
+			refuse_dial(netns, REASON_MPTCP, pod->identity, 0, dial->address, dial->port,
+				    DIRECTION_OUTBOUND);
+			return refuse(EPROTONOSUPPORT);
+		}
+		return PASS;
+	}
+	if (decide(ctx, netns, pod, role, dial, &state) == REFUSE)
+		return REFUSE;
+	if (!state.kind)
+		return PASS;
+	if (dial->rewrite)
+		state.flags |= SOCKET_REWRITTEN;
+	stored = storage_get(MAP(SOCKETS), sk, &state, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!stored) {
+		count(COUNTER_FULL_SOCKETS);
+		refuse_dial(netns, REASON_MAP_FULL, state.identity, 0, dial->address, dial->port, DIRECTION_OUTBOUND);
+		return refuse(ENOMEM);
+	}
+	return PASS;
+}
+
+inline_always u32 role_of_current(void)
+{
+	u64 cgroup = current_cgroup_id();
+	u32 *role = map_lookup(MAP(ROLES), &cgroup);
+
+	return role ? *role : ROLE_NONE;
+}
+
+int connect4(struct bpf_sock_addr *ctx)
+{
+	u64 netns = netns_cookie(ctx);
+	struct pod *pod = map_lookup(MAP(PODS), &netns);
+	u32 role = role_of_current();
+	struct dial dial = {};
+
+	if (!pod && role != ROLE_PROBER && role != ROLE_ENVOY)
+		return PASS;
+	dial.address = ctx->user_ip4;
+	dial.port = ctx->user_port;
+	if (dialled(ctx, netns, pod, role, &dial) == REFUSE)
+		return REFUSE;
+	if (dial.rewrite) {
+		ctx->user_ip4 = dial.to_address;
+		ctx->user_port = dial.to_port;
+	}
+	return PASS;
+}
+
+int connect6(struct bpf_sock_addr *ctx)
+{
+	u64 netns = netns_cookie(ctx);
+	struct pod *pod = map_lookup(MAP(PODS), &netns);
+	u32 role = role_of_current();
+	struct dial dial = {};
+	u32 a0, a1, a2, a3;
+
+	if (!pod && role != ROLE_PROBER && role != ROLE_ENVOY)
+		return PASS;
+	a0 = ctx->user_ip6[0];
+	a1 = ctx->user_ip6[1];
+	a2 = ctx->user_ip6[2];
+	a3 = ctx->user_ip6[3];
+	if (a0 == 0 && a1 == 0 && a2 == bpf_htonl(0xffff)) {
+		dial.address = a3;
+		dial.port = ctx->user_port;
+		if (dialled(ctx, netns, pod, role, &dial) == REFUSE)
+			return REFUSE;
+		if (dial.rewrite) {
+			ctx->user_ip6[3] = dial.to_address;
+			ctx->user_port = dial.to_port;
+		}
+		return PASS;
+	}
+	/* ::1, and :: which connect() takes for it. */
+	if (a0 == 0 && a1 == 0 && a2 == 0 && (a3 == bpf_htonl(1) || a3 == 0))
+		return PASS;
+	if (!pod || role != ROLE_NONE || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))
+		return PASS;
+
+	struct event event = {.netns = netns, .reason = REASON_IPV6, .source = pod->identity};
+	struct flow_key flow = {.source = pod->identity, .port = ctx->user_port};
+
+	event.server_port = ctx->user_port;
+	__builtin_memcpy(event.server6, &a0, 4);
+	__builtin_memcpy(event.server6 + 4, &a1, 4);
+	__builtin_memcpy(event.server6 + 8, &a2, 4);
+	__builtin_memcpy(event.server6 + 12, &a3, 4);
+	count(REASON_IPV6);
+	count_refused(&flow);
+	tell(&event);
+	return refuse(ENETUNREACH);
+}
+
+int getpeername4(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct socket_state *state = sk ? storage_get(MAP(SOCKETS), sk, 0, 0) : 0;
+
+	if (state && (state->flags & SOCKET_REWRITTEN)) {
+		ctx->user_ip4 = state->service_address;
+		ctx->user_port = state->service_port;
+	}
+	return PASS;
+}
+
+int getpeername6(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct socket_state *state = sk ? storage_get(MAP(SOCKETS), sk, 0, 0) : 0;
+
+	if (state && (state->flags & SOCKET_REWRITTEN)) {
+		ctx->user_ip6[3] = state->service_address; /* ::ffff: stays */
+		ctx->user_port = state->service_port;
+	}
+	return PASS;
+}

@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/*
+ * socket() in enrolled pods. An MPTCP socket's subflows are dialled by the kernel, past connect4: they would leave the pod
+ * as they are. Who asks for MPTCP falls back to TCP when it is not there.
+ */
+#include "lib/helpers.h"
+#include "lib/refusal.h"
+
+int sock_create(struct bpf_sock *ctx)
+{
+	if (ctx->protocol != IPPROTO_MPTCP)
+		return 1;
+	u64 netns = netns_cookie(ctx);
+	struct pod *pod = map_lookup(MAP(PODS), &netns);
+
+	if (!pod)
+		return 1;
+	struct event event = {.netns = netns, .reason = REASON_MPTCP, .source = pod->identity};
+
+	count(REASON_MPTCP);
+	tell(&event);
+	set_retval(-EPROTONOSUPPORT);
+	return 0;
+}

@@ -1,0 +1,96 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/* What was refused: counted by reason and by who, and told to user space. */
+#ifndef MYCEL_REFUSAL_H
+#define MYCEL_REFUSAL_H
+
+#include "lib/helpers.h"
+
+/* A client sends its SYN again for about two minutes; told once in that time. */
+#define TOLD_AGAIN_NS (130ULL * 1000000000ULL)
+
+inline_always void count(u32 counter)
+{
+	u64 *value = map_lookup(MAP(COUNTERS), &counter);
+
+	if (value)
+		__sync_fetch_and_add(value, 1);
+}
+
+inline_always void count_refused(struct flow_key *flow)
+{
+	u64 *value = map_lookup(MAP(REFUSED), flow);
+	u64 zero = 0;
+
+	if (!value) {
+		if (map_update(MAP(REFUSED), flow, &zero, BPF_NOEXIST) == -7 /* E2BIG */) {
+			/* Somebody scans ports: the rest is counted under port 0, which the loader put there. */
+			count(COUNTER_FULL_REFUSED);
+			struct flow_key other = {.direction = flow->direction};
+
+			value = map_lookup(MAP(REFUSED), &other);
+		} else {
+			value = map_lookup(MAP(REFUSED), flow);
+		}
+	}
+	if (value)
+		__sync_fetch_and_add(value, 1);
+}
+
+inline_always void tell(struct event *event)
+{
+	if (ringbuf_output(MAP(EVENTS), event, sizeof(*event), 0) < 0)
+		count(COUNTER_FULL_EVENTS);
+}
+
+/* Refused at connect(): once per attempt. */
+inline_always void refuse_dial(u64 netns, u32 reason, u32 source, u32 destination, __be32 address, __be16 port,
+			       u32 direction)
+{
+	struct flow_key flow = {.source = source, .destination = destination, .port = port, .direction = direction};
+	struct event event = {
+		.netns = netns,
+		.reason = reason,
+		.source = source,
+		.destination = destination,
+		.server_address = address,
+		.server_port = port,
+	};
+
+	count(reason);
+	count_refused(&flow);
+	tell(&event);
+}
+
+/* Refused on arrival: counted and told once for all SYNs of one attempt. */
+inline_always void refuse_arrival(struct tuple *tuple, u32 reason, u32 source, u32 destination)
+{
+	struct refusal refusal = {.tuple = *tuple, .reason = reason};
+	u64 now = now_ns();
+	u64 *told = map_lookup(MAP(RECENT), &refusal);
+
+	if (told && now - *told < TOLD_AGAIN_NS)
+		return;
+	map_update(MAP(RECENT), &refusal, &now, BPF_ANY);
+
+	struct flow_key flow = {
+		.source = source,
+		.destination = destination,
+		.port = tuple->server_port,
+		.direction = DIRECTION_INBOUND,
+	};
+	struct event event = {
+		.reason = reason,
+		.source = source,
+		.destination = destination,
+		.client_address = tuple->client_address,
+		.server_address = tuple->server_address,
+		.client_port = tuple->client_port,
+		.server_port = tuple->server_port,
+	};
+
+	count(reason);
+	count_refused(&flow);
+	tell(&event);
+}
+
+#endif

@@ -1,0 +1,185 @@
+"""Programs and links at run time, through ``libbpf.so.1`` by ctypes: load, attach, replace, pin.
+
+Owns the calls; which program belongs where is the loader's (cgroups, iterators) and the agent's (namespaces of pods).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from typing import NamedTuple
+
+# enum bpf_attach_type
+CGROUP_SOCK_OPS = 3
+CGROUP_INET_SOCK_CREATE = 2
+CGROUP_INET4_CONNECT = 10
+CGROUP_INET6_CONNECT = 11
+TRACE_ITER = 28
+CGROUP_INET4_GETPEERNAME = 29
+CGROUP_INET6_GETPEERNAME = 30
+SK_LOOKUP = 36
+
+# enum bpf_prog_type
+PROG_CGROUP_SOCK = 9
+PROG_SOCK_OPS = 13
+PROG_CGROUP_SOCK_ADDR = 18
+PROG_TRACING = 26
+PROG_SK_LOOKUP = 30
+
+_lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+_lib.bpf_obj_get.argtypes = (ctypes.c_char_p,)
+_lib.bpf_obj_pin.argtypes = (ctypes.c_int, ctypes.c_char_p)
+_lib.bpf_link_create.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+_lib.bpf_link_update.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+_lib.bpf_obj_get_info_by_fd.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint32))
+_lib.bpf_prog_load.argtypes = (
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_char_p,
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+)
+_lib.libbpf_find_vmlinux_btf_id.argtypes = (ctypes.c_char_p, ctypes.c_int)
+
+
+class LinkError(OSError):
+    """Attaching, replacing or pinning failed; ``errno`` is the kernel's."""
+
+
+class LinkInfo(NamedTuple):
+    """``where`` is the cgroup's id or the namespace's inode; 0 when it is gone."""
+
+    type: int
+    id: int
+    program: int
+    where: int
+
+
+class _LinkCreateOptions(ctypes.Structure):
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("flags", ctypes.c_uint32),
+        ("iter_info", ctypes.c_void_p),
+        ("iter_info_len", ctypes.c_uint32),
+        ("target_btf_id", ctypes.c_uint32),
+    )
+
+
+class _ProgLoadOptions(ctypes.Structure):
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("attempts", ctypes.c_int),
+        ("expected_attach_type", ctypes.c_int),
+        ("prog_btf_fd", ctypes.c_uint32),
+        ("prog_flags", ctypes.c_uint32),
+        ("prog_ifindex", ctypes.c_uint32),
+        ("kern_version", ctypes.c_uint32),
+        ("attach_btf_id", ctypes.c_uint32),
+        ("attach_prog_fd", ctypes.c_uint32),
+        ("attach_btf_obj_fd", ctypes.c_uint32),
+        ("fd_array", ctypes.c_void_p),
+        ("func_info", ctypes.c_void_p),
+        ("func_info_cnt", ctypes.c_uint32),
+        ("func_info_rec_size", ctypes.c_uint32),
+        ("line_info", ctypes.c_void_p),
+        ("line_info_cnt", ctypes.c_uint32),
+        ("line_info_rec_size", ctypes.c_uint32),
+        ("log_level", ctypes.c_uint32),
+        ("log_size", ctypes.c_uint32),
+        ("log_buf", ctypes.c_char_p),
+    )
+
+
+def _check(status: int, what: str) -> int:
+    if status < 0:
+        code = ctypes.get_errno() or -status
+        raise LinkError(code, f"{what}: {os.strerror(code)}")
+    return int(status)
+
+
+def open_pin(path: str) -> int:
+    """A descriptor of what is pinned there.
+
+    :raises LinkError: nothing is.
+    """
+    return _check(_lib.bpf_obj_get(path.encode()), f"open {path}")
+
+
+def pin(fd: int, path: str) -> None:
+    """Pin, in place of what is there, at once for whoever opens it.
+
+    :raises LinkError: it is no bpf file system.
+    """
+    # A bpf file system takes no dots.
+    new = os.path.join(os.path.dirname(path), f"new_{os.path.basename(path)}")
+    if os.path.exists(new):
+        os.unlink(new)
+    _check(_lib.bpf_obj_pin(fd, new.encode()), f"pin {path}")
+    os.rename(new, path)
+
+
+def attach(program: int, target: int, attach_type: int) -> int:
+    """Attach a program to a cgroup or network namespace; the descriptor of the link."""
+    return _check(_lib.bpf_link_create(program, target, attach_type, None), f"attach (type {attach_type})")
+
+
+def attach_iterator(program: int, map_fd: int) -> int:
+    """A link of an iterator over a map's elements."""
+    info = ctypes.create_string_buffer(struct.pack("=I12x", map_fd))
+    options = _LinkCreateOptions(
+        sz=ctypes.sizeof(_LinkCreateOptions), iter_info=ctypes.addressof(info), iter_info_len=16
+    )
+    return _check(
+        _lib.bpf_link_create(program, 0, TRACE_ITER, ctypes.byref(options)), "attach iterator"
+    )
+
+
+def replace(link: int, program: int) -> None:
+    """Let the link run another program from now on, with no moment in between."""
+    _check(_lib.bpf_link_update(link, program, None), "replace program")
+
+
+def link_info(link: int) -> LinkInfo:
+    buffer = ctypes.create_string_buffer(64)
+    length = ctypes.c_uint32(64)
+    _check(_lib.bpf_obj_get_info_by_fd(link, buffer, ctypes.byref(length)), "link info")
+    kind, number, program = struct.unpack_from("=III", buffer)
+    # The union begins at 16: a cgroup's id has 64 bits, a namespace's inode 32.
+    where = struct.unpack_from("=Q" if kind == 3 else "=I", buffer, 16)[0]
+    return LinkInfo(kind, number, program, where)
+
+
+def program_id(program: int) -> int:
+    buffer = ctypes.create_string_buffer(256)
+    length = ctypes.c_uint32(256)
+    _check(_lib.bpf_obj_get_info_by_fd(program, buffer, ctypes.byref(length)), "program info")
+    return int(struct.unpack_from("=II", buffer)[1])
+
+
+def load_iterator(name: str, target: str, code: bytes) -> int:
+    """Load compiled instructions as an iterator over ``target`` (bcc knows one program for each target only).
+
+    :raises LinkError: the verifier refuses it; the message has its log.
+    """
+    attach_btf_id = _check(
+        _lib.libbpf_find_vmlinux_btf_id(target.encode(), TRACE_ITER), f"iterator {target} in the kernel's BTF"
+    )
+    log = ctypes.create_string_buffer(1 << 20)
+    for log_level in (0, 1):
+        options = _ProgLoadOptions(
+            sz=ctypes.sizeof(_ProgLoadOptions),
+            expected_attach_type=TRACE_ITER,
+            attach_btf_id=attach_btf_id,
+            log_level=log_level,
+            log_size=len(log) if log_level else 0,
+            log_buf=ctypes.cast(log, ctypes.c_char_p) if log_level else None,
+        )
+        fd = _lib.bpf_prog_load(
+            PROG_TRACING, name.encode()[:15], b"GPL", code, len(code) // 8, ctypes.byref(options)
+        )
+        if fd >= 0:
+            return int(fd)
+    code_of = ctypes.get_errno()
+    raise LinkError(code_of, f"load {name}: {os.strerror(code_of)}\n{log.value.decode(errors='replace')}")

@@ -1,0 +1,294 @@
+"""Compiles the kernel programs, loads and pins them, and attaches them to a cgroup: ``python -m bpf.loader``.
+
+Short-lived, because bcc maps LLVM; the only module that imports bcc. Run again (an upgrade, a restart of the agent) it keeps
+every map with all its elements and replaces each program in its link, under traffic and with no moment without one.
+Nothing is attached before everything is compiled and accepted by the verifier.
+
+Under ``PINS/v<ABI>/``: maps by their names, ``link_*`` of the cgroup, ``program_sk_lookup`` for the agent to attach in pods'
+namespaces, ``netns/COOKIE`` its links there, ``accounts``, ``connections`` and ``refused_now`` (iterators).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import json
+import os
+import struct
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from bpf import links, maps, schema, wire
+from bpf.btf import Btf, BtfError
+
+_HERE = Path(__file__).parent
+_SOURCES = ("connect.c", "create.c", "sockops.c", "lookup.c", "iterators.c")
+_BPFFS_MAGIC = 0xCAFE4A11
+_ITERATOR = "bpf_sk_storage_map"
+
+
+class _Attachment(NamedTuple):
+    function: str
+    program_type: int
+    attach_type: int
+    link: str
+
+
+# In this order: who connects is written down before anything relies on it.
+_CGROUP = (
+    _Attachment("sock_ops", links.PROG_SOCK_OPS, links.CGROUP_SOCK_OPS, "link_sock_ops"),
+    _Attachment(
+        "getpeername4", links.PROG_CGROUP_SOCK_ADDR, links.CGROUP_INET4_GETPEERNAME, "link_getpeername4"
+    ),
+    _Attachment(
+        "getpeername6", links.PROG_CGROUP_SOCK_ADDR, links.CGROUP_INET6_GETPEERNAME, "link_getpeername6"
+    ),
+    _Attachment("connect4", links.PROG_CGROUP_SOCK_ADDR, links.CGROUP_INET4_CONNECT, "link_connect4"),
+    _Attachment("connect6", links.PROG_CGROUP_SOCK_ADDR, links.CGROUP_INET6_CONNECT, "link_connect6"),
+    _Attachment("sock_create", links.PROG_CGROUP_SOCK, links.CGROUP_INET_SOCK_CREATE, "link_sock_create"),
+)
+_ITERATORS = (
+    ("bpf_iter__bpf_sk_storage_map__accounts", "accounts"),
+    ("bpf_iter__bpf_sk_storage_map__connections", "connections"),
+    ("bpf_iter__bpf_sk_storage_map__refused", "refused_now"),
+)
+
+
+class LoadError(Exception):
+    """Why the programs are not in force; what was in force before still is."""
+
+
+def kernel_headers() -> Path:
+    """The tree that bcc compiles with: BCC_KERNEL_SOURCE, else what ``scripts/setup`` put into the cache.
+
+    :raises LoadError: there is none.
+    """
+    if given := os.environ.get("BCC_KERNEL_SOURCE"):
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(os.environ.get("MYCEL_CACHE") or Path(base, "mycel"))
+    tree = cache / "headers/current"
+    if not tree.exists():
+        raise LoadError(f"no kernel headers: neither BCC_KERNEL_SOURCE nor {tree}")
+    return tree
+
+
+def kernel_macros(btf: Btf) -> dict[str, int]:
+    """What the programs need to know of this kernel's structures.
+
+    :raises BtfError: this kernel's are not as they have to be.
+    """
+    return {
+        "TCP_SOCK_BYTES_ACKED": btf.offset("tcp_sock", "bytes_acked"),
+        "TCP_SOCK_BYTES_RECEIVED": btf.offset("tcp_sock", "bytes_received"),
+        "TCP_SOCK_WRITE_SEQ": btf.offset("tcp_sock", "write_seq"),
+        "TCP_SOCK_SND_UNA": btf.offset("tcp_sock", "snd_una"),
+        "TCP_SOCK_RCV_NXT": btf.offset("tcp_sock", "rcv_nxt"),
+        "TCP_SOCK_COPIED_SEQ": btf.offset("tcp_sock", "copied_seq"),
+        # A socket's address is that of its tcp_sock, so these count from there too.
+        "SOCK_FLAGS": btf.offset("sock_common", "skc_flags"),
+        "SOCK_STATE": btf.offset("sock_common", "skc_state"),
+        "SOCK_DONE": btf.enumerator("sock_flags", "SOCK_DONE"),
+    }
+
+
+def load(pins: Path, cgroup: Path, sizes: dict[str, int]) -> dict[str, object]:
+    """Bring everything into force; gives what was done, for the log.
+
+    :param sizes: elements by map, for maps that have to be made.
+    :raises LoadError: nothing was changed that matters (maps may have been made).
+    """
+    _require_bpffs(pins)
+    folder = pins / f"v{wire.ABI}"
+    (folder / "netns").mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise LoadError(f"cgroup {cgroup}: {error.strerror}") from None
+        stack.callback(os.close, target)
+        try:
+            opened, made = _open_maps(folder, sizes, stack)
+            programs, iterators = _compile(opened, stack)
+            replaced = [name for name in _CGROUP if _attach(folder, name, programs[name.function], target)]
+            namespaces = _attach_namespaces(folder, programs["sk_lookup"])
+            for name, program in iterators.items():
+                _attach_iterator(folder / name, program, opened["sockets"].fd)
+        except (maps.MapError, links.LinkError, BtfError) as error:
+            raise LoadError(str(error)) from None
+    return {
+        "maps_made": made,
+        "programs_replaced": [attachment.function for attachment in replaced],
+        "namespaces": namespaces,
+    }
+
+
+def _require_bpffs(pins: Path) -> None:
+    pins.mkdir(parents=True, exist_ok=True)
+    # struct statfs begins with f_type, a long.
+    buffer = ctypes.create_string_buffer(256)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.statfs(str(pins).encode(), buffer) != 0:
+        raise LoadError(f"pins {pins}: {os.strerror(ctypes.get_errno())}")
+    if struct.unpack_from("=l", buffer)[0] & 0xFFFFFFFF != _BPFFS_MAGIC:
+        raise LoadError(f"pins {pins}: not on a bpf file system (mount -t bpf bpf /sys/fs/bpf)")
+
+
+def _open_maps(
+    folder: Path, sizes: dict[str, int], stack: ExitStack
+) -> tuple[dict[str, maps.Map], list[str]]:
+    opened: dict[str, maps.Map] = {}
+    made: list[str] = []
+    for spec in schema.MAPS:
+        path = folder / spec.name
+        if path.exists():
+            one = maps.Map.open(str(path))
+            stack.callback(one.close)
+            found = (one.info.type, one.key_size, one.value_size)
+            if found != (spec.type, spec.key_size, spec.value_size):
+                raise LoadError(f"map {path}: (type, key, value) is {found}, not {spec[1:4]}, within one ABI")
+        else:
+            one = _make(spec, sizes.get(spec.name, spec.max_entries), stack)
+            one.pin(str(path))
+            made.append(spec.name)
+        opened[spec.name] = one
+    for key in schema.OVERFLOW_KEYS:
+        for name in ("flows", "refused"):
+            if opened[name].lookup(key.pack()) is None:
+                opened[name].update(key.pack(), bytes(opened[name].value_size))
+    return opened, made
+
+
+def _make(spec: schema.MapSpec, size: int, stack: ExitStack) -> maps.Map:
+    inner: maps.Map | None = None
+    btf: tuple[int, int, int] | None = None
+    if spec.type == maps.HASH_OF_MAPS:
+        model = schema.INNER_POLICY
+        inner = maps.Map.create(
+            model.type, model.name, model.key_size, model.value_size, model.max_entries, flags=model.flags
+        )
+        stack.callback(inner.close)
+    if spec.type == maps.SK_STORAGE:
+        btf = maps.load_btf_of_bytes(spec.value_size)
+        stack.callback(os.close, btf[0])
+    one = maps.Map.create(
+        spec.type, spec.name, spec.key_size, spec.value_size, size, flags=spec.flags, inner=inner, btf=btf
+    )
+    stack.callback(one.close)
+    return one
+
+
+def _compile(opened: dict[str, maps.Map], stack: ExitStack) -> tuple[dict[str, int], dict[str, int]]:
+    """Descriptors of all programs, those for the cgroup and for namespaces by function, iterators by pin."""
+    os.environ["BCC_KERNEL_SOURCE"] = str(kernel_headers())
+    import bcc
+
+    with Btf.of_kernel() as btf:
+        macros = kernel_macros(btf)
+    flags = [
+        f"-I{_HERE}",
+        # The headers' own, by the hundred.
+        "-Wno-everything",
+        *(f"-DMAP_{name.upper()}={one.fd}" for name, one in opened.items()),
+        *(f"-D{name}={value}" for name, value in macros.items()),
+    ]
+    # bcc gives only functions of its main text a section of their own: the entry files are one text, headers included.
+    text = "\n".join(f'#line 1 "{name}"\n{(_HERE / name).read_text()}' for name in _SOURCES)
+    try:
+        module = bcc.BPF(text=text, cflags=flags)
+    except Exception as error:
+        raise LoadError(f"the programs do not compile: {error}") from None
+    programs: dict[str, int] = {}
+    wanted = [(a.function, a.program_type, a.attach_type) for a in _CGROUP]
+    for function, program_type, attach_type in (
+        *wanted,
+        ("sk_lookup", links.PROG_SK_LOOKUP, links.SK_LOOKUP),
+    ):
+        try:
+            programs[function] = module.load_func(function, program_type, attach_type=attach_type).fd
+        except Exception as error:
+            raise LoadError(f"program {function}: {error}") from None
+    iterators: dict[str, int] = {}
+    for function, name in _ITERATORS:
+        iterators[name] = links.load_iterator(name, _ITERATOR, module.dump_func(function))
+        stack.callback(os.close, iterators[name])
+    # Its descriptors are closed with the module.
+    stack.callback(module.cleanup)
+    return programs, iterators
+
+
+def _attach(folder: Path, attachment: _Attachment, program: int, cgroup: int) -> bool:
+    """Whether the link was there already (then it runs the new program from now on)."""
+    path = folder / attachment.link
+    if path.exists():
+        link = links.open_pin(str(path))
+        try:
+            if links.link_info(link).where == os.fstat(cgroup).st_ino:
+                links.replace(link, program)
+                return True
+        finally:
+            os.close(link)
+    link = links.attach(program, cgroup, attachment.attach_type)
+    try:
+        links.pin(link, str(path))
+    finally:
+        os.close(link)
+    return False
+
+
+def _attach_namespaces(folder: Path, program: int) -> int:
+    """Replace the program in the namespaces of pods that are enrolled, and leave it for those to come."""
+    links.pin(program, str(folder / "program_sk_lookup"))
+    replaced = 0
+    for path in (folder / "netns").iterdir():
+        link = links.open_pin(str(path))
+        try:
+            links.replace(link, program)
+            replaced += 1
+        except links.LinkError:
+            # Its namespace is gone, and so is whom it guarded.
+            path.unlink()
+        finally:
+            os.close(link)
+    return replaced
+
+
+def _attach_iterator(path: Path, program: int, sockets: int) -> None:
+    link = links.attach_iterator(program, sockets)
+    try:
+        links.pin(link, str(path))
+    finally:
+        os.close(link)
+
+
+def _size(text: str) -> tuple[str, int]:
+    name, _, number = text.partition("=")
+    known = {spec.name for spec in schema.MAPS if spec.max_entries}
+    if name not in known or not number.isdecimal() or int(number) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MAP=ELEMENTS (maps: {', '.join(sorted(known))})")
+    return name, int(number)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bpf.loader", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pins", type=Path, required=True, help="folder on a bpf file system")
+    parser.add_argument("--cgroup", type=Path, required=True, help="folder of the cgroup v2 hierarchy")
+    parser.add_argument("--size", type=_size, action="append", default=[], metavar="MAP=ELEMENTS")
+    options = parser.parse_args(arguments)
+    try:
+        done = load(options.pins, options.cgroup, dict(options.size))
+    except LoadError as error:
+        print(f"bpf.loader: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(done))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

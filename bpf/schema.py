@@ -1,0 +1,62 @@
+"""The maps that the programs share: name, type, sizes. How much each may hold can be set when they are made."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bpf import maps, wire
+
+
+class MapSpec(NamedTuple):
+    """Sizes of keys and values in bytes, of the map in elements (bytes for the ring buffer)."""
+
+    name: str
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int = 0
+
+
+#: Of the inner maps of ``policies``: each is made with the size that its table needs.
+INNER_POLICY = MapSpec("policy", maps.HASH, wire.PolicyKey.LAYOUT.size, 4, 64, maps.F_NO_PREALLOC)
+
+# Elements are allocated when they come (NO_PREALLOC): a map that is large enough costs nothing while it is empty.
+MAPS = (
+    MapSpec("roles", maps.HASH, 8, 4, 256, maps.F_NO_PREALLOC),
+    MapSpec("pods", maps.HASH, 8, wire.Pod.LAYOUT.size, 1024, maps.F_NO_PREALLOC),
+    MapSpec("peers", maps.HASH, 4, wire.Peer.LAYOUT.size, 262144, maps.F_NO_PREALLOC),
+    MapSpec(
+        "services", maps.HASH, wire.Endpoint.LAYOUT.size, wire.Service.LAYOUT.size, 65536, maps.F_NO_PREALLOC
+    ),
+    MapSpec(
+        "backends",
+        maps.HASH,
+        wire.BackendKey.LAYOUT.size,
+        wire.Endpoint.LAYOUT.size,
+        524288,
+        maps.F_NO_PREALLOC,
+    ),
+    MapSpec("policies", maps.HASH_OF_MAPS, 8, 4, 1024, maps.F_NO_PREALLOC),
+    MapSpec(
+        "connecting", maps.HASH, wire.Tuple.LAYOUT.size, wire.Who.LAYOUT.size, 65536, maps.F_NO_PREALLOC
+    ),
+    MapSpec(
+        "captured",
+        maps.HASH,
+        wire.CapturedKey.LAYOUT.size,
+        wire.Captured.LAYOUT.size,
+        262144,
+        maps.F_NO_PREALLOC,
+    ),
+    MapSpec("listeners", maps.SOCKHASH, wire.Endpoint.LAYOUT.size, 8, 4096),
+    MapSpec("flows", maps.HASH, wire.FlowKey.LAYOUT.size, wire.Flow.LAYOUT.size, 131072, maps.F_NO_PREALLOC),
+    MapSpec("refused", maps.HASH, wire.FlowKey.LAYOUT.size, 8, 16384, maps.F_NO_PREALLOC),
+    MapSpec("recent", maps.LRU_HASH, wire.Refusal.LAYOUT.size, 8, 4096),
+    MapSpec("counters", maps.ARRAY, 4, 8, wire.COUNTERS),
+    MapSpec("events", maps.RINGBUF, 0, 0, 1 << 18),
+    MapSpec("sockets", maps.SK_STORAGE, 4, wire.SOCKET_STATE_SIZE, 0, maps.F_NO_PREALLOC),
+)
+
+#: Accounts of what has no room in ``flows`` and ``refused`` (identity 0 to identity 0, port 0): always there.
+OVERFLOW_KEYS = tuple(wire.FlowKey(0, 0, 0, direction) for direction in wire.Direction)

@@ -1,0 +1,215 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/*
+ * The life of a connection: who connects is written down when the client's port is known, taken up when the server's end
+ * is established, and every counted end is opened and closed in the accounts.
+ */
+#include "lib/account.h"
+#include "lib/helpers.h"
+#include "lib/policy.h"
+#include "lib/refusal.h"
+
+inline_always bool tuple_of(struct bpf_sock_ops *ctx, bool active, struct tuple *tuple)
+{
+	u32 local_address, remote_address, local_port_host, remote_port;
+
+	if (ctx->family == AF_INET6) {
+		if (ctx->remote_ip6[0] != 0 || ctx->remote_ip6[1] != 0 || ctx->remote_ip6[2] != bpf_htonl(0xffff))
+			return false;
+	} else if (ctx->family != AF_INET) {
+		return false;
+	}
+	local_address = ctx->local_ip4;
+	remote_address = ctx->remote_ip4;
+	local_port_host = ctx->local_port;
+	remote_port = ctx->remote_port;
+	__be16 local = bpf_htons((u16)local_port_host);
+	/* On little-endian machines the kernel shifts it up. */
+	__be16 remote = bpf_htons((u16)bpf_ntohl(remote_port));
+
+	tuple->client_address = active ? local_address : remote_address;
+	tuple->server_address = active ? remote_address : local_address;
+	tuple->client_port = active ? local : remote;
+	tuple->server_port = active ? remote : local;
+	return true;
+}
+
+/* SYN goes out: the client's port is known now. */
+inline_always void dialling(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct socket_state *state = storage_get(MAP(SOCKETS), sk, 0, 0);
+	struct tuple tuple = {};
+
+	if (!state || !tuple_of(ctx, true, &tuple))
+		return;
+	state->tuple = tuple;
+	set_cb_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+	if (state->kind != VIA_CAPTURED && !(state->flags & SOCKET_RECORD))
+		return;
+	/* Whoever dials from an address that is not the pod's stays unnamed: plain, and refused where that counts. */
+	if (state->source_address && state->source_address != tuple.client_address)
+		return;
+	struct who who = {.netns = state->netns, .identity = state->identity, .kind = state->kind};
+
+	if (state->kind == VIA_CAPTURED) {
+		struct captured_key key = {
+			.netns = state->netns,
+			.client_address = tuple.client_address,
+			.client_port = tuple.client_port,
+			.listener_port = tuple.server_port,
+		};
+		struct captured value = {
+			.destination_address = state->destination_address,
+			.service_address = state->service_address,
+			.destination_port = state->destination_port,
+			.service_port = state->service_port,
+			.identity = state->identity,
+		};
+
+		if (map_update(MAP(CAPTURED), &key, &value, BPF_ANY) < 0) {
+			count(COUNTER_FULL_CAPTURED);
+			return; /* and so without a record: the listener will not be given it */
+		}
+	}
+	if (map_update(MAP(CONNECTING), &tuple, &who, BPF_ANY) < 0)
+		count(COUNTER_FULL_CONNECTING);
+}
+
+/* The server's end is established: its connector is taken up, and judged by the policy of now. */
+inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	u64 netns = netns_cookie(ctx);
+	struct pod *pod = map_lookup(MAP(PODS), &netns);
+	struct tuple tuple = {};
+	struct socket_state state = {};
+	struct who *who;
+	struct peer *peer;
+	u32 reason;
+
+	if (!pod || !tuple_of(ctx, false, &tuple))
+		return;
+	if (is_loopback(tuple.server_address))
+		return;
+	state.kind = VIA_PLAIN;
+	state.identity = IDENTITY_PLAIN;
+	who = map_lookup(MAP(CONNECTING), &tuple);
+	if (who) {
+		state.kind = who->kind;
+		state.identity = who->identity;
+		map_delete(MAP(CONNECTING), &tuple);
+	} else {
+		/* A client that dialled, was admitted and has already gone took its record along: it was this one. */
+		peer = map_lookup(MAP(PEERS), &tuple.client_address);
+		if (peer && (peer->flags & PEER_LOCAL) && (peer->flags & PEER_ENROLLED)) {
+			state.kind = VIA_DIRECT;
+			state.identity = peer->identity;
+		}
+	}
+	if (tuple.server_address == pod->address && is_own_port(tuple.server_port))
+		return;
+	state.netns = netns;
+	state.tuple = tuple;
+	state.flow.source = state.identity;
+	state.flow.destination = pod->identity;
+	state.flow.port = tuple.server_port;
+	state.flow.direction = DIRECTION_INBOUND;
+	if (state.kind != VIA_TUNNEL)
+		state.flags |= SOCKET_COUNTED;
+	reason = judge_via(state.kind, netns, state.identity, tuple.server_port, &state.generation);
+	if (reason)
+		state.flags |= SOCKET_REVOKED;
+	set_cb_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+
+	struct socket_state *stored = storage_get(MAP(SOCKETS), sk, &state, BPF_SK_STORAGE_GET_F_CREATE);
+
+	if (!stored)
+		count(COUNTER_FULL_SOCKETS);
+	if (!stored || reason) {
+		/* Nothing here can end it: the agent does, who is told of each. */
+		struct event event = {
+			.netns = netns,
+			.reason = REASON_REVOKED,
+			.source = state.identity,
+			.destination = pod->identity,
+			.client_address = tuple.client_address,
+			.server_address = tuple.server_address,
+			.client_port = tuple.client_port,
+			.server_port = tuple.server_port,
+		};
+
+		count(REASON_REVOKED);
+		tell(&event);
+	}
+	if (!stored)
+		return;
+	if (stored->flags & SOCKET_COUNTED)
+		account_open(stored);
+	else
+		stored->flags |= SOCKET_OPEN;
+}
+
+inline_always void connected(struct bpf_sock *sk)
+{
+	struct socket_state *state = storage_get(MAP(SOCKETS), sk, 0, 0);
+
+	if (!state)
+		return;
+	if (state->flags & SOCKET_COUNTED)
+		account_open(state);
+	else
+		state->flags |= SOCKET_OPEN;
+}
+
+inline_always void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u32 old_state)
+{
+	struct socket_state *state = storage_get(MAP(SOCKETS), sk, 0, 0);
+
+	if (!state)
+		return;
+	if (state->flags & SOCKET_ACTIVE) {
+		struct tuple tuple = state->tuple;
+
+		if (state->kind == VIA_CAPTURED) {
+			struct captured_key key = {
+				.netns = state->netns,
+				.client_address = tuple.client_address,
+				.client_port = tuple.client_port,
+				.listener_port = tuple.server_port,
+			};
+
+			map_delete(MAP(CAPTURED), &key);
+		}
+		if (state->kind == VIA_CAPTURED || (state->flags & SOCKET_RECORD))
+			map_delete(MAP(CONNECTING), &tuple);
+	}
+	if ((state->flags & SOCKET_COUNTED) && (state->flags & SOCKET_OPEN)) {
+		void *tcp = to_tcp_sock(sk);
+
+		if (tcp)
+			account_close(state, tcp, old_state);
+	}
+	storage_delete(MAP(SOCKETS), sk);
+}
+
+int sock_ops(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	if (!sk)
+		return 1;
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		dialling(ctx, sk);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		connected(sk);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		accepted(ctx, sk);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		if (ctx->args[1] == BPF_TCP_CLOSE)
+			closed(ctx, sk, ctx->args[0]);
+		break;
+	}
+	return 1;
+}
