@@ -88,7 +88,11 @@ def bootstrap(
                             "@type": _TLS,
                             **({} if _is_address(host) else {"sni": host}),
                             "common_tls_context": {
-                                "tls_params": {"tls_minimum_protocol_version": "TLSv1_3"},
+                                # As a client Envoy speaks 1.2 at most unless it is told.
+                                "tls_params": {
+                                    "tls_minimum_protocol_version": "TLSv1_3",
+                                    "tls_maximum_protocol_version": "TLSv1_3",
+                                },
                                 "validation_context": {
                                     "trusted_ca": {"filename": roots},
                                     "match_typed_subject_alt_names": [

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from tests.peers.controller import running
 
 MISSING_SUBSET = """
 apiVersion: v1
@@ -36,22 +33,10 @@ spec:
 @pytest.fixture
 def controller(tmp_path: Path) -> Iterator[str]:
     """The admin address of a controller whose folder is ``tmp_path/config``."""
-    for name in ("config", "state", "credentials"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "state").chmod(0o700)
+    (tmp_path / "config").mkdir()
     (tmp_path / "config" / "web.yaml").write_text(MISSING_SUBSET)
-    (tmp_path / "credentials" / "node1").write_text(hashlib.sha256(b"token").hexdigest())
-    command = [sys.executable, "-m", "controlplane", "--log-format", "json"]
-    for name in ("config", "state", "credentials"):
-        command += [f"--{name}", str(tmp_path / name)]
-    command += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0", "--server-name", "127.0.0.1"]
-    log = tmp_path / "log"
-    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
-        try:
-            yield f"127.0.0.1:{_admin_port(process, log)}"
-        finally:
-            process.terminate()
-            process.wait(10)
+    with running(tmp_path) as controller:
+        yield controller.admin
 
 
 def test_check_reads_the_controllers_findings_and_misses_the_nodes(controller: str) -> None:
@@ -76,14 +61,3 @@ def test_stat_says_that_nobody_measures_yet(controller: str) -> None:
     result = CliRunner().invoke(app, ["stat", "--controller", controller])
     assert result.exit_code == 2
     assert "nothing is measured yet" in result.stderr
-
-
-def _admin_port(process: subprocess.Popen[bytes], log: Path) -> int:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        for line in log.read_text().splitlines():
-            if '"serving"' in line:
-                return int(json.loads(line)["admin"])
-        time.sleep(0.05)
-    raise AssertionError(log.read_text())
