@@ -1,10 +1,11 @@
 """An agent whose pods are addresses of 127/8: it speaks agent/api.py, and makes its sockets in this namespace."""
 
 import contextlib
-import os
 import socket
 import threading
 from pathlib import Path
+
+import msgspec
 
 from agent import api
 from bpf.wire import Captured
@@ -70,8 +71,6 @@ class Agent:
             listener.listen(512)
             listener.setblocking(False)
             listeners.append(listener)
-        import msgspec
-
         message = msgspec.structs.replace(pod, listeners=tuple(kinds))
         seqpacket.send(self._connection, api.encode(message), tuple(s.fileno() for s in listeners))
         for listener in listeners:
@@ -131,23 +130,19 @@ class Agent:
 
 
 class CapturedTable:
-    """The kernel's ``captured`` map, as :class:`bpf.maps.CapturedMap` reads it: every client dialled the same."""
+    """The kernel's ``captured`` map, as :class:`bpf.maps.CapturedMap` reads it."""
 
     def __init__(self) -> None:
-        self.destination: tuple[str, int] | None = None
+        self.destination: tuple[str, int] | None = None  #: of clients that ``destinations`` does not name
+        self.destinations: dict[tuple[str, int], tuple[str, int]] = {}
         self.service: tuple[str, int] | None = None
 
     def find(self, netns: int, client_address: str, client_port: int, listener_port: int) -> Captured | None:
-        if self.destination is None:
+        destination = self.destinations.get((client_address, client_port), self.destination)
+        if destination is None:
             return None
-        address, port = self.destination
-        service = self.service or self.destination
-        return Captured(address, service[0], port, service[1], 16)
+        service = self.service or destination
+        return Captured(destination[0], service[0], destination[1], service[1], 16)
 
     def close(self) -> None:
         pass
-
-
-def remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)

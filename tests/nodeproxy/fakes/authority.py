@@ -66,6 +66,7 @@ class Authority:
     ) -> SignResponse:
         """What the controller would answer, for any identity."""
         key = x509.load_der_x509_csr(request.csr).public_key()
+        assert isinstance(key, ec.EllipticCurvePublicKey)
         certificate = self.certificate(key, identity, begin=begin, end=end)
         der = serialization.Encoding.DER
         return SignResponse(

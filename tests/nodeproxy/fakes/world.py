@@ -129,20 +129,9 @@ class World:
         return workload
 
     def enroll(self, node: Node, workload: Workload, cookie: int) -> None:
-        node.agent.enroll(
-            Enroll(
-                workload.uid,
-                cookie,
-                workload.addresses[0],
-                workload.namespace,
-                workload.name,
-                workload.service_account,
-                workload.identity,
-                workload.workload_name,
-                workload.app,
-                workload.version,
-            )  # fmt: skip
-        )
+        w = workload
+        description = (w.namespace, w.name, w.service_account, w.identity, w.workload_name, w.app, w.version)
+        node.agent.enroll(Enroll(w.uid, cookie, w.addresses[0], *description))
 
     def update(self) -> Update:
         self._nonce += 1
@@ -171,12 +160,12 @@ class World:
 
     def dial(self, port: int, timeout: float = 10.0) -> socket.socket:
         """As the client's application does, when the kernel turned its connect() to the listener on node a."""
-        self.a.captured.destination = (self.server_address, port)
         sock = socket.socket()
         sock.settimeout(timeout)
         # The node proxies' sockets are in this same namespace: let the delivery have the client's port too.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((self.client_address, 0))
+        self.a.captured.destinations[sock.getsockname()] = (self.server_address, port)
         sock.connect((self.client_address, 15001))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
