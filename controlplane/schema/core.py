@@ -12,7 +12,7 @@ _STRINGS: dict[str, Any] = {"type": "object", "additionalProperties": _STRING}
 _PORT: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": 65535}
 _NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 _LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-_IP_PATTERN = r"^([0-9.]+|[0-9a-fA-F:.]+)$"
+_IP_PATTERN = r"^[0-9a-fA-F:.]*$"
 
 
 def _open(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -38,7 +38,7 @@ METADATA = _open(
 )
 
 _ADDRESS = {**_STRING, "pattern": _IP_PATTERN}
-_CLUSTER_IP = {**_STRING, "pattern": rf"^(None|)$|{_IP_PATTERN}"}
+_CLUSTER_IP = {**_STRING, "pattern": rf"^None$|{_IP_PATTERN}"}
 
 KINDS: dict[str, dict[str, Any]] = {
     "/Namespace": _open({}),
