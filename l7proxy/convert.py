@@ -127,6 +127,8 @@ def _manager(message: http_connection_manager_pb2.HttpConnectionManager, at: str
         generate_request_id=message.generate_request_id.value
         if message.HasField("generate_request_id")
         else True,
+        normalize_path=message.normalize_path.value,
+        merge_slashes=message.merge_slashes,
         stream_idle_timeout=(
             seconds(message.stream_idle_timeout)
             if message.HasField("stream_idle_timeout")

@@ -17,7 +17,7 @@ from google.protobuf import duration_pb2
 from l7proxy import model
 from l7proxy.errors import ConversionError
 
-#: Envoy's retry_on names (x-envoy-retry-on and x-envoy-retry-grpc-on) that this proxy acts on. Istio's list may hold status codes too.
+#: Envoy's retry_on names (x-envoy-retry-on, x-envoy-retry-grpc-on) that this proxy acts on. Istio's lists may hold codes too.
 RETRY_ON = frozenset(
     {
         "5xx",

@@ -31,8 +31,8 @@ LINGER = 1.0
 
 class DownstreamConnection(asyncio.Protocol):
     __slots__ = (
-        "_aborting", "_closing", "_destination", "_known", "_pumping", "_reader", "_tunnel", "held", "original", "peer", "pod", "proxy",
-        "requests", "stream", "touched", "transport", "write_paused",
+        "_aborting", "_closing", "_destination", "_known", "_pumping", "_reader", "_tunnel", "held", "original",
+        "peer", "pod", "proxy", "requests", "stream", "touched", "transport", "write_paused",
     )  # fmt: skip
 
     transport: asyncio.Transport

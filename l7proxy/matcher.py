@@ -52,8 +52,10 @@ _TO_HTTPS = Route("require_tls", RouteMatch(PathKind.PREFIX, "/"), redirect=Redi
 def find_in(
     host: VirtualHost, head: RequestHead, random: int, *, secure: bool = False, internal: bool = True
 ) -> Route | None:
-    """``secure``: the client's connection is TLS; ``internal``: it comes from inside the mesh. Here it is always plain
-    and from inside: what TLS there is, is the mesh's.
+    """The first route that matches, after ``require_tls``.
+
+    ``secure``: the client's connection is TLS; ``internal``: it comes from inside the mesh. Here it is always plain and
+    from inside: what TLS there is, is the mesh's.
     """
     required = host.require_tls
     if (

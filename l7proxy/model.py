@@ -249,6 +249,8 @@ class HttpManager:
     use_remote_address: bool = False
     skip_xff_append: bool = False
     generate_request_id: bool = True
+    normalize_path: bool = False
+    merge_slashes: bool = False
     stream_idle_timeout: float = 300.0
     request_headers_timeout: float = 0.0
     idle_timeout: float = 3600.0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from l7proxy import headers
 from l7proxy.errors import FLAG_RETRIES_EXHAUSTED, REPLIES, Failure
 from l7proxy.http1.head import CHUNKED, Fields, RequestHead, ResponseHead
+from l7proxy.http1.path import normalize
 from l7proxy.matcher import choose_cluster, find_route, redirect_location
 from l7proxy.model import Cluster, HttpManager, LbPolicy, Route, WeightedCluster
 from l7proxy.record import Record
@@ -113,7 +114,9 @@ class Stream:
             proxy.unserved(downstream)
             self.fail(Failure.NO_CONFIGURATION)
             return
-        self.manager = destination.manager
+        manager = self.manager = destination.manager
+        if head.odd_path and manager.normalize_path:
+            head = self.head = self._normalized(head)
         if head.expects_continue and not self.request_complete:
             downstream.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         random = proxy.random.getrandbits(32)
@@ -141,6 +144,10 @@ class Stream:
         if self.request_complete:
             self._arm_timeout()
         self._attempt()
+
+    def _normalized(self, head: RequestHead) -> RequestHead:
+        path = normalize(head.path, merge_slashes=self.manager.merge_slashes)
+        return head if path == head.path else head.with_path(path)
 
     def _request_id(self, head: RequestHead) -> None:
         given = head.values.get(b"x-request-id")

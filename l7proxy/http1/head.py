@@ -7,6 +7,7 @@ serve every request with the same bytes.
 
 from __future__ import annotations
 
+import copy
 import re
 
 from l7proxy.errors import ProtocolError
@@ -23,6 +24,8 @@ _STATUS_LINE = re.compile(rb"HTTP/(\d)\.(\d) ([1-9]\d\d)(?: ([\t\x20-\x7e\x80-\x
 # RFC 3986, section 3.2: host with an optional port, no user information.
 _AUTHORITY = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~!$&'()*+,;=%]+)(?::\d*)?")
 _ABSOLUTE = re.compile(rb"([Hh][Tt][Tt][Pp][Ss]?)://([^/?#]+)([/?][^#]*)?")
+#: What a path may have to be normalized for: dot segments, escapes, doubled slashes and backslashes.
+_ODD_PATH = re.compile(rb"/\.|//|[%\\]")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 
 #: Most bytes of one message's head (Envoy: max_request_headers_kb).
@@ -77,12 +80,13 @@ class RequestHead:
     :ivar host: the authority: of an absolute target, else of Host; empty if an HTTP/1.0 request has none.
     :ivar length: bytes of the body, or :data:`CHUNKED`.
     :ivar upgrade: protocol that the client wants to change to, lower case, or empty.
+    :ivar odd_path: the path may differ from its normal form (:mod:`l7proxy.http1.path`).
     :ivar forwarded: the fields to forward, as bytes of whole lines, without hop-by-hop ones, Host, Expect and framing.
     """
 
     __slots__ = (
         "method", "target", "minor", "fields", "path", "host", "length", "keep_alive", "upgrade", "expects_continue",
-        "values", "forwarded", "size", "cached_upstream", "te_trailers", "method_text",
+        "values", "forwarded", "size", "cached_upstream", "te_trailers", "method_text", "odd_path",
     )  # fmt: skip
 
     def __init__(self, method: bytes, target: bytes, minor: int, fields: Fields, size: int) -> None:
@@ -99,6 +103,7 @@ class RequestHead:
         self.path, self.host = _target(method, target, minor, values)
         #: what the router last built of this head: (its key, bytes); see l7proxy.headers
         self.cached_upstream: tuple[object, bytes] = (None, b"")
+        self.odd_path = _ODD_PATH.search(target) is not None
         if _CONNECTION_FIELDS.isdisjoint(values):
             self.length = 0
             self.keep_alive = minor == 1
@@ -118,6 +123,14 @@ class RequestHead:
         )
         drop = _CONNECTION_FIELDS | {b"host"} | (options - _NEVER_NOMINATED)
         self.forwarded = b"".join([b"%b: %b\r\n" % pair for pair in fields if pair[0] not in drop])
+
+    def with_path(self, path: str) -> RequestHead:
+        """The same request for another path."""
+        changed = copy.copy(self)
+        changed.path = path
+        changed.odd_path = False
+        changed.cached_upstream = (None, b"")
+        return changed
 
     def __repr__(self) -> str:
         return f"RequestHead({self.method!r}, {self.target!r}, 1.{self.minor}, {self.fields!r})"

@@ -30,7 +30,8 @@ _MAX_CHUNK_LINE = 4096
 _CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,15})"
     rb"(?:[\t ]*;[\t ]*[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-    rb"(?:[\t ]*=[\t ]*(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+|\"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*\"))?)*"
+    rb"(?:[\t ]*=[\t ]*(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+    rb"|\"(?:[\t \x21\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t \x21-\x7e\x80-\xff])*\"))?)*"
 )
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _BARE_CR = re.compile(rb"\r(?!\n)(?!\Z)")
@@ -270,8 +271,10 @@ class ResponseReader(_Reader):
         self._method = method
 
     def whole(self, data: bytes) -> tuple[ResponseHead, bytes] | None:
-        """The short way for what most responses are: one read that is exactly one final response with a counted body
-        and a head seen before. None: feed the bytes."""
+        """The short way for what most responses are: one read that is exactly one final response. None: feed the bytes.
+
+        Only for a counted body and a head seen before.
+        """
         if self._buffer or self._state != self._head or self._method == b"HEAD":
             return None
         end = data.find(b"\r\n\r\n") + 4

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from google.protobuf.message import Message
@@ -16,6 +17,13 @@ from l7proxy.server import Proxy
 from tests.l7proxy.fakes import xds
 from tests.l7proxy.fakes.agent import FakeAgent
 from tests.l7proxy.fakes.backend import Backend
+
+
+async def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> None:
+    """Wait for something that has no event."""
+    async with asyncio.timeout(timeout):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 class Client:
@@ -97,7 +105,7 @@ class Mesh:
         return backend
 
     async def serve(
-        self, *routes: dict[str, object], backend: Backend | None = None, **virtual_host: object
+        self, *routes: dict[str, object], backend: Backend | None = None, **virtual_host: Any
     ) -> Backend:
         """One service, one backend, the given routes."""
         found = backend or await self.backend()
@@ -144,7 +152,7 @@ async def mesh(tmp_path: Path) -> AsyncIterator[Mesh]:
     log = tmp_path / "access.log"
     agent = FakeAgent(tmp_path)
     agent.start()
-    dialled = {}
+    dialled: dict[str, Mesh] = {}
     proxy = Proxy(
         node="node-a",
         run=str(tmp_path),
@@ -156,7 +164,6 @@ async def mesh(tmp_path: Path) -> AsyncIterator[Mesh]:
     proxy.start()
     await agent.connected()
     result.address = agent.enroll("client")
-    while not any(pod.server for pod in proxy.pods.values()):
-        await asyncio.sleep(0.005)
+    await eventually(lambda: any(pod.server for pod in proxy.pods.values()))
     yield result
     await result.stop()

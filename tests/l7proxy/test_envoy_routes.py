@@ -136,29 +136,35 @@ def test_route_tables(shared: Path, conformance_count: Count) -> None:
     assert not failures, "\n".join(failures)
 
 
+def _with_route(match: dict[str, Any], **route: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": "a",
+            "domains": ["*"],
+            "routes": [{"match": match, **(route or {"route": {"cluster": "c"}})}],
+        }
+    ]
+
+
+_ALL = {"prefix": "/"}
+
+
 @pytest.mark.parametrize(
-    ("document", "reason"),
+    ("hosts", "reason"),
     [
-        ({"virtual_hosts": [{"name": "a", "domains": ["x"], "routes": [{"match": {"prefix": "/"}, "filter_action": {}}]}]}, "action"),
-        ({"virtual_hosts": [{"name": "a", "domains": ["x"]}, {"name": "b", "domains": ["X"]}]}, "in two virtual hosts"),
-        ({"virtual_hosts": [{"name": "a", "domains": ["a*b"]}]}, "star"),
-        ({"virtual_hosts": [{"name": "a", "domains": ["*a*"]}]}, "star"),
+        (_with_route(_ALL, filter_action={}), "action"),
+        ([{"name": "a", "domains": ["x"]}, {"name": "b", "domains": ["X"]}], "in two virtual hosts"),
+        ([{"name": "a", "domains": ["a*b"]}], "star"),
+        (_with_route({"safe_regex": {"regex": "("}}), "safe_regex"),
+        (_with_route(_ALL, route={"cluster": "c", "retry_policy": {"retry_on": "sometimes"}}), "retry_on"),
         (
-            {"virtual_hosts": [{"name": "a", "domains": ["*"], "routes": [{"match": {"safe_regex": {"regex": "("}}, "route": {"cluster": "c"}}]}]},
-            "safe_regex",
-        ),
-        (
-            {"virtual_hosts": [{"name": "a", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "c", "retry_policy": {"retry_on": "sometimes"}}}]}]},
-            "retry_on",
-        ),
-        (
-            {"virtual_hosts": [{"name": "a", "domains": ["*"], "routes": [{"match": {"prefix": "/"}, "route": {"weighted_clusters": {"clusters": [{"name": "c", "weight": 0}]}}}]}]},
+            _with_route(_ALL, route={"weighted_clusters": {"clusters": [{"name": "c", "weight": 0}]}}),
             "weights",
         ),
     ],
-)  # fmt: skip
-def test_what_cannot_be_served_is_refused_with_its_field(document: dict[str, Any], reason: str) -> None:
-    message = json_format.ParseDict(document, route_pb2.RouteConfiguration())
+)
+def test_what_cannot_be_served_is_refused_with_its_field(hosts: list[dict[str, Any]], reason: str) -> None:
+    message = json_format.ParseDict({"virtual_hosts": hosts}, route_pb2.RouteConfiguration())
     with pytest.raises(ConversionError, match=reason):
         convert_routes.route_table(message)
 

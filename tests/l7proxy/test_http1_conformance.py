@@ -176,8 +176,9 @@ def _llhttp_holds(case: dict[str, Any]) -> str:
         names = [e.get("event", e.get("line", "")) for e in events]
         begun = sum(1 for n in names if n.startswith("headers complete"))
         complete = sum(1 for n in names if n.startswith("message complete"))
-        if len(messages) != begun or sum(m[2] is not None for m in messages) != complete:
-            return f"step {step}: {len(messages)} heads of {begun}, {sum(m[2] is not None for m in messages)} complete of {complete}"
+        ended = sum(m[2] is not None for m in messages)
+        if len(messages) != begun or ended != complete:
+            return f"step {step}: {len(messages)} heads of {begun}, {ended} complete of {complete}"
         # The suite's notation has no line ends inside spans.
         if b"".join(m[1] for m in messages).translate(None, b"\r\n") != _body(case).translate(None, b"\r\n"):
             return f"step {step}: body {[m[1] for m in messages]} not {_body(case)!r}"

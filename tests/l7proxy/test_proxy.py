@@ -57,7 +57,8 @@ async def test_pipelined_requests_are_answered_in_order(mesh: Mesh) -> None:
 async def test_one_byte_at_a_time(mesh: Mesh) -> None:
     backend = await mesh.serve()
     client = await mesh.client()
-    message = b"POST /a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n3;x=y\r\nyou\r\n0\r\nx-t: 1\r\n\r\n"
+    message = b"POST /a HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+    message += b"5\r\nhello\r\n3;x=y\r\nyou\r\n0\r\nx-t: 1\r\n\r\n"
     for i in range(len(message)):
         client.send(message[i : i + 1])
         await client.writer.drain()

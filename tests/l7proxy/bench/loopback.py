@@ -92,7 +92,7 @@ async def _proxy(arguments: argparse.Namespace, run: Path) -> None:
         await asyncio.sleep(1.5)
         profile.enable()
     try:
-        while not (run / "stop").exists():
+        while not (run / "stop").exists():  # noqa: ASYNC110 - another process says so
             await asyncio.sleep(0.1)
     finally:
         if profile:

@@ -23,6 +23,11 @@ HCM = "type.googleapis.com/envoy.extensions.filters.network.http_connection_mana
 ROUTER = "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"
 
 
+def _parse(document: dict[str, Any], message: Message) -> Message:
+    json_format.ParseDict(document, message)
+    return message
+
+
 def cluster_name(subset: str = "", port: int = PORT) -> str:
     return f"outbound|{port}|{subset}|{HOST}"
 
@@ -56,13 +61,13 @@ def listener(*, vip: str = VIP, port: int = PORT, route: str = ROUTE_NAME, **man
         "address": {"pipe": {"path": "/run/mycel/envoy.sock"}},
         "filter_chains": [chain],
     }
-    return json_format.ParseDict(document, listener_pb2.Listener())
+    return _parse(document, listener_pb2.Listener())
 
 
 def routes(*items: dict[str, Any], name: str = ROUTE_NAME, **virtual_host: Any) -> Message:
     found = list(items) or [{"match": {"prefix": "/"}, "route": {"cluster": cluster_name(), "timeout": "0s"}}]
     host = {"name": "all", "domains": ["*"], "routes": found, **virtual_host}
-    return json_format.ParseDict({"name": name, "virtual_hosts": [host]}, route_pb2.RouteConfiguration())
+    return _parse({"name": name, "virtual_hosts": [host]}, route_pb2.RouteConfiguration())
 
 
 def cluster(subset: str = "", **fields: Any) -> Message:
@@ -73,7 +78,7 @@ def cluster(subset: str = "", **fields: Any) -> Message:
         "connect_timeout": "2s",
         **fields,
     }
-    return json_format.ParseDict(document, cluster_pb2.Cluster())
+    return _parse(document, cluster_pb2.Cluster())
 
 
 def endpoint(
@@ -100,7 +105,7 @@ def endpoint(
 
 def assignment(*endpoints: dict[str, Any], subset: str = "") -> Message:
     document = {"cluster_name": cluster_name(subset), "endpoints": [{"lb_endpoints": list(endpoints)}]}
-    return json_format.ParseDict(document, endpoint_pb2.ClusterLoadAssignment())
+    return _parse(document, endpoint_pb2.ClusterLoadAssignment())
 
 
 def pack(message: Message) -> any_pb2.Any:
