@@ -81,7 +81,7 @@ class Btf:
         address = _lib.btf__type_by_id(self._handle, number)
         if not address:
             raise BtfError(f"no type {number}")
-        name, info, size = struct.unpack("=III", ctypes.string_at(address, 12))
+        _, info, size = struct.unpack("=III", ctypes.string_at(address, 12))
         kind = info >> 24 & 0x1F
         count = info & 0xFFFF
         bitfields = bool(info >> 31)

@@ -66,6 +66,7 @@ inline_always int write_connection(void *ctx, bool refused_only)
 	if (!(flags & SOCKET_OPEN) || (flags & SOCKET_ACTIVE) || state->sent == ACCOUNT_CLOSED)
 		return 0;
 	row.netns = state->netns;
+	row.cookie = state->cookie;
 	row.tuple = state->tuple;
 	row.source = state->identity;
 	row.destination = state->flow.destination;

@@ -131,9 +131,7 @@ def attach_iterator(program: int, map_fd: int) -> int:
     options = _LinkCreateOptions(
         sz=ctypes.sizeof(_LinkCreateOptions), iter_info=ctypes.addressof(info), iter_info_len=16
     )
-    return _check(
-        _lib.bpf_link_create(program, 0, TRACE_ITER, ctypes.byref(options)), "attach iterator"
-    )
+    return _check(_lib.bpf_link_create(program, 0, TRACE_ITER, ctypes.byref(options)), "attach iterator")
 
 
 def replace(link: int, program: int) -> None:

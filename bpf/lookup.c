@@ -19,7 +19,8 @@ inline_always int to_listener(struct bpf_sk_lookup *ctx, struct tuple *tuple, u3
 		refuse_arrival(tuple, REASON_NO_LISTENER, identity, destination);
 		return SK_DROP;
 	}
-	error = assign_socket(ctx, listener, 0);
+	/* This socket and no other, whatever else the pod has bound to the port. */
+	error = assign_socket(ctx, listener, BPF_SK_LOOKUP_F_NO_REUSEPORT);
 	release_socket(listener);
 	return error ? SK_DROP : SK_PASS;
 }

@@ -197,6 +197,17 @@ class Map:
         return cls(fd)
 
     @classmethod
+    def open_id(cls, number: int) -> Self:
+        """The map of that number (what a map in map answers to a lookup).
+
+        :raises MapError: it is gone.
+        """
+        fd = _lib.bpf_map_get_fd_by_id(number)
+        if fd < 0:
+            raise _error(f"open map {number}")
+        return cls(fd)
+
+    @classmethod
     def create(
         cls,
         kind: int,
@@ -287,10 +298,16 @@ class Map:
         Elements that come or go meanwhile may or may not be in it; those that stay are in it exactly once.
         """
         if self.info.type in _BATCH_TYPES:
-            return list(self._batches())
+            key_size, value_size = self.key_size, self.value_size
+            return [
+                (keys[i * key_size : (i + 1) * key_size], values[i * value_size : (i + 1) * value_size])
+                for keys, values, count in self._chunks()
+                for i in range(count)
+            ]
         return [(key, value) for key in self.keys() if (value := self.lookup(key)) is not None]
 
-    def _batches(self) -> Iterator[tuple[bytes, bytes]]:
+    def _chunks(self) -> Iterator[tuple[bytes, bytes, int]]:
+        """Keys, values and how many of both."""
         size = _BATCH
         position = ctypes.create_string_buffer(max(self.key_size, 4))
         first = True
@@ -314,17 +331,21 @@ class Map:
                 continue
             if code not in (0, errno.ENOENT):
                 raise _error(f"map {self.name}: lookup batch")
-            all_keys, all_values = keys.raw, values.raw
-            for i in range(count.value):
-                key = all_keys[i * self.key_size : (i + 1) * self.key_size]
-                yield key, all_values[i * self.value_size : (i + 1) * self.value_size]
+            yield keys.raw, values.raw, count.value
             if code == errno.ENOENT:
                 return
             first = False
 
     def __len__(self) -> int:
         """How many elements it has now (counted, in batches where possible)."""
-        return len(self.items()) if self.info.type in _BATCH_TYPES else sum(1 for _ in self.keys())
+        if self.info.type in _BATCH_TYPES:
+            return sum(count for _, _, count in self._chunks())
+        return sum(1 for _ in self.keys())
+
+    def detach(self) -> int:
+        """Give the descriptor away: this object is closed."""
+        fd, self.fd = self.fd, -1
+        return fd
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -38,9 +38,7 @@ MAPS = (
         maps.F_NO_PREALLOC,
     ),
     MapSpec("policies", maps.HASH_OF_MAPS, 8, 4, 1024, maps.F_NO_PREALLOC),
-    MapSpec(
-        "connecting", maps.HASH, wire.Tuple.LAYOUT.size, wire.Who.LAYOUT.size, 65536, maps.F_NO_PREALLOC
-    ),
+    MapSpec("connecting", maps.HASH, wire.Tuple.LAYOUT.size, wire.Who.LAYOUT.size, 65536, maps.F_NO_PREALLOC),
     MapSpec(
         "captured",
         maps.HASH,

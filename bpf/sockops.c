@@ -107,6 +107,7 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	if (tuple.server_address == pod->address && is_own_port(tuple.server_port))
 		return;
 	state.netns = netns;
+	state.cookie = socket_cookie(ctx);
 	state.tuple = tuple;
 	state.flow.source = state.identity;
 	state.flow.destination = pod->identity;

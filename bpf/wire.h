@@ -186,6 +186,7 @@ struct flow {
 #define ACCOUNT_CLOSED 0xffffffffffffffffULL
 struct socket_state {
 	__u64 netns;
+	__u64 cookie; /* the socket's, of a server's end */
 	__u64 sent;	/* already in the flow; ACCOUNT_CLOSED when that is all */
 	__u64 received; /* the same */
 	struct tuple tuple;
@@ -204,6 +205,7 @@ struct socket_state {
 /* What the iterators over open connections write, one after another. */
 struct connection {
 	__u64 netns;
+	__u64 cookie; /* the server's socket */
 	struct tuple tuple;
 	__u32 source;
 	__u32 destination;

@@ -103,8 +103,25 @@ U32 = Kind("I")
 U16 = Kind("H")
 U8 = Kind("B")
 BOOL = Kind("B", int, bool)
+
+
+def ipv4(text: str) -> bytes:
+    """An address as it stands on the wire.
+
+    :raises ValueError: it is not four decimal numbers with dots (``inet_aton`` would take much more).
+    """
+    try:
+        return socket.inet_pton(socket.AF_INET, text)
+    except OSError:
+        raise ValueError(f"{text!r} is no IPv4 address") from None
+
+
+def ipv4_text(data: bytes) -> str:
+    return socket.inet_ntoa(data)
+
+
 #: ``__be32``, dotted text here
-ADDRESS = Kind("4s", socket.inet_aton, socket.inet_ntoa)
+ADDRESS = Kind("4s", ipv4, ipv4_text)
 #: ``__u8[16]``, text here
 ADDRESS6 = Kind(
     "16s",
@@ -151,7 +168,7 @@ class Record:
     def pack(self) -> bytes:
         """The bytes on the wire.
 
-        :raises OSError: an address is no IPv4 address.
+        :raises ValueError: an address is no IPv4 address.
         :raises struct.error: a number does not fit its member.
         """
         return self.LAYOUT.pack(self)
@@ -304,6 +321,7 @@ class Connection(Record):
     LAYOUT = Layout(
         "connection",
         netns=U64,
+        cookie=U64,
         client_address=ADDRESS,
         server_address=ADDRESS,
         client_port=PORT,
@@ -317,6 +335,7 @@ class Connection(Record):
         received=U64,
     )
     netns: int
+    cookie: int
     client_address: str
     server_address: str
     client_port: int
@@ -377,7 +396,7 @@ class Refusal(Record):
 
 
 #: Bytes of ``struct socket_state``, which only the programs look into.
-SOCKET_STATE_SIZE = 80
+SOCKET_STATE_SIZE = 88
 
 #: Slots of the map ``counters``: refusals by :class:`Reason`, then these.
 COUNTER_FULL = {

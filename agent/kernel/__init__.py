@@ -4,7 +4,8 @@ Owns everything between the agent's decisions and the pinned maps, programs and 
 ``model`` has the types, ``facade`` the class that the agent uses, the rest one topic each.
 """
 
-from agent.kernel.facade import Kernel, KernelError, MapFullError
+from agent.kernel.errors import KernelError
+from agent.kernel.facade import Kernel, MapFullError
 from agent.kernel.model import (
     Backend,
     Connection,
@@ -16,6 +17,7 @@ from agent.kernel.model import (
     Pod,
     Pressure,
     Reason,
+    Via,
 )
 
 __all__ = [
@@ -32,4 +34,5 @@ __all__ = [
     "Pod",
     "Pressure",
     "Reason",
+    "Via",
 ]

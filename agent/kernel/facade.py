@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import struct
+import threading
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from agent.kernel import accounts, namespace, policies
+from agent.kernel.errors import KernelError, naming
+from agent.kernel.events import EventReader
 from agent.kernel.model import (
     Backend,
     Connection,
@@ -17,14 +23,13 @@ from agent.kernel.model import (
     Pod,
     Pressure,
 )
-from bpf.maps import MapFullError
+from agent.kernel.pods import Pods
+from agent.kernel.services import Services
+from bpf import schema, wire
+from bpf.maps import Map, MapFullError
 from bpf.wire import Role
 
 __all__ = ["Kernel", "KernelError", "MapFullError"]
-
-
-class KernelError(Exception):
-    """The kernel refused something; the message names the object and the reason."""
 
 
 class Kernel:
@@ -33,8 +38,8 @@ class Kernel:
     Methods may be called from any thread; each call is done when it returns. They take milliseconds at most, but for
     ``add_pod`` and ``set_policy`` (tens, since they wait for running programs or work in the pod's namespace).
     ``netns`` is always a descriptor of the pod's network namespace that stays the caller's; none is kept here, so that
-    nothing of ours outlives ``remove_pod``. Every method is idempotent. Apart from ``MapFullError`` (an OSError) they
-    raise KernelError, ValueError for what no kernel could take, and nothing is half done after either.
+    nothing of ours outlives ``remove_pod``. Every method is idempotent. They raise MapFullError or KernelError (both are
+    OSErrors), ValueError for what no kernel could take, and nothing is half done after either.
     """
 
     def __init__(self, pins: Path) -> None:
@@ -42,11 +47,28 @@ class Kernel:
 
         :raises KernelError: it is not there, or not whole.
         """
-        raise NotImplementedError
+        self._folder = pins / f"v{wire.ABI}"
+        # Lookups share buffers, and some changes are of several maps.
+        self._lock = threading.RLock()
+        self._closing = ExitStack()
+        with naming(f"pins {self._folder}"), ExitStack() as stack:
+            maps = {
+                spec.name: stack.enter_context(Map.open(str(self._folder / spec.name)))
+                for spec in schema.MAPS
+            }
+            for name in ("program_sk_lookup", "accounts", "connections", "refused_now"):
+                if not (self._folder / name).exists():
+                    raise KernelError(f"pins {self._folder}: {name} is not there")
+            self._events = EventReader(maps["events"])
+            stack.callback(self._events.close)
+            self._maps = maps
+            self._pods = Pods(self._folder, maps)
+            self._services = Services(maps["services"], maps["backends"])
+            self._closing = stack.pop_all()
 
     def close(self) -> None:
         """Let go of the descriptors; everything in the kernel stays as it is."""
-        raise NotImplementedError
+        self._closing.close()
 
     def __enter__(self) -> Self:
         return self
@@ -60,11 +82,20 @@ class Kernel:
 
     def set_role(self, cgroup_id: int, role: Role) -> None:
         """Processes of the cgroup (not of those below it) have this role when they dial; NONE removes it."""
-        raise NotImplementedError
+        key = struct.pack("=Q", cgroup_id)
+        with self._lock, naming(f"role of cgroup {cgroup_id}"):
+            if role is Role.NONE:
+                self._maps["roles"].delete(key)
+            else:
+                self._maps["roles"].update(key, struct.pack("=I", role))
 
     def roles(self) -> dict[int, Role]:
         """By cgroup id."""
-        raise NotImplementedError
+        with self._lock, naming("roles"):
+            return {
+                struct.unpack("=Q", key)[0]: Role(struct.unpack("=I", value)[0])
+                for key, value in self._maps["roles"].items()
+            }
 
     # Pods
 
@@ -75,22 +106,26 @@ class Kernel:
         connections back. Called again with another address or identity it changes those. An address that another
         pod had belongs to this one from now on.
         """
-        raise NotImplementedError
+        with self._lock, naming(f"pod {pod.netns_cookie} ({pod.address})"):
+            self._pods.add(pod, netns)
 
     def remove_pod(self, netns_cookie: int) -> None:
         """Forget a pod: no element about it stays in any map, no link in its namespace, no listener.
 
         Its namespace may be gone already. The policy goes too. Open connections stay counted until they close.
         """
-        raise NotImplementedError
+        with self._lock, naming(f"pod {netns_cookie}"):
+            self._pods.remove(netns_cookie)
 
     def pods(self) -> dict[int, Pod]:
         """By netns cookie, as the kernel has them (also those of a predecessor of this process)."""
-        raise NotImplementedError
+        with self._lock, naming("pods"):
+            return self._pods.all()
 
     def missing(self, netns_cookie: int, netns: int) -> list[str]:
         """What a pod lacks to be enforced, in words; empty when it is whole (CNI CHECK)."""
-        raise NotImplementedError
+        with self._lock, naming(f"pod {netns_cookie}"):
+            return self._pods.missing(netns_cookie, netns)
 
     def create_listener(self, netns: int, address: str, port: int) -> int:
         """A listening, non-blocking TCP socket in the pod's namespace, known as the one for that port from now on.
@@ -98,23 +133,35 @@ class Kernel:
         :param port: PORT_OUTBOUND, PORT_OUTBOUND_L7 or PORT_HBONE.
         :returns: its descriptor, the caller's. The kernel's entry goes when the last duplicate is closed.
         """
-        raise NotImplementedError
+        with naming(f"listener {address}:{port}"):
+            sock = namespace.listener(netns, address, port)
+            try:
+                self.set_listener(address, port, sock.fileno())
+            except BaseException:
+                sock.close()
+                raise
+            return sock.detach()
 
     def set_listener(self, address: str, port: int, fd: int) -> None:
         """Make an existing listening socket the one for (pod's address, port)."""
-        raise NotImplementedError
+        key = wire.Endpoint(address, port).pack()
+        with self._lock, naming(f"listener {address}:{port}"):
+            self._maps["listeners"].update(key, struct.pack("=Q", fd))
 
     def has_listener(self, address: str, port: int) -> bool:
         """Whether there is a live one."""
-        raise NotImplementedError
+        with self._lock, naming(f"listener {address}:{port}"):
+            return self._maps["listeners"].lookup(wire.Endpoint(address, port).pack()) is not None
 
     def create_outbound(self, netns: int, count: int = 1) -> list[int]:
         """Unconnected, non-blocking TCP sockets (TCP_NODELAY) in the pod's namespace, for the proxies' own dials."""
-        raise NotImplementedError
+        with naming("outbound sockets"):
+            return namespace.dialling(netns, count, delivery=False)
 
     def create_delivery(self, netns: int, count: int = 1) -> list[int]:
         """The same, with IP_TRANSPARENT and the delivery mark: may bind a client's address without capabilities."""
-        raise NotImplementedError
+        with naming("delivery sockets"):
+            return namespace.dialling(netns, count, delivery=True)
 
     # Tables
 
@@ -126,70 +173,108 @@ class Kernel:
 
         :param generation: from 1 on, any number that the caller can tell from the previous one.
         """
-        raise NotImplementedError
+        with self._lock, naming(f"policy of pod {netns_cookie}"):
+            if self._pods.get(netns_cookie) is None:
+                raise KernelError(f"policy of pod {netns_cookie}: there is no such pod")
+            policies.set_policy(self._maps["policies"], netns_cookie, table, generation)
 
     def policy(self, netns_cookie: int) -> tuple[int, dict[tuple[int, int], bool]] | None:
         """Generation and table that are in force; None when everything is refused because there is none."""
-        raise NotImplementedError
+        with self._lock, naming(f"policy of pod {netns_cookie}"):
+            return policies.get_policy(self._maps["policies"], netns_cookie)
 
     def set_peer(self, address: str, peer: Peer) -> None:
         """Who has an address. For an address of a pod of :meth:`add_pod` it is ignored: what was added there holds."""
-        raise NotImplementedError
+        with self._lock, naming(f"peer {address}"):
+            self._pods.set_peer(address, peer)
 
     def remove_peer(self, address: str) -> None:
         """Forget an address (ignored for those of :meth:`add_pod`)."""
-        raise NotImplementedError
+        with self._lock, naming(f"peer {address}"):
+            self._pods.remove_peer(address)
 
     def peers(self) -> dict[str, Peer]:
         """By address, those of :meth:`add_pod` too."""
-        raise NotImplementedError
+        with self._lock, naming("peers"):
+            return self._pods.peers()
 
     def set_service(self, address: str, port: int, backends: Iterable[Backend], *, l7: bool = False) -> None:
         """Where connections to (service address, port) go; swapped at once for all of it. None refuses them."""
-        raise NotImplementedError
+        with self._lock, naming(f"service {address}:{port}"):
+            self._services.set(wire.Endpoint(address, port), backends, l7=l7)
 
     def remove_service(self, address: str, port: int) -> None:
         """Connections to it pass as to any unknown address."""
-        raise NotImplementedError
+        with self._lock, naming(f"service {address}:{port}"):
+            self._services.remove(wire.Endpoint(address, port))
 
     def services(self) -> dict[tuple[str, int], tuple[bool, list[Backend]]]:
         """(L7?, backends) by (service address, port)."""
-        raise NotImplementedError
+        with self._lock:
+            return self._services.all()
 
     def captured_fd(self) -> int:
         """A new read-only descriptor of the map ``captured`` to hand to a proxy; the caller's."""
-        raise NotImplementedError
+        with naming("map captured"):
+            table = Map.open(str(self._folder / "captured"), read_only=True)
+            return table.detach()
 
     # Connections and accounts
 
     def connections(self) -> list[Connection]:
         """Every open inbound connection of the pods (not loopback, not our own listeners')."""
-        raise NotImplementedError
+        with naming("connections"):
+            return accounts.connections(self._folder / "connections")
 
     def refused_now(self) -> list[Connection]:
         """Those that the policies of this moment refuse (judged in the kernel by the identity they were admitted with)."""
-        raise NotImplementedError
+        with naming("connections"):
+            return accounts.connections(self._folder / "refused_now")
 
     def destroy(self, connection: Connection, netns: int) -> bool:
         """Abort a connection at the server's end (both ends see a reset); False when it was gone already."""
-        raise NotImplementedError
+        with naming(f"connection {connection.client} to {connection.server}"):
+            return namespace.destroy(netns, connection.server, connection.client, connection.cookie)
 
     def flows(self) -> dict[FlowKey, FlowCounters]:
         """The accounts, exact at the moment of the call, open connections included."""
-        raise NotImplementedError
+        with self._lock, naming("flows"):
+            return accounts.flows(self._folder / "accounts", self._maps["flows"], self._maps["refused"])
 
     def forget_flows(self, keys: Iterable[FlowKey]) -> None:
         """Drop accounts (of identities that nobody has any more); those with open connections stay."""
-        raise NotImplementedError
+        with self._lock, naming("flows"):
+            accounts.forget(self._maps["flows"], self._maps["refused"], keys)
 
     def pressure(self) -> dict[str, Pressure]:
         """By map."""
-        raise NotImplementedError
+        with self._lock, naming("map sizes"):
+            found: dict[str, Pressure] = {}
+            for spec in schema.MAPS:
+                table = self._maps[spec.name]
+                slot = wire.COUNTER_FULL.get(spec.name)
+                refused = self._counter(slot) if slot is not None else 0
+                countable = spec.key_size and spec.name not in ("sockets", "counters")
+                if countable or refused:
+                    found[spec.name] = Pressure(
+                        len(table) if countable else 0, table.info.max_entries, refused
+                    )
+            return found
 
     def events_fd(self) -> int:
         """Readable when there are events (for an event loop); stays ours."""
-        raise NotImplementedError
+        return self._maps["events"].fd
 
     def read_events(self) -> list[Event]:
         """The events since the last call."""
-        raise NotImplementedError
+        with self._lock:
+            return self._events.read()
+
+    def refusals_by_reason(self) -> dict[wire.Reason, int]:
+        """Since the maps were made; repeated SYNs of one attempt count once."""
+        with self._lock, naming("counters"):
+            return {reason: count for reason in wire.Reason if (count := self._counter(reason))}
+
+    def _counter(self, slot: int) -> int:
+        value = self._maps["counters"].lookup(struct.pack("=I", slot))
+        return int(struct.unpack("=Q", value)[0]) if value else 0

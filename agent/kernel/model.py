@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import enum
 from typing import NamedTuple
 
-from bpf.wire import Direction, Reason
+from bpf.wire import Direction, Reason, Via
 
 __all__ = [
     "Backend",
@@ -43,16 +42,6 @@ class Backend(NamedTuple):
     port: int
 
 
-class Via(enum.IntEnum):
-    """How an inbound connection was admitted (``struct socket_state``, member ``kind``)."""
-
-    PLAIN = 1  #: nobody wrote down who dials: outside the mesh
-    DIRECT = 2  #: from a pod or a proxy of this node, on behalf of the source identity
-    PROBE = 3
-    TUNNEL = 4  #: delivered by the node proxy, judged there
-    SELF = 5  #: from the pod itself
-
-
 class Connection(NamedTuple):
     """One open inbound connection of a pod. ``sent`` and ``received`` are bytes as the server's application did."""
 
@@ -66,6 +55,7 @@ class Connection(NamedTuple):
     revoked: bool  #: refused by the policy that was in force when it was established
     sent: int
     received: int
+    cookie: int  #: the server's socket; names this connection and no later one of the same addresses
 
 
 class FlowKey(NamedTuple):

@@ -24,6 +24,7 @@ static long (*map_delete)(void *map, const void *key) = (void *)BPF_FUNC_map_del
 static void *(*storage_get)(void *map, void *sk, void *value, u64 flags) = (void *)BPF_FUNC_sk_storage_get;
 static long (*storage_delete)(void *map, void *sk) = (void *)BPF_FUNC_sk_storage_delete;
 static u64 (*netns_cookie)(void *ctx) = (void *)BPF_FUNC_get_netns_cookie;
+static u64 (*socket_cookie)(void *ctx) = (void *)BPF_FUNC_get_socket_cookie;
 static u64 (*current_cgroup_id)(void) = (void *)BPF_FUNC_get_current_cgroup_id;
 static u32 (*random_u32)(void) = (void *)BPF_FUNC_get_prandom_u32;
 static u64 (*now_ns)(void) = (void *)BPF_FUNC_ktime_get_ns;

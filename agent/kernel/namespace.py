@@ -1,0 +1,162 @@
+"""What is done inside a pod's network namespace, each time in a thread of its own that is thrown away.
+
+Owns the sockets that are made there and the way back for delivered connections: a delivery is bound to its client's address,
+so the answers have to come back to it although that address is somebody else's. Its mark goes over the loopback interface
+with the SYN, the server's socket takes it on (``tcp_fwmark_accept``), and a rule sends what bears it to a table in which every
+address is local. No iptables, and nothing for packets without the mark.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from agent.kernel import netlink
+
+T = TypeVar("T")
+
+#: Set on delivery sockets (SO_MARK), and what the rule and the table go by.
+DELIVERY_MARK = 0x6D79
+DELIVERY_TABLE = 0x6D79
+DELIVERY_PRIORITY = 101
+
+_CLONE_NEWNET = 0x40000000
+_SO_NETNS_COOKIE = 71
+_IP_TRANSPARENT = 19
+_BACKLOG = 4096
+
+# The last one lets a refusal (RST) of a closed port find its way back too.
+_SYSCTLS = ("tcp_fwmark_accept", "fwmark_reflect")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def inside(netns: int, work: Callable[[], T]) -> T:
+    """Run ``work`` in the namespace and give back its result; what it raises comes through.
+
+    :raises OSError: the namespace cannot be entered.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            if _libc.setns(netns, _CLONE_NEWNET) != 0:
+                code = ctypes.get_errno()
+                raise OSError(code, f"enter the pod's namespace: {os.strerror(code)}")
+            results.append(work())
+        except BaseException as error:  # handed to the caller's thread
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="pod namespace")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _cookie() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0])
+
+
+def cookie(netns: int) -> int:
+    """The namespace's cookie: its key in every kernel table."""
+    return inside(netns, _cookie)
+
+
+def prepare(netns: int) -> int:
+    """Make the way back; gives the namespace's cookie."""
+
+    def work() -> int:
+        for name in _SYSCTLS:
+            Path("/proc/sys/net/ipv4", name).write_text("1")
+        netlink.add_local_route(DELIVERY_TABLE)
+        netlink.add_rule(DELIVERY_MARK, DELIVERY_TABLE, DELIVERY_PRIORITY)
+        return _cookie()
+
+    return inside(netns, work)
+
+
+def lacks(netns: int) -> list[str]:
+    """What of the way back is not there."""
+
+    def work() -> list[str]:
+        found = [
+            f"net.ipv4.{name} is not 1"
+            for name in _SYSCTLS
+            if Path("/proc/sys/net/ipv4", name).read_text().strip() != "1"
+        ]
+        if not netlink.is_local_by_mark(DELIVERY_MARK):
+            found.append("delivered connections have no way back (rule or route is gone)")
+        return found
+
+    return inside(netns, work)
+
+
+def listener(netns: int, address: str, port: int) -> socket.socket:
+    """A listening socket in the namespace.
+
+    Connections come to it by sk_lookup, whatever it is bound to: if the pod has the port itself, another one does.
+    """
+
+    def work() -> socket.socket:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            # A proxy's successor gets its own while the old one drains.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            try:
+                sock.bind((address, port))
+                sock.listen(_BACKLOG)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                sock.close()
+                sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                sock.bind((address, 0))
+                sock.listen(_BACKLOG)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    return inside(netns, work)
+
+
+def dialling(netns: int, count: int, *, delivery: bool) -> list[int]:
+    """Descriptors of unconnected, non-blocking TCP sockets without delay in the namespace.
+
+    :param delivery: they may bind any address, and answers come back to them.
+    """
+
+    def work() -> list[int]:
+        made: list[socket.socket] = []
+        try:
+            for _ in range(count):
+                sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                made.append(sock)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if delivery:
+                    sock.setsockopt(socket.SOL_IP, _IP_TRANSPARENT, 1)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, DELIVERY_MARK)
+        except BaseException:
+            for sock in made:
+                sock.close()
+            raise
+        return [sock.detach() for sock in made]
+
+    return inside(netns, work)
+
+
+def destroy(netns: int, local: tuple[str, int], remote: tuple[str, int], socket_cookie: int) -> bool:
+    """Abort one connection of the namespace; False when it is gone."""
+    return inside(netns, lambda: netlink.destroy_tcp(local, remote, socket_cookie))

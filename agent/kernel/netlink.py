@@ -1,0 +1,119 @@
+"""The few netlink messages that pods' namespaces need: a rule, a route, a look at it, the end of a socket.
+
+Owns their bytes (rtnetlink(7), sock_diag(7)). A whole netlink library would cost the agent more memory than everything
+else here. All functions act in the network namespace of the calling thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import struct
+
+_NETLINK_ROUTE = 0
+_NETLINK_SOCK_DIAG = 4
+_NLMSG_ERROR = 2
+_NLM_F_REQUEST = 1
+_NLM_F_ACK = 4
+_NLM_F_REPLACE = 0x100
+_NLM_F_EXCL = 0x200
+_NLM_F_CREATE = 0x400
+_HEADER = struct.Struct("=IHHII")
+
+_RTM_NEWROUTE = 24
+_RTM_GETROUTE = 26
+_RTM_NEWRULE = 32
+_FRA_PRIORITY = 6
+_FRA_FWMARK = 10
+_FRA_TABLE = 15
+_FRA_FWMASK = 16
+_FR_ACT_TO_TBL = 1
+_RTA_DST = 1
+_RTA_OIF = 4
+_RTA_TABLE = 15
+_RTA_MARK = 16
+_RTN_LOCAL = 2
+_RTPROT_STATIC = 4
+_RT_SCOPE_HOST = 254
+_IFINDEX_LOOPBACK = 1
+
+_SOCK_DESTROY = 21
+
+
+def _attribute(kind: int, data: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
+
+
+def _u32(kind: int, value: int) -> bytes:
+    return _attribute(kind, struct.pack("=I", value))
+
+
+def _request(protocol: int, kind: int, flags: int, body: bytes) -> bytes:
+    """The answer's first message without its header; empty when it is a bare acknowledgement.
+
+    :raises OSError: the kernel's error.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol) as sock:
+        sock.settimeout(5.0)
+        sock.send(_HEADER.pack(_HEADER.size + len(body), kind, _NLM_F_REQUEST | flags, 1, 0) + body)
+        answer = sock.recv(65536)
+    length, answered, _, _, _ = _HEADER.unpack_from(answer)
+    if answered == _NLMSG_ERROR:
+        code = -struct.unpack_from("=i", answer, _HEADER.size)[0]
+        if code:
+            raise OSError(code, os.strerror(code))
+        return b""
+    return answer[_HEADER.size : length]
+
+
+def add_rule(mark: int, table: int, priority: int) -> None:
+    """``ip rule add fwmark MARK lookup TABLE priority PRIORITY``; no error when it is there."""
+    body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, _FR_ACT_TO_TBL, 0)
+    body += _u32(_FRA_PRIORITY, priority) + _u32(_FRA_FWMARK, mark) + _u32(_FRA_FWMASK, 0xFFFFFFFF)
+    body += _u32(_FRA_TABLE, table)
+    try:
+        _request(_NETLINK_ROUTE, _RTM_NEWRULE, _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_EXCL, body)
+    except FileExistsError:
+        pass
+
+
+def add_local_route(table: int) -> None:
+    """``ip route replace local 0.0.0.0/0 dev lo table TABLE``."""
+    body = struct.pack(
+        "=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, _RTPROT_STATIC, _RT_SCOPE_HOST, _RTN_LOCAL, 0
+    )
+    body += _u32(_RTA_OIF, _IFINDEX_LOOPBACK) + _u32(_RTA_TABLE, table)
+    _request(_NETLINK_ROUTE, _RTM_NEWROUTE, _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_REPLACE, body)
+
+
+def is_local_by_mark(mark: int) -> bool:
+    """Whether packets with the mark come back to this namespace, whatever their destination."""
+    body = struct.pack("=BBBBBBBBI", socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, 0)
+    # TEST-NET-1: nobody has it.
+    body += _attribute(_RTA_DST, socket.inet_aton("192.0.2.1")) + _u32(_RTA_MARK, mark)
+    try:
+        answer = _request(_NETLINK_ROUTE, _RTM_GETROUTE, 0, body)
+    except OSError as error:
+        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL):
+            return False
+        raise
+    return len(answer) > 8 and answer[7] == _RTN_LOCAL
+
+
+def destroy_tcp(local: tuple[str, int], remote: tuple[str, int], cookie: int) -> bool:
+    """Abort one TCP socket (``tcp_abort``: a reset goes to the peer); False when it is gone.
+
+    :param cookie: the socket's. Without one the kernel would take the listener when the connection is gone.
+    """
+    body = struct.pack("=BBBBI", socket.AF_INET, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
+    body += struct.pack("!HH", local[1], remote[1])
+    body += socket.inet_aton(local[0]) + bytes(12) + socket.inet_aton(remote[0]) + bytes(12)
+    body += struct.pack("=III", 0, cookie & 0xFFFFFFFF, cookie >> 32)
+    try:
+        _request(_NETLINK_SOCK_DIAG, _SOCK_DESTROY, _NLM_F_ACK, body)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ESTALE):
+            return False
+        raise
+    return True

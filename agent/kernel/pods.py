@@ -1,0 +1,193 @@
+"""Pods and peers: who is in the mesh on this node, and who has which address.
+
+Owns ``pods``, ``peers`` and the sk_lookup links in pods' namespaces. A pod given to :meth:`Pods.add` has its address
+for certain; what others say of that address counts again when the pod is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+from agent.kernel import namespace
+from agent.kernel.errors import KernelError
+from agent.kernel.model import Peer, Pod
+from bpf import links, wire
+from bpf.maps import Map
+
+_LISTENER_PORTS = (wire.PORT_OUTBOUND, wire.PORT_OUTBOUND_L7, wire.PORT_HBONE)
+
+
+def netns_key(cookie: int) -> bytes:
+    return struct.pack("=Q", cookie)
+
+
+def address_key(address: str) -> bytes:
+    """:raises ValueError: no dotted IPv4 address."""
+    return wire.ipv4(address)
+
+
+class Pods:
+    """See the module."""
+
+    def __init__(self, folder: Path, tables: dict[str, Map]) -> None:
+        self._links = folder / "netns"
+        self._program = folder / "program_sk_lookup"
+        self._pods = tables["pods"]
+        self._peers = tables["peers"]
+        self._policies = tables["policies"]
+        self._listeners = tables["listeners"]
+        self._connecting = tables["connecting"]
+        self._captured = tables["captured"]
+        self._recent = tables["recent"]
+
+    def all(self) -> dict[int, Pod]:
+        found: dict[int, Pod] = {}
+        for key, value in self._pods.items():
+            (cookie,) = struct.unpack("=Q", key)
+            pod = wire.Pod.unpack(value)
+            found[cookie] = Pod(cookie, pod.address, pod.identity)
+        return found
+
+    def get(self, cookie: int) -> Pod | None:
+        value = self._pods.lookup(netns_key(cookie))
+        if value is None:
+            return None
+        pod = wire.Pod.unpack(value)
+        return Pod(cookie, pod.address, pod.identity)
+
+    def add(self, pod: Pod, netns: int) -> None:
+        """:raises OSError: nothing of it is left then, unless the pod was there before."""
+        address = address_key(pod.address)
+        if not wire.IDENTITY_FIRST <= pod.identity < wire.POLICY_GENERATION:
+            raise ValueError(f"pod {pod.netns_cookie}: identity {pod.identity} is no workload's")
+        known = self.get(pod.netns_cookie)
+        if known is not None and known.address != pod.address:
+            self._release(known)
+        try:
+            found = namespace.prepare(netns)
+            if found != pod.netns_cookie:
+                raise KernelError(f"the namespace has the cookie {found}, not {pod.netns_cookie}")
+            self._guard(pod.netns_cookie, netns)
+            # First it can be reached (by nobody, until it has a policy), then it is captured.
+            flags = wire.PEER_LOCAL | wire.PEER_ENROLLED
+            self._peers.update(address, wire.Peer(pod.netns_cookie, pod.identity, flags).pack())
+            self._pods.update(netns_key(pod.netns_cookie), wire.Pod(pod.address, pod.identity).pack())
+        except (OSError, ValueError):
+            if known is None:
+                self.remove(pod.netns_cookie, pod.address)
+            raise
+
+    def _guard(self, cookie: int, netns: int) -> None:
+        """The sk_lookup link in the namespace; the loader replaces the program in it when there is a newer one."""
+        path = self._links / str(cookie)
+        if path.exists():
+            link = links.open_pin(str(path))
+            try:
+                if links.link_info(link).where == os.fstat(netns).st_ino:
+                    return
+            finally:
+                os.close(link)
+        program = links.open_pin(str(self._program))
+        try:
+            link = links.attach(program, netns, links.SK_LOOKUP)
+        finally:
+            os.close(program)
+        try:
+            links.pin(link, str(path))
+        finally:
+            os.close(link)
+
+    def remove(self, cookie: int, address: str = "") -> None:
+        """Forget it: ``address`` is known only when it was being added."""
+        known = self.get(cookie)
+        self._pods.delete(netns_key(cookie))
+        (self._links / str(cookie)).unlink(missing_ok=True)
+        self._policies.delete(netns_key(cookie))
+        if known is not None:
+            self._release(known)
+        elif address:
+            self._release(Pod(cookie, address, 0))
+        _purge(self._captured, lambda key: wire.CapturedKey.unpack(key).netns == cookie)
+        for key, value in self._connecting.items():
+            if wire.Who.unpack(value).netns == cookie:
+                self._connecting.delete(key)
+
+    def _release(self, pod: Pod) -> None:
+        """The address is nobody's any more, unless somebody else has it by now."""
+        key = address_key(pod.address)
+        value = self._peers.lookup(key)
+        if value is None or wire.Peer.unpack(value).netns != pod.netns_cookie:
+            return
+        self._peers.delete(key)
+        for port in _LISTENER_PORTS:
+            self._listeners.delete(wire.Endpoint(pod.address, port).pack())
+
+        def about(key: bytes) -> bool:
+            return pod.address in (wire.Tuple.unpack(key[:12]).client_address, _server(key))
+
+        _purge(self._connecting, about)
+        _purge(self._recent, about)
+
+    def missing(self, cookie: int, netns: int) -> list[str]:
+        """What is not as :meth:`add` made it, in words."""
+        pod = self.get(cookie)
+        if pod is None:
+            return ["the pod is not in the kernel's tables"]
+        found: list[str] = []
+        value = self._peers.lookup(address_key(pod.address))
+        if value is None or wire.Peer.unpack(value).netns != cookie:
+            found.append(f"address {pod.address} is not the pod's in the kernel's tables")
+        if self._policies.lookup(netns_key(cookie)) is None:
+            found.append("no policy")
+        try:
+            link = links.open_pin(str(self._links / str(cookie)))
+        except links.LinkError:
+            found.append("no sk_lookup link")
+        else:
+            try:
+                if links.link_info(link).where != os.fstat(netns).st_ino:
+                    found.append("the sk_lookup link is not in the pod's namespace")
+            finally:
+                os.close(link)
+        return found + namespace.lacks(netns)
+
+    # Peers
+
+    def set_peer(self, address: str, peer: Peer) -> None:
+        key = address_key(address)
+        if self._is_pods(key):
+            return
+        flags = (wire.PEER_LOCAL if peer.local else 0) | (wire.PEER_ENROLLED if peer.enrolled else 0)
+        value = wire.Peer(0, peer.identity, flags).pack()
+        if self._peers.lookup(key) != value:
+            self._peers.update(key, value)
+
+    def remove_peer(self, address: str) -> None:
+        key = address_key(address)
+        if not self._is_pods(key):
+            self._peers.delete(key)
+
+    def _is_pods(self, key: bytes) -> bool:
+        value = self._peers.lookup(key)
+        return value is not None and wire.Peer.unpack(value).netns != 0
+
+    def peers(self) -> dict[str, Peer]:
+        found: dict[str, Peer] = {}
+        for key, value in self._peers.items():
+            peer = wire.Peer.unpack(value)
+            local, enrolled = bool(peer.flags & wire.PEER_LOCAL), bool(peer.flags & wire.PEER_ENROLLED)
+            found[wire.ipv4_text(key)] = Peer(local, enrolled, peer.identity)
+        return found
+
+
+def _server(key: bytes) -> str:
+    return wire.Tuple.unpack(key[:12]).server_address
+
+
+def _purge(table: Map, about: Callable[[bytes], bool]) -> None:
+    for key, _ in table.items():
+        if about(key):
+            table.delete(key)
