@@ -1,0 +1,329 @@
+"""The workload/policy stream: its core as a transcript, and over real gRPC."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+
+import grpc
+import grpc.aio
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from controlplane import api
+from controlplane.model.snapshot import Snapshot
+from controlplane.stream.session import Session
+from tests.controlplane.support import (
+    Harness,
+    MeshClient,
+    bearer,
+    compile_all,
+    istio,
+    mesh_namespace,
+    pod,
+    service,
+    two_versions,
+    write,
+)
+
+ONE = compile_all(pod("a"))
+TWO = compile_all(pod("a"), pod("b"))
+THREE = compile_all(pod("b"), service("s"))
+
+
+def ack(session: Session, update: api.Update) -> None:
+    assert session.answer(api.Ack(update.nonce, update.version))
+
+
+def test_full_then_deltas() -> None:
+    session = Session()
+    first = session.next_update(ONE)
+    assert first is not None
+    assert (first.complete, len(first.upserts), first.removes, first.version) == (True, 2, (), ONE.version)
+    assert session.next_update(TWO) is None, "one update at a time"
+    ack(session, first)
+    second = session.next_update(TWO)
+    assert second is not None
+    assert (second.complete, [api.resource_key(r) for r in second.upserts], second.removes) == (
+        False,
+        ["workload/uid-default-b"],
+        (),
+    )
+    ack(session, second)
+    assert session.next_update(TWO) is None
+    third = session.next_update(THREE)
+    assert third is not None
+    assert [api.resource_key(r) for r in third.upserts] == ["service/default/s"]
+    assert third.removes == ("workload/uid-default-a",)
+
+
+def test_a_slow_client_gets_the_newest_only() -> None:
+    session = Session()
+    first = session.next_update(ONE)
+    assert first is not None
+    assert session.next_update(TWO) is None
+    assert session.next_update(THREE) is None
+    ack(session, first)
+    second = session.next_update(THREE)
+    assert second is not None
+    assert second.version == THREE.version
+    assert second.removes == ("workload/uid-default-a",)
+
+
+def test_there_and_back_while_busy_says_nothing() -> None:
+    session = Session()
+    first = session.next_update(ONE)
+    assert first is not None
+    assert session.next_update(TWO) is None
+    ack(session, first)
+    assert session.next_update(ONE) is None
+
+
+def test_what_a_client_still_has_is_not_sent_again() -> None:
+    session = Session(ONE.version)
+    first = session.next_update(ONE)
+    assert first is not None
+    assert (first.complete, first.upserts, first.removes) == (False, (), ())
+    ack(session, first)
+    second = session.next_update(TWO)
+    assert second is not None
+    assert len(second.upserts) == 1
+    other = Session(TWO.version).next_update(ONE)
+    assert other is not None
+    assert other.complete
+
+
+def test_what_was_refused_goes_along_again() -> None:
+    session = Session()
+    first = session.next_update(ONE)
+    assert first is not None
+    session.answer(
+        api.Nack(first.nonce, first.version, (api.ResourceError("workload/uid-default-a", "no room"),))
+    )
+    second = session.next_update(TWO)
+    assert second is not None
+    assert {api.resource_key(r) for r in second.upserts} == {
+        "workload/uid-default-a",
+        "workload/uid-default-b",
+    }
+
+
+def test_answers_to_nothing_are_ignored() -> None:
+    session = Session()
+    assert not session.answer(api.Ack(1, ""))
+    first = session.next_update(ONE)
+    assert first is not None
+    assert not session.answer(api.Ack(first.nonce + 1, first.version))
+    ack(session, first)
+    assert not session.answer(api.Ack(first.nonce, first.version))
+
+
+_SNAPSHOTS = [
+    compile_all(*[pod(n, node=node) for n in names])
+    for names in ("", "a", "ab", "bc", "abc")
+    for node in "xy"
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(_SNAPSHOTS) - 1), st.booleans()), max_size=20))
+def test_deltas_add_up(steps: list[tuple[int, bool]]) -> None:
+    """Whatever comes in whatever pace: a client that applies what it is sent has the snapshot that it was told."""
+    session, state, pending = Session(), {}, None
+    last: Snapshot = _SNAPSHOTS[0]
+    for index, acknowledge in [*steps, (0, True), (0, True)]:
+        last = _SNAPSHOTS[index]
+        update = session.next_update(last)
+        if update is not None:
+            assert pending is None
+            pending = update
+            state = {} if update.complete else state
+            state |= {api.resource_key(r): r for r in update.upserts}
+            for key in update.removes:
+                del state[key]
+            assert update.version == last.version
+            assert state == dict(last.resources)
+        if acknowledge and pending is not None:
+            ack(session, pending)
+            pending = None
+    assert state == dict(last.resources)
+
+
+# -- over gRPC ---------------------------------------------------------------------------------------------------------------
+
+
+async def test_agents_and_node_proxies_follow(harness: Harness) -> None:
+    write(harness.config, "web.yaml", *two_versions())
+    async with harness.serving() as controller, harness.channel() as channel:
+        agent, proxy = MeshClient(channel, "node-a"), MeshClient(channel, "node-b")
+        await agent.hello("agent", admin="10.0.0.1:15020")
+        await proxy.hello("nodeproxy")
+        for client in (agent, proxy):
+            update = await client.take()
+            assert update.complete
+            assert client.state == dict(controller.snapshot.resources)
+        mesh = agent.state["mesh"]
+        assert isinstance(mesh, api.MeshConfig)
+        assert mesh.roots.encode() == (harness.state / "roots.pem").read_bytes()
+        write(
+            harness.config,
+            "policy.yaml",
+            istio(
+                "AuthorizationPolicy",
+                "deny",
+                {"action": "DENY", "rules": [{"to": [{"operation": {"ports": ["80"]}}]}]},
+            ),
+        )
+        for client in (agent, proxy):
+            update = await client.take()
+            assert not update.complete
+            assert "authorization/default/deny" in client.state
+            assert client.state == dict(controller.snapshot.resources)
+        page = await harness.page("/debug/clients")
+        assert [(c["node"], c["component"], c["admin"], c["version_acked"]) for c in page["clients"]] == [
+            ("node-a", "agent", "10.0.0.1:15020", page["version"]),
+            ("node-b", "nodeproxy", "", page["version"]),
+        ]
+        agent.stream.cancel()
+        await asyncio.sleep(0.2)
+        assert len((await harness.page("/debug/clients"))["clients"]) == 1
+
+
+async def test_reconnecting_with_the_same_state(harness: Harness) -> None:
+    write(harness.config, "web.yaml", *two_versions())
+    async with harness.serving() as controller, harness.channel() as channel:
+        client = MeshClient(channel)
+        await client.hello(version=controller.snapshot.version)
+        update = await client.take()
+        assert (update.complete, update.upserts) == (False, ())
+
+
+async def test_a_refusal_is_shown(harness: Harness) -> None:
+    write(harness.config, "web.yaml", *two_versions())
+    async with harness.serving(), harness.channel() as channel:
+        client = MeshClient(channel)
+        await client.hello()
+        update = await client.receive()
+        await client.nack(update, **{"service/default/web-app": "the map is full"})
+        await asyncio.sleep(0.2)
+        (entry,) = (await harness.page("/debug/clients"))["clients"]
+        assert entry["errors"] == {"service/default/web-app": "the map is full"}
+        assert entry["nacks"] == 1
+        metrics = await harness.page("/metrics")
+        assert 'mycel_controlplane_nacks_total{component="agent",type="mesh"} 1.0' in metrics
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (api.encode(api.Ack(1, "")), "the first message is not Hello"),
+        (b"\xc1", "no client message"),
+        (api.encode(api.Hello("stranger")), "component 'stranger' is none of"),
+        (api.encode(api.Hello("agent", api=99)), "version 99 of the protocol"),
+    ],
+)
+async def test_what_is_no_hello_is_refused(harness: Harness, first: bytes, reason: str) -> None:
+    async with harness.serving(), harness.channel() as channel:
+        client = MeshClient(channel)
+        await client.stream.write(first)
+        with pytest.raises(grpc.aio.AioRpcError) as e:
+            await client.receive()
+        assert e.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert reason in (e.value.details() or "")
+
+
+async def test_garbage_ends_one_stream_only(harness: Harness) -> None:
+    async with harness.serving(), harness.channel() as channel:
+        bad, good = MeshClient(channel), MeshClient(channel, "node-b")
+        for client in (bad, good):
+            await client.hello()
+            await client.take()
+        await bad.stream.write(b"\xc1")
+        with pytest.raises(grpc.aio.AioRpcError) as e:
+            await bad.receive()
+        assert e.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        write(harness.config, "a.yaml", pod("a"))
+        assert "workload/uid-default-a" in {api.resource_key(r) for r in (await good.take()).upserts}
+
+
+async def test_strangers_are_refused(harness: Harness) -> None:
+    async with harness.serving(), harness.channel() as channel:
+        for metadata in ((), (("authorization", "Bearer wrong"),)):
+            client = MeshClient(channel, metadata=metadata)
+            with pytest.raises(grpc.aio.AioRpcError) as e:
+                await client.receive()
+            assert e.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_large_mesh_in_one_update(harness: Harness) -> None:
+    for n in range(20):
+        pods = [pod(f"p{n}-{i}", f"10.{n}.{i // 250}.{i % 250 + 1}", app="x" * 60) for i in range(1000)]
+        items = {"apiVersion": "v1", "kind": "List", "items": pods}
+        import json
+
+        (harness.config / f"{n}.json").write_text(json.dumps(items))
+    async with harness.serving(), harness.channel() as channel:
+        client = MeshClient(channel)
+        await client.hello()
+        update = await client.take(timeout=30)
+        assert len(update.upserts) == 20_001
+        assert len(api.encode(update)) > 4 << 20, (
+            "more than gRPC's default limit: clients have to raise theirs"
+        )
+
+
+async def test_a_change_reaches_clients_in_milliseconds(harness: Harness) -> None:
+    """File to client, with 500 pods: a part of the second that a change may take until it is in force."""
+    write(harness.config, "ns.yaml", mesh_namespace())
+    for n in range(500):
+        write(harness.config, f"pod-{n}.yaml", pod(f"p{n}", f"10.1.{n // 250}.{n % 250 + 1}"))
+    async with harness.serving(), harness.channel() as channel:
+        client = MeshClient(channel)
+        await client.hello()
+        await client.take()
+        times = []
+        for n in range(50):
+            spec = {"action": "DENY", "rules": [{"to": [{"operation": {"ports": [str(1000 + n)]}}]}]}
+            started = time.monotonic()
+            write(harness.config, "policy.yaml", istio("AuthorizationPolicy", "deny", spec))
+            update = await client.take()
+            times.append(time.monotonic() - started)
+            assert update.upserts
+        times.sort()
+        print(f"median {statistics.median(times) * 1000:.0f} ms, p99 {times[-1] * 1000:.0f} ms")
+        assert times[-1] < 0.5, times
+
+
+async def test_bad_configuration_never_reaches_clients(harness: Harness) -> None:
+    """The whole way: a bad file is named, the last good state stays, also over a restart."""
+    write(harness.config, "web.yaml", *two_versions())
+    deny = istio(
+        "AuthorizationPolicy",
+        "deny",
+        {"action": "DENY", "rules": [{"to": [{"operation": {"ports": ["80"]}}]}]},
+    )
+    write(harness.config, "policy.yaml", deny)
+    async with harness.serving() as controller:
+        good = controller.snapshot.version
+        deny["spec"]["rules"][0]["to"][0]["operation"]["ports"] = ["many"]
+        write(harness.config, "policy.yaml", deny)
+        async with asyncio.timeout(5):
+            while not controller.findings:
+                await asyncio.sleep(0.01)
+        assert controller.snapshot.version == good
+        (finding,) = await harness.page("/debug/findings")
+        assert finding["file"] == "policy.yaml"
+        assert finding["object"] == "AuthorizationPolicy default/deny"
+        assert finding["field"] == "spec.rules[0].to[0].operation.ports[0]"
+        assert "'many' is no port" in finding["message"]
+        assert "its last good version stays" in finding["action"]
+    async with harness.serving() as controller, harness.channel() as channel:
+        assert controller.snapshot.version == good
+        assert len(controller.findings) == 1
+        client = MeshClient(channel)
+        await client.hello()
+        await client.take()
+        assert "authorization/default/deny" in client.state
+        assert bearer("node-a")
