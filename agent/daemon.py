@@ -63,8 +63,6 @@ class Options:
     admin: tuple[str, int]
     prober_cgroup: Path | None = None
     envoy_cgroup: Path | None = None
-    log_level: str = "info"
-    log_format: str = "text"
 
 
 async def run(options: Options) -> None:

@@ -13,7 +13,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -64,21 +64,26 @@ class Namespaces:
         self._fds: dict[int, int] = {}
 
     def hold(self, cookie: int, netns: int) -> None:
-        """Keep a duplicate until :meth:`release`."""
+        """Keep a duplicate until :meth:`release_others`."""
         if cookie not in self._fds:
             self._fds[cookie] = os.dup(netns)
 
-    def release(self, cookie: int) -> None:
-        fd = self._fds.pop(cookie, None)
-        if fd is not None:
-            os.close(fd)
+    def release_others(self, needed: Collection[int]) -> None:
+        """Let go of all but those cookies."""
+        for cookie in self._fds.keys() - set(needed):
+            os.close(self._fds.pop(cookie))
 
-    def fd(self, cookie: int) -> int:
-        """The descriptor, still ours.
+    @contextlib.contextmanager
+    def borrow(self, cookie: int) -> Iterator[int]:
+        """A descriptor that stays good inside ``with``, also in a thread while the pod is being removed.
 
         :raises KeyError: no pod with that namespace is attached.
         """
-        return self._fds[cookie]
+        fd = os.dup(self._fds[cookie])
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     async def look(self, netns: int) -> tuple[int, list[str]]:
         """A namespace's cookie and the names of its interfaces.

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 
@@ -23,7 +24,6 @@ from agent.mesh import Mesh, apply, is_ipv4
 from agent.namespaces import Namespaces
 from agent.pods import Attachment, AttachmentKey, Pods, PodsError, Refusal, Sandbox
 from agent.programmer import Outcome, PodSpec, Programmer
-from agent.proxies import Proxies
 from agent.storage import Storage
 from agent.sweeper import Sweeper
 from cni import protocol
@@ -41,6 +41,13 @@ RETRY = 3.0
 MESH_FILE = "mesh.msgpack"
 IDENTITIES_FILE = "identities.json"
 PODS_FILE = "pods.json"
+
+
+class Carriers(Protocol):
+    """The proxies, as far as a node tells them of pods."""
+
+    async def enroll(self, pod: api.Enroll) -> None: ...
+    async def withdraw(self, uid: str, netns_cookie: int) -> None: ...
 
 
 class Node:
@@ -62,7 +69,7 @@ class Node:
         self.tables: Tables = EMPTY
         self.numbers = Identities()
         self.pods = Pods()
-        self.proxies: Proxies | None = None
+        self.proxies: Carriers | None = None
         self._storage = storage
         self._programmer = programmer
         self._namespaces = namespaces
@@ -75,6 +82,7 @@ class Node:
         self._waiting: list[asyncio.Future[Outcome]] = []
         self._told: dict[int, api.Enroll] = {}  # by netns cookie: what proxies were told
         self._unsaved = asyncio.Event()
+        self._saved = self.mesh
         self._last = Outcome()
 
     # Life
@@ -90,8 +98,8 @@ class Node:
     async def stop(self) -> None:
         """Leave the kernel and the proxies as they are: an agent that ends is one that is replaced."""
         await self._tasks.cancel()
-        if self._unsaved.is_set():
-            self._save_mesh(self.mesh.snapshot())
+        if self._saved is not self.mesh:
+            self._save_mesh(self.mesh)
 
     @property
     def problem(self) -> str:
@@ -130,12 +138,9 @@ class Node:
                 f"addresses: {', '.join(attachment.addresses) or 'none'}",
             )
         attachment = msgspec.structs.replace(attachment, netns_cookie=cookie, netns_inode=inode)
-        before = self.pods.get(attachment.key)
         self._namespaces.hold(cookie, netns)
         self.pods.put(attachment)
         self._save_pods()
-        if before is not None and before.netns_cookie != cookie:
-            await self._forget(before)
         outcome = await self._settled()
         if reason := outcome.pods.get(cookie):
             await self.delete(attachment.key)
@@ -157,7 +162,6 @@ class Node:
         if attachment is None:
             return
         self._save_pods()
-        await self._forget(attachment)
         outcome = await self._settled()
         if reason := outcome.pods.get(attachment.netns_cookie):
             raise Refusal(protocol.ERR_TRY_AGAIN, "the pod could not be removed from the kernel", reason)
@@ -287,16 +291,6 @@ class Node:
                 )
         return workload
 
-    async def _forget(self, attachment: Attachment) -> None:
-        """An attachment has left the book: if it was its namespace's last, nothing of ours keeps that alive."""
-        cookie = attachment.netns_cookie
-        if any(other.netns_cookie == cookie for other in self.pods):
-            return
-        self._namespaces.release(cookie)
-        self._told.pop(cookie, None)
-        if self.proxies is not None:
-            await self.proxies.withdraw(attachment.pod_uid, cookie)
-
     async def _settled(self) -> Outcome:
         """Wait for the first pass that begins from now on."""
         waiter: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
@@ -357,6 +351,8 @@ class Node:
         if outcome.verdicts_changed:
             self._tasks.start(self._sweeper.sweep(), name="sweep")
         await self._tell(mesh, {cookie: sandboxes[cookie] for cookie in specs if cookie not in outcome.pods})
+        # After DEL nothing here keeps a namespace alive; one that cannot be undone in the kernel is still needed.
+        self._namespaces.release_others(self.pods.sandboxes().keys() | outcome.pods.keys())
         return outcome
 
     def _is_enrolled(self, mesh: Mesh, sandbox: Sandbox) -> bool:
@@ -444,17 +440,17 @@ class Node:
         while True:
             await self._unsaved.wait()
             self._unsaved.clear()
-            snapshot = self.mesh.snapshot()
             try:
-                await asyncio.to_thread(self._save_mesh, snapshot)
+                await asyncio.to_thread(self._save_mesh, self.mesh)
             except OSError as error:
                 _log.error(
                     "last good state cannot be written", folder=str(self._storage.folder), reason=str(error)
                 )
             await asyncio.sleep(0.2)
 
-    def _save_mesh(self, snapshot: Update) -> None:
-        self._storage.write(MESH_FILE, encode(snapshot))
+    def _save_mesh(self, mesh: Mesh) -> None:
+        self._storage.write(MESH_FILE, encode(mesh.snapshot()))
+        self._saved = mesh
 
 
 class _PodsFile(msgspec.Struct):

@@ -69,7 +69,13 @@ class Connection:
             except BlockingIOError:
                 await self._ready(self._loop.add_writer, self._loop.remove_writer)
 
+    def abort(self) -> None:
+        """End it from either side; whoever waits in :meth:`receive` sees the end."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
+        """Only when nobody waits in it any more."""
         self._sock.close()
 
     async def _ready(self, add: Callable[..., object], remove: Callable[[int], object]) -> None:

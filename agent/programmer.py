@@ -128,7 +128,8 @@ class Programmer:
         if netns_cookie not in self._pods:
             return ["the pod's entry"]
         try:
-            return self._kernel.missing(netns_cookie, self._namespaces.fd(netns_cookie))
+            with self._namespaces.borrow(netns_cookie) as netns:
+                return self._kernel.missing(netns_cookie, netns)
         except KeyError:
             return ["the pod's namespace"]
 
@@ -149,7 +150,8 @@ class Programmer:
         try:
             async with slots:
                 if self._pods.get(cookie) != pod:
-                    await asyncio.to_thread(self._kernel.add_pod, pod, self._namespaces.fd(cookie))
+                    with self._namespaces.borrow(cookie) as netns:
+                        await asyncio.to_thread(self._kernel.add_pod, pod, netns)
                     self._pods[cookie] = pod
                     self._peers.pop(pod.address, None)
                 await self._set_policy(cookie, table, outcome)

@@ -109,7 +109,7 @@ class Session:
                 os.close(fd)
 
     def abort(self) -> None:
-        self._connection.close()
+        self._connection.abort()
 
 
 class Proxies:
@@ -144,7 +144,7 @@ class Proxies:
     async def serve(self, connection: Connection) -> None:
         """Serve one proxy until its connection ends."""
         try:
-            session = await self._greet(connection)
+            session, hello = await self._greet(connection)
         except ProxyRefused as refusal:
             _log.warning("proxy refused", pid=connection.peer.pid, reason=str(refusal))
             await connection.send(api.encode(api.Refused(str(refusal))))
@@ -152,7 +152,12 @@ class Proxies:
         _log.info("proxy connected", role=session.role.value, pid=session.pid, held=len(session.holds))
         self._sessions.append(session)
         try:
-            for pod in self._enrolled.enrolled():
+            pods = self._enrolled.enrolled()
+            # Pods that went while no agent was there to say so.
+            living = {pod.netns_cookie for pod in pods}
+            for uid, cookie in {(h.uid, h.netns_cookie) for h in hello.held if h.netns_cookie not in living}:
+                await session.send(api.Withdraw(uid, cookie))
+            for pod in pods:
                 await self._hand(session, pod)
             while True:
                 data, fds = await connection.receive()
@@ -196,10 +201,11 @@ class Proxies:
         try:
             await work
         except (OSError, PacketError, TimeoutError) as error:
-            _log.warning("proxy cannot be told", role=session.role.value, pid=session.pid, reason=str(error))
+            reason = str(error) or "does not read"
+            _log.warning("proxy cannot be told", role=session.role.value, pid=session.pid, reason=reason)
             session.abort()
 
-    async def _greet(self, connection: Connection) -> Session:
+    async def _greet(self, connection: Connection) -> tuple[Session, api.Hello]:
         peer = connection.peer
         try:
             async with asyncio.timeout(_HELLO_TIMEOUT):
@@ -225,7 +231,7 @@ class Proxies:
         maps = dict(self._maps())
         session = Session(connection, hello.role, kinds, hello.held, peer.pid)
         await session.send(api.Welcome(self._node, maps=tuple(maps)), tuple(maps.values()))
-        return session
+        return session, hello
 
     def _cgroup_of(self, peer: PeerCredentials) -> processes.Cgroup:
         if peer.pid == 0:

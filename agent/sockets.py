@@ -41,8 +41,8 @@ class PodSockets:
 
     async def _do(self, netns_cookie: int, work: Callable[[int], _T]) -> _T:
         try:
-            netns = self._namespaces.fd(netns_cookie)
-            return await asyncio.to_thread(work, netns)
+            with self._namespaces.borrow(netns_cookie) as netns:
+                return await asyncio.to_thread(work, netns)
         except KeyError:
             raise SocketError("the pod's namespace is gone") from None
         except (KernelError, OSError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from pathlib import Path
 
 from common import logs
@@ -22,6 +23,8 @@ class Storage:
         """:raises OSError: the folder cannot be made."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder = folder
+        # Threads write too, and each file has one place aside.
+        self._lock = threading.Lock()
 
     def read(self, name: str) -> bytes | None:
         """A file's content, or None if there is none.
@@ -38,6 +41,10 @@ class Storage:
 
         :raises OSError: it could not be written; the old content is still there.
         """
+        with self._lock:
+            self._write(name, data)
+
+    def _write(self, name: str, data: bytes) -> None:
         aside = self.folder / f".{name}"
         fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:

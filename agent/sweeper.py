@@ -56,13 +56,12 @@ class Sweeper:
         ended = []
         for connection in self._kernel.refused_now():
             try:
-                netns = self._namespaces.fd(connection.netns_cookie)
+                with self._namespaces.borrow(connection.netns_cookie) as netns:
+                    if self._kernel.destroy(connection, netns):
+                        ended.append(connection)
             except KeyError:
                 continue  # its pod is gone, and the connection with it
-            try:
-                if self._kernel.destroy(connection, netns):
-                    ended.append(connection)
-            except KernelError as error:
+            except (KernelError, OSError) as error:
                 _log.error(
                     "connection that policy refuses could not be ended",
                     client=_text(connection.client),

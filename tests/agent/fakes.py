@@ -38,20 +38,20 @@ class FakeKernel(Kernel):
         self.refused: list[Connection] = []
         self.accounts: dict[FlowKey, FlowCounters] = {}
         self.map_pressure: dict[str, Pressure] = {"pods": Pressure(0, 1024, 0)}
-        self._roles: dict[int, Role] = {}
-        self._pods: dict[int, Pod] = {}
-        self._policies: dict[int, tuple[int, dict[tuple[int, int], bool]]] = {}
-        self._peers: dict[str, Peer] = {}
-        self._services: dict[tuple[str, int], tuple[bool, list[Backend]]] = {}
-        self._listeners: dict[tuple[str, int], tuple[int, int]] = {}
-        self._events, self._events_writer = os.pipe()
-        self._fails = os.environ.get("FAKE_KERNEL_FAILS", "").split(",")
-        if "pressure" in self._fails:
+        self.fake_roles: dict[int, Role] = {}
+        self.fake_pods: dict[int, Pod] = {}
+        self.fake_policies: dict[int, tuple[int, dict[tuple[int, int], bool]]] = {}
+        self.fake_peers: dict[str, Peer] = {}
+        self.fake_services: dict[tuple[str, int], tuple[bool, list[Backend]]] = {}
+        self.fake_listeners: dict[tuple[str, int], tuple[int, int]] = {}
+        self.fake_events, self.fake_events_writer = os.pipe()
+        self.fake_fails = os.environ.get("FAKE_KERNEL_FAILS", "").split(",")
+        if "pressure" in self.fake_fails:
             self.map_pressure["pods"] = Pressure(1024, 1024, 0)
 
     def close(self) -> None:
-        os.close(self._events)
-        os.close(self._events_writer)
+        os.close(self.fake_events)
+        os.close(self.fake_events_writer)
 
     def _write(self, call: str, *about: object) -> None:
         for thing in about:
@@ -65,25 +65,25 @@ class FakeKernel(Kernel):
 
     def set_role(self, cgroup_id: int, role: Role) -> None:
         self._write(f"role {cgroup_id} {role.name}", cgroup_id)
-        self._roles[cgroup_id] = role
+        self.fake_roles[cgroup_id] = role
 
     def roles(self) -> dict[int, Role]:
-        return dict(self._roles)
+        return dict(self.fake_roles)
 
     def add_pod(self, pod: Pod, netns: int) -> None:
         os.fstat(netns)
         self._write(f"add pod {pod.netns_cookie} {pod.address} {pod.identity}", pod.netns_cookie)
-        self._pods[pod.netns_cookie] = pod
+        self.fake_pods[pod.netns_cookie] = pod
 
     def remove_pod(self, netns_cookie: int) -> None:
         self._write(f"remove pod {netns_cookie}", netns_cookie)
-        if "remove-first" in self._fails and netns_cookie == next(iter(self._pods), None):
+        if "remove-first" in self.fake_fails and netns_cookie == next(iter(self.fake_pods), None):
             raise KernelError(f"pod {netns_cookie} cannot be removed")
-        self._pods.pop(netns_cookie, None)
-        self._policies.pop(netns_cookie, None)
+        self.fake_pods.pop(netns_cookie, None)
+        self.fake_policies.pop(netns_cookie, None)
 
     def pods(self) -> dict[int, Pod]:
-        return dict(self._pods)
+        return dict(self.fake_pods)
 
     def missing(self, netns_cookie: int, netns: int) -> list[str]:
         return self.gone.get(netns_cookie, [])
@@ -93,18 +93,18 @@ class FakeKernel(Kernel):
         sock = socket.socket()
         sock.listen()
         # The real entry goes with the socket; here an inode number tells whether it still lives.
-        self._listeners[address, port] = (os.getpid(), os.fstat(sock.fileno()).st_ino)
+        self.fake_listeners[address, port] = (os.getpid(), os.fstat(sock.fileno()).st_ino)
         return sock.detach()
 
     def set_listener(self, address: str, port: int, fd: int) -> None:
-        self._listeners[address, port] = (os.getpid(), os.fstat(fd).st_ino)
+        self.fake_listeners[address, port] = (os.getpid(), os.fstat(fd).st_ino)
 
     def has_listener(self, address: str, port: int) -> bool:
-        return (address, port) in self._listeners
+        return (address, port) in self.fake_listeners
 
     def kill_listener(self, address: str, port: int) -> None:
         """As when the proxy that holds it dies."""
-        del self._listeners[address, port]
+        del self.fake_listeners[address, port]
 
     def create_outbound(self, netns: int, count: int = 1) -> list[int]:
         return [socket.socket().detach() for _ in range(count)]
@@ -114,37 +114,39 @@ class FakeKernel(Kernel):
 
     def set_policy(self, netns_cookie: int, table: Mapping[tuple[int, int], bool], generation: int) -> None:
         self._write(f"policy {netns_cookie} generation {generation}", ("policy", netns_cookie))
-        self._policies[netns_cookie] = (generation, dict(table))
+        self.fake_policies[netns_cookie] = (generation, dict(table))
 
     def policy(self, netns_cookie: int) -> tuple[int, dict[tuple[int, int], bool]] | None:
-        return self._policies.get(netns_cookie)
+        return self.fake_policies.get(netns_cookie)
 
     def set_peer(self, address: str, peer: Peer) -> None:
-        if address not in {pod.address for pod in self._pods.values()}:
+        if address not in {pod.address for pod in self.fake_pods.values()}:
             self._write(f"peer {address} {'enrolled' if peer.enrolled else 'plain'}", address)
-            self._peers[address] = peer
+            self.fake_peers[address] = peer
 
     def remove_peer(self, address: str) -> None:
-        if address not in {pod.address for pod in self._pods.values()}:
+        if address not in {pod.address for pod in self.fake_pods.values()}:
             self._write(f"no peer {address}", address)
-            self._peers.pop(address, None)
+            self.fake_peers.pop(address, None)
 
     def peers(self) -> dict[str, Peer]:
-        return self._peers | {pod.address: Peer(True, True, pod.identity) for pod in self._pods.values()}
+        return self.fake_peers | {
+            pod.address: Peer(True, True, pod.identity) for pod in self.fake_pods.values()
+        }
 
     def set_service(self, address: str, port: int, backends: Iterable[Backend], *, l7: bool = False) -> None:
         backends = list(backends)
         self._write(
             f"service {address}:{port} {','.join(f'{b.address}:{b.port}' for b in backends)}", (address, port)
         )
-        self._services[address, port] = (l7, backends)
+        self.fake_services[address, port] = (l7, backends)
 
     def remove_service(self, address: str, port: int) -> None:
         self._write(f"no service {address}:{port}", (address, port))
-        self._services.pop((address, port), None)
+        self.fake_services.pop((address, port), None)
 
     def services(self) -> dict[tuple[str, int], tuple[bool, list[Backend]]]:
-        return dict(self._services)
+        return dict(self.fake_services)
 
     def captured_fd(self) -> int:
         return os.open("/dev/null", os.O_RDONLY)
@@ -173,7 +175,7 @@ class FakeKernel(Kernel):
         return dict(self.map_pressure)
 
     def events_fd(self) -> int:
-        return self._events
+        return self.fake_events
 
     def read_events(self) -> list[Event]:
         return []

@@ -13,12 +13,13 @@ from cni.install import install, launcher
 #: Every module that may be loaded when the plugin has done its work. Longer is slower: about 0.2 ms each.
 ALLOWED = {
     "__future__", "__main__", "_abc", "_codecs", "_collections", "_collections_abc", "_frozen_importlib",
-    "_frozen_importlib_external", "_functools", "_imp", "_io", "_json", "_operator", "_signal", "_socket", "_sre", "_stat", "_thread", "_warnings",
-    "_weakref", "abc", "builtins", "cni", "cni.plugin", "cni.protocol", "codecs", "collections", "copyreg", "encodings",
-    "encodings.aliases", "encodings.utf_8", "enum", "fcntl", "functools", "genericpath", "io", "itertools", "json",
-    "json.decoder", "json.encoder", "json.scanner", "keyword", "marshal", "operator", "os", "os.path", "posix",
-    "posixpath", "re", "re._casefix", "re._compiler", "re._constants", "re._parser", "reprlib", "stat", "sys", "time",
-    "types", "winreg", "zipimport",
+    "_frozen_importlib_external", "_functools", "_imp", "_io", "_json", "_operator", "_signal", "_socket",
+    "_sre", "_stat", "_thread", "_warnings", "_weakref", "abc", "builtins", "cni", "cni.plugin",
+    "cni.protocol", "codecs", "collections", "copyreg", "encodings", "encodings.aliases", "encodings.utf_8",
+    "enum", "fcntl", "functools", "genericpath", "io", "itertools", "json", "json.decoder", "json.encoder",
+    "json.scanner", "keyword", "marshal", "operator", "os", "os.path", "posix", "posixpath", "re",
+    "re._casefix", "re._compiler", "re._constants", "re._parser", "reprlib", "stat", "sys", "time", "types",
+    "winreg", "zipimport",
 }  # fmt: skip
 
 

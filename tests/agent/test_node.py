@@ -1,0 +1,456 @@
+"""The node's owner of state, with a kernel that only remembers and namespaces that are files."""
+
+import asyncio
+import os
+
+import pytest
+
+from agent import api
+from agent.identities import Label
+from agent.kernel import Connection
+from agent.kernel.model import Via
+from agent.mesh import Mesh
+from agent.namespaces import Namespaces
+from agent.node import IDENTITIES_FILE, MESH_FILE, PODS_FILE, Node
+from agent.pods import Attachment, AttachmentKey, Refusal
+from agent.programmer import Programmer
+from agent.storage import Storage
+from agent.sweeper import Sweeper
+from controlplane.api import (
+    Action,
+    Authorization,
+    Endpoint,
+    MtlsMode,
+    Resource,
+    ResourceError,
+    Rule,
+    Service,
+    ServicePort,
+    Source,
+    Update,
+)
+from tests.agent.fakes import FakeKernel
+from tests.agent.pods import complete, last_good, workload
+
+
+class FileNamespaces(Namespaces):
+    """A namespace is a file: its cookie is a thousand more than its inode number."""
+
+    async def look(self, netns):
+        return os.fstat(netns).st_ino + 1000, ["lo", "eth0"]
+
+    async def find(self, cookie, inode, path):
+        if not path.exists() or path.stat().st_ino + 1000 != cookie:
+            return False
+        fd = os.open(path, os.O_RDONLY)
+        self.hold(cookie, fd)
+        os.close(fd)
+        return True
+
+
+class Told:
+    """In the proxies' place."""
+
+    def __init__(self, kernel) -> None:
+        self.kernel = kernel
+        self.transcript: list[str] = []
+
+    async def enroll(self, pod: api.Enroll) -> None:
+        # The kernel has the pod and its policy before any proxy hears of it.
+        assert self.kernel.policy(pod.netns_cookie) is not None
+        self.transcript.append(f"enroll {pod.name} {pod.version}")
+
+    async def withdraw(self, uid, netns_cookie) -> None:
+        self.transcript.append(f"withdraw {uid}")
+
+
+class World:
+    def __init__(self, tmp_path) -> None:
+        self.folder = tmp_path
+        self.kernel = FakeKernel()
+        self.boot = "boot-1"
+        self.node = self.made()
+
+    def made(self) -> Node:
+        namespaces = FileNamespaces()
+        node = Node(
+            "n1",
+            storage=Storage(self.folder / "state"),
+            programmer=Programmer(self.kernel, namespaces),
+            namespaces=namespaces,
+            sweeper=Sweeper(self.kernel, namespaces, str),
+            boot=self.boot,
+        )
+        self.namespaces = namespaces
+        self.told = Told(self.kernel)
+        node.proxies = self.told
+        return node
+
+    async def restart(self) -> list[str]:
+        """As another process; what the new one writes into the kernel."""
+        await self.node.stop()
+        self.kernel.calls.clear()
+        self.node = self.made()
+        await self.node.start()
+        return self.kernel.calls
+
+    def netns(self, name: str) -> str:
+        path = self.folder / f"netns-{name}"
+        path.touch()
+        return str(path)
+
+    def cookie(self, name: str) -> int:
+        return os.stat(self.netns(name)).st_ino + 1000
+
+    async def add(self, name: str, address: str = "10.0.1.1", **more) -> None:
+        path = self.netns(more.pop("netns", name))
+        fields = {"container_id": f"c-{name}", "ifname": "eth0", "network": "pods", "netns_path": path} | more
+        pod = {"pod_uid": f"uid-{name}", "pod_namespace": "default", "pod_name": name} | more
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            await self.node.add(Attachment(**(fields | pod), addresses=(address,)), fd)
+        finally:
+            os.close(fd)
+
+    async def delete(self, name: str) -> None:
+        await self.node.delete(AttachmentKey(f"c-{name}", "eth0"))
+
+    def held(self) -> set[str]:
+        """The namespaces that this process keeps open."""
+        links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+        return {
+            target
+            for link in links
+            if os.path.lexists(link) and (target := os.readlink(link)).startswith(f"{self.folder}/netns-")
+        }
+
+    def pod_policy(self, name: str):
+        return self.kernel.policy(self.cookie(name))
+
+
+@pytest.fixture
+async def world(tmp_path):
+    made = World(tmp_path)
+    await made.node.start()
+    yield made
+    await made.node.stop()
+    made.kernel.close()
+
+
+async def test_an_enrolled_pod_is_in_the_kernel_and_told_when_add_returns(world):
+    await world.node.apply(complete(workload("web"), workload("client")))
+    world.kernel.calls.clear()
+    await world.add("web")
+    cookie = world.cookie("web")
+    number = world.node.tables.identities["uid-web"]
+    assert world.kernel.calls == [f"add pod {cookie} 10.0.1.1 {number}", f"policy {cookie} generation 1"]
+    assert world.told.transcript == ["enroll web unknown"]
+    assert [pod.name for pod in world.node.enrolled()] == ["web"]
+    await world.delete("web")
+    assert world.kernel.pods() == {}
+    assert world.told.transcript[1:] == ["withdraw uid-web"]
+    assert world.node.enrolled() == ()
+    assert world.held() == set()
+    await world.delete("web")
+
+
+async def test_a_pod_that_is_not_enrolled_gets_nothing_until_it_is(world):
+    await world.node.apply(complete(workload("web", enrolled=False)))
+    await world.add("web")
+    assert world.kernel.pods() == {}
+    assert world.told.transcript == []
+    await world.node.apply(Update(2, "v2", upserts=(workload("web"),)))
+    assert list(world.kernel.pods()) == [world.cookie("web")]
+    assert world.told.transcript == ["enroll web unknown"]
+    await world.node.apply(Update(3, "v3", upserts=(workload("web", enrolled=False),)))
+    assert world.kernel.pods() == {}
+    assert world.told.transcript[1:] == ["withdraw uid-web"]
+    assert not world.kernel.peers()["10.0.1.1"].enrolled
+
+
+async def test_add_waits_for_the_controller(world, monkeypatch):
+    adding = asyncio.create_task(world.add("web"))
+    await asyncio.sleep(0.05)
+    assert not adding.done()
+    await world.node.apply(complete(workload("other")))
+    await asyncio.sleep(0.05)
+    assert not adding.done()
+    await world.node.apply(Update(2, "v2", upserts=(workload("web"),)))
+    await adding
+    assert world.pod_policy("web") is not None
+    monkeypatch.setattr("agent.node.WORKLOAD_TIMEOUT", 0.05)
+    with pytest.raises(Refusal) as refused:
+        await world.add("never")
+    assert refused.value.code == 11
+    assert "does not know it" in refused.value.details
+
+
+async def test_nobody_is_known_before_the_controller_spoke(world, monkeypatch):
+    monkeypatch.setattr("agent.node.WORKLOAD_TIMEOUT", 0.05)
+    with pytest.raises(Refusal) as refused:
+        await world.add("web")
+    assert refused.value.code == 11
+    assert "has not said anything" in refused.value.details
+    with pytest.raises(Refusal) as refused:
+        await world.node.status()
+    assert refused.value.code == 50
+
+
+async def test_a_new_identity_is_in_every_table_before_its_pod_runs(world):
+    policy = Authorization(
+        "default", "p", Action.ALLOW, (Rule((Source(principals=("cluster.local/ns/default/sa/client",)),)),)
+    )
+    await world.node.apply(complete(workload("server", policies=("default/p",)), policy))
+    await world.add("server")
+    await world.node.apply(Update(2, "v2", upserts=(workload("client"), workload("other"))))
+    await world.add("client", "10.0.1.2")
+    _, table = world.pod_policy("server")
+    assert table == {(world.node.tables.identities["uid-client"], 0): True}
+
+
+async def test_only_differences_are_written(world):
+    service = Service(
+        "default",
+        "web",
+        "web.default",
+        ("10.96.0.1",),
+        (ServicePort(80, endpoints=(Endpoint("u", "10.0.1.1", 80, "n1"),)),),
+    )
+    resources: list[Resource] = [
+        workload("web"),
+        workload("far", node="n2", addresses=("10.0.2.1",)),
+        service,
+    ]
+    await world.node.apply(complete(*resources))
+    await world.add("web")
+    world.kernel.calls.clear()
+    await world.node.apply(complete(*resources, version="v2", nonce=2))
+    assert world.kernel.calls == []
+    await world.node.apply(Update(3, "v3", upserts=(workload("far", node="n2", addresses=("10.0.2.2",)),)))
+    assert world.kernel.calls == ["peer 10.0.2.2 enrolled", "no peer 10.0.2.1"]
+    world.kernel.calls.clear()
+    await world.node.apply(Update(4, "v4", removes=("service/default/web",)))
+    assert world.kernel.calls == ["no service 10.96.0.1:80"]
+
+
+async def test_the_same_address_with_another_uid_is_another_pod(world):
+    await world.node.apply(
+        complete(workload("old", addresses=("10.0.1.1",)), workload("new", service_account="other"))
+    )
+    await world.add("old", netns="a")
+    old = world.kernel.pods()[world.cookie("a")]
+    # The new sandbox comes before the old one's DEL.
+    await world.add("new", netns="b")
+    new = world.kernel.pods()[world.cookie("b")]
+    assert new.identity != old.identity
+    await world.node.delete(AttachmentKey("c-old", "eth0"))
+    assert list(world.kernel.pods().values()) == [new]
+    assert world.kernel.peers()["10.0.1.1"].identity == new.identity
+
+
+async def test_another_sandbox_of_the_same_pod(world):
+    await world.node.apply(complete(workload("web")))
+    await world.add("web", netns="a")
+    await world.add("web", netns="b", container_id="c-second", address="10.0.1.2")
+    assert set(world.kernel.pods()) == {world.cookie("a"), world.cookie("b")}
+    await world.delete("web")
+    assert set(world.kernel.pods()) == {world.cookie("b")}
+    # The same container and interface with another namespace, without a DEL between.
+    await world.add("web", netns="c", container_id="c-second", address="10.0.1.2")
+    assert set(world.kernel.pods()) == {world.cookie("c")}
+
+
+async def test_a_pod_that_nobody_knows_any_more_is_sealed(world):
+    await world.node.apply(complete(workload("web"), workload("client")))
+    await world.add("web")
+    await world.node.apply(Update(2, "v2", removes=("workload/uid-web",)))
+    assert world.pod_policy("web") == (2, {})
+    assert list(world.kernel.pods()) == [world.cookie("web")]
+    assert world.told.transcript[1:] == ["withdraw uid-web"]
+    await world.node.apply(Update(3, "v3", upserts=(workload("web"),)))
+    assert world.pod_policy("web")[1] != {}
+    assert world.told.transcript[2:] == ["enroll web unknown"]
+
+
+async def test_a_policy_change_ends_what_it_refuses_twice(world, monkeypatch):
+    monkeypatch.setattr("agent.sweeper.SECOND_WALK", 0.05)
+    await world.node.apply(complete(workload("web"), workload("client")))
+    await world.add("web")
+
+    def connection(port):
+        cookie = world.cookie("web")
+        return Connection(
+            cookie, ("10.0.1.2", port), ("10.0.1.1", 80), 16, 17, Via.DIRECT, 1, False, 0, 0, port
+        )
+
+    world.kernel.refused = [connection(1)]
+    deny = Authorization("default", "deny", Action.ALLOW, ())
+    await world.node.apply(Update(2, "v2", upserts=(deny, workload("web", policies=("default/deny",)))))
+    await asyncio.sleep(0.02)
+    assert world.kernel.refused == []
+    # Judged by the old table, established after the swap.
+    world.kernel.refused = [connection(2)]
+    await asyncio.sleep(0.1)
+    assert world.kernel.calls[-2:] == ["destroy 1", "destroy 2"]
+
+
+async def test_strict_is_in_force_when_the_update_is_acknowledged(world):
+    await world.node.apply(complete(workload("web")))
+    await world.add("web")
+    assert world.pod_policy("web")[1][0, 0]
+    assert await world.node.apply(Update(2, "v2", upserts=(workload("web", mtls=MtlsMode.STRICT),))) == ()
+    assert (0, 0) not in world.pod_policy("web")[1]
+
+
+class TestFailures:
+    async def test_what_cannot_be_written_is_named_and_tried_again(self, world, monkeypatch):
+        monkeypatch.setattr("agent.node.RETRY", 0.05)
+        world.kernel.broken = {"10.0.2.1"}
+        bad = workload("bad", addresses=("1.2.3",))
+        far = workload("far", node="n2", addresses=("10.0.2.1",))
+        errors = await world.node.apply(complete(bad, far))
+        assert errors == (
+            ResourceError("workload/uid-bad", "addresses: '1.2.3' is no IP address"),
+            ResourceError("workload/uid-far", "address 10.0.2.1: [Errno 7] map full at 10.0.2.1"),
+        )
+        assert "map full" in world.node.problem
+        world.kernel.broken.clear()
+        await asyncio.sleep(0.2)
+        assert world.node.problem == ""
+        assert "10.0.2.1" in world.kernel.peers()
+
+    async def test_add_is_undone_when_the_kernel_fails(self, world):
+        await world.node.apply(complete(workload("web")))
+        world.kernel.broken = {world.cookie("web")}
+        with pytest.raises(Refusal) as refused:
+            await world.add("web")
+        assert refused.value.code == 11
+        assert "is broken" in refused.value.details
+        assert len(world.node.pods) == 0
+        assert world.told.transcript == []
+        assert world.held() == set()
+        world.kernel.broken.clear()
+        await world.add("web")
+        assert world.pod_policy("web") is not None
+
+    async def test_a_broken_policy_keeps_the_pod_from_the_proxies(self, world):
+        await world.node.apply(complete(workload("web")))
+        world.kernel.broken = {("policy", world.cookie("web"))}
+        with pytest.raises(Refusal):
+            await world.add("web")
+        assert world.told.transcript == []
+
+    async def test_another_pod_is_not_hindered(self, world):
+        await world.node.apply(complete(workload("web"), workload("other")))
+        world.kernel.broken = {world.cookie("web")}
+        with pytest.raises(Refusal):
+            await world.add("web")
+        await world.add("other", "10.0.1.2")
+        assert list(world.kernel.pods()) == [world.cookie("other")]
+
+
+class TestRestart:
+    async def test_pods_are_adopted_and_nothing_is_written(self, world):
+        await world.node.apply(complete(workload("web"), workload("far", node="n2", addresses=("10.0.2.1",))))
+        await world.add("web")
+        await world.node.apply(Update(2, "v2", upserts=(workload("web", mtls=MtlsMode.STRICT),)))
+        before = world.kernel.pods(), world.pod_policy("web"), world.kernel.peers()
+        assert await world.restart() == []
+        assert (world.kernel.pods(), world.pod_policy("web"), world.kernel.peers()) == before
+        assert world.node.mesh.version == "v2"
+        assert world.told.transcript == ["enroll web unknown"]
+        await world.delete("web")
+        assert world.kernel.pods() == {}
+
+    async def test_pods_that_went_meanwhile_are_forgotten(self, world):
+        await world.node.apply(complete(workload("web")))
+        await world.add("web")
+        os.unlink(world.netns("web"))
+        assert [call.split()[0] for call in await world.restart()] == ["remove"]
+        assert len(world.node.pods) == 0
+
+    async def test_nothing_of_another_boot_is_believed(self, world):
+        await world.node.apply(complete(workload("web")))
+        await world.add("web")
+        world.boot = "boot-2"
+        await world.restart()
+        assert len(world.node.pods) == 0
+        assert world.kernel.pods() == {}
+
+    async def test_without_a_last_good_state_the_kernel_is_left_alone(self, world):
+        await world.node.apply(complete(workload("web")))
+        await world.add("web")
+        await world.node.stop()
+        os.unlink(world.folder / "state" / MESH_FILE)
+        assert await world.restart() == []
+        assert list(world.kernel.pods()) == [world.cookie("web")]
+        assert world.node.problem == "the controller has not said anything yet"
+
+    async def test_numbers_are_kept(self, world):
+        await world.node.apply(complete(workload("web"), workload("client")))
+        before = dict(world.node.tables.identities)
+        await world.restart()
+        await world.node.apply(
+            complete(workload("another"), workload("client"), workload("web"), version="v3")
+        )
+        assert {uid: world.node.tables.identities[uid] for uid in before} == before
+
+    async def test_lost_numbers_never_come_again(self, world):
+        await world.node.apply(complete(workload("web")))
+        await world.add("web")
+        old = world.kernel.pods()[world.cookie("web")].identity
+        await world.node.stop()
+        (world.folder / "state" / IDENTITIES_FILE).write_text("{")
+        await world.restart()
+        assert world.kernel.pods()[world.cookie("web")].identity > old + 1000
+        assert (world.folder / "state" / f"{IDENTITIES_FILE}.broken").exists()
+
+    @pytest.mark.parametrize("name", [MESH_FILE, PODS_FILE])
+    async def test_broken_files_are_set_aside(self, world, name):
+        await world.node.apply(complete(workload("web")))
+        await world.node.stop()
+        (world.folder / "state" / name).write_bytes(b"\x00broken")
+        await world.restart()
+        assert (world.folder / "state" / f"{name}.broken").exists()
+        await world.node.apply(complete(workload("web")))
+        assert world.node.problem == ""
+
+    async def test_the_last_good_state_is_private_and_whole(self, world):
+        await world.node.apply(complete(workload("web")))
+        await asyncio.sleep(0.1)
+        file = world.folder / "state" / MESH_FILE
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert file.read_bytes() == last_good(workload("web")).replace(b"\xa5nonce\x01", b"\xa5nonce\x00")
+        assert (world.folder / "state").stat().st_mode & 0o777 == 0o700
+
+
+async def test_a_changed_label_does_not_cut_old_connections_off(world):
+    await world.node.apply(complete(workload("client", version="v1"), workload("web")))
+    await world.add("web")
+    old = world.node.tables.identities["uid-client"]
+    await world.node.apply(Update(2, "v2", upserts=(workload("client", version="v2"),)))
+    new = world.node.tables.identities["uid-client"]
+    assert new != old
+    assert world.node.numbers.label(new) == Label(
+        "spiffe://cluster.local/ns/default/sa/client", "client", version="v2"
+    )
+    _, table = world.pod_policy("web")
+    assert table[old, 0]
+    assert table[new, 0]
+
+
+async def test_many_changes_at_once_are_few_passes(world):
+    await world.node.apply(complete(*(workload(f"p{n}") for n in range(50))))
+    passes = 0
+    real = world.node._pass
+
+    async def counted():
+        nonlocal passes
+        passes += 1
+        return await real()
+
+    world.node._pass = counted
+    await asyncio.gather(*(world.add(f"p{n}", f"10.0.1.{n}") for n in range(50)))
+    assert passes < 10
+    assert len(world.kernel.pods()) == 50
+    assert isinstance(world.node.mesh, Mesh)

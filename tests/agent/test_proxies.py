@@ -1,0 +1,365 @@
+"""Sessions with proxies: real SEQPACKET sockets, a stand-in for what makes sockets in pods."""
+
+import asyncio
+import os
+import socket
+from typing import Any
+
+import pytest
+
+from agent import api, processes
+from agent.packets import Connection, Server
+from agent.proxies import Proxies, ProxyRefused, SocketError
+from common import seqpacket
+
+NODEPROXY = (api.ListenerKind.OUTBOUND, api.ListenerKind.HBONE)
+
+
+def pod(name: str = "web", cookie: int = 7) -> api.Enroll:
+    return api.Enroll(
+        uid=f"uid-{name}",
+        netns_cookie=cookie,
+        address=f"10.0.0.{cookie}",
+        namespace="default",
+        name=name,
+        service_account=name,
+        identity=f"spiffe://cluster.local/ns/default/sa/{name}",
+    )
+
+
+class Enrolled:
+    def __init__(self) -> None:
+        self.pods: list[api.Enroll] = []
+        self.namespaces: set[int] = set()
+
+    def enrolled(self):
+        return tuple(self.pods)
+
+    def pod_namespaces(self):
+        return self.namespaces
+
+
+class PodSockets:
+    def __init__(self) -> None:
+        self.live: dict[tuple[str, api.ListenerKind], int] = {}
+        self.made: list[tuple[str, api.ListenerKind]] = []
+        self.fails = False
+
+    async def listener(self, netns_cookie, address, kind):
+        if self.fails:
+            raise SocketError("no")
+        self.made.append((address, kind))
+        sock = socket.socket()
+        sock.listen()
+        self.live[address, kind] = sock.getsockname()[1]
+        return sock.detach()
+
+    def has_listener(self, netns_cookie, address, kind):
+        return (address, kind) in self.live
+
+    async def outgoing(self, netns_cookie, purpose, count):
+        if self.fails:
+            raise SocketError("no")
+        return [socket.socket().detach() for _ in range(count)]
+
+
+class Proxy:
+    """The other end."""
+
+    def __init__(self, path) -> None:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        sock.connect(str(path))
+        self.connection = Connection(sock)
+        self.listeners: dict[tuple[str, api.ListenerKind], int] = {}
+
+    async def say(self, message) -> None:
+        await self.connection.send(api.encode(message))
+
+    async def hear(self):
+        """The next message and how many descriptors came with it; listeners stay open until :meth:`die`."""
+        data, fds = await asyncio.wait_for(self.connection.receive(), 5)
+        message = api.decode_from_agent(data) if data else None
+        if isinstance(message, api.Enroll):
+            assert len(fds) == len(message.listeners)
+            for kind, fd in zip(message.listeners, fds, strict=True):
+                self.listeners[message.uid, kind] = fd
+        else:
+            for fd in fds:
+                os.close(fd)
+        return message, len(fds)
+
+    async def greet(self, role=api.Role.NODEPROXY, **more):
+        await self.say(api.Hello(role, **more))
+        return await self.hear()
+
+    def die(self) -> None:
+        self.connection.close()
+        for fd in self.listeners.values():
+            os.close(fd)
+        self.listeners.clear()
+
+
+class World:
+    def __init__(self, tmp_path) -> None:
+        self.enrolled = Enrolled()
+        self.sockets = PodSockets()
+        self.registered: list[tuple[api.Role, int]] = []
+        self.path = tmp_path / "agent.sock"
+        self.proxies = Proxies(
+            node="n1",
+            enrolled=self.enrolled,
+            sockets=self.sockets,
+            register=self.register,
+            maps=lambda: {"captured": os.open("/dev/null", os.O_RDONLY)},
+        )
+        self.server = Server(self.path, self.proxies.serve, name="test")
+        self.peers: list[Proxy] = []
+
+    def register(self, role, cgroup) -> None:
+        self.registered.append((role, cgroup.id))
+
+    def proxy(self) -> Proxy:
+        self.peers.append(Proxy(self.path))
+        return self.peers[-1]
+
+
+@pytest.fixture
+async def world(tmp_path):
+    made = World(tmp_path)
+    made.server.start()
+    yield made
+    for peer in made.peers:
+        peer.die()
+    await made.server.close()
+
+
+def open_sockets() -> int:
+    """Of this process; the listing's own descriptor is gone again when its link is read."""
+    links = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+    return sum(os.readlink(link).startswith("socket:") for link in links if os.path.lexists(link))
+
+
+async def test_welcome_registers_the_peers_cgroup(world):
+    message, fds = await world.proxy().greet()
+    assert message == api.Welcome("n1", maps=("captured",))
+    assert fds == 1
+    assert world.registered == [(api.Role.NODEPROXY, processes.cgroup_of("self").id)]
+    assert world.proxies.connected() == {"nodeproxy": 1, "l7proxy": 0}
+
+
+async def test_pods_come_with_listeners_and_the_agent_keeps_none(world):
+    world.enrolled.pods = [pod()]
+    proxy = world.proxy()
+    await proxy.greet()
+    message, _ = await proxy.hear()
+    assert message.uid == "uid-web"
+    assert message.listeners == NODEPROXY
+    port = world.sockets.live["10.0.0.7", api.ListenerKind.OUTBOUND]
+    socket.create_connection(("127.0.0.1", port)).close()
+    proxy.die()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+async def test_each_role_gets_its_own_kinds(world):
+    world.enrolled.pods = [pod()]
+    l7proxy = world.proxy()
+    await l7proxy.greet(api.Role.L7PROXY)
+    message, _ = await l7proxy.hear()
+    assert message.listeners == (api.ListenerKind.OUTBOUND_L7,)
+    envoy = world.proxy()
+    await envoy.greet(kinds=(*NODEPROXY, api.ListenerKind.OUTBOUND_L7))
+    message, _ = await envoy.hear()
+    assert message.listeners == (*NODEPROXY, api.ListenerKind.OUTBOUND_L7)
+
+
+async def test_changes_come_without_new_listeners(world):
+    proxy = world.proxy()
+    await proxy.greet()
+    await world.proxies.enroll(pod())
+    message, _ = await proxy.hear()
+    assert message.listeners == NODEPROXY
+    await world.proxies.enroll(api.Enroll(**{**_fields(pod()), "version": "v2"}))
+    message, fds = await proxy.hear()
+    assert (message.version, message.listeners, fds) == ("v2", (), 0)
+    await world.proxies.withdraw("uid-web", 7)
+    message, _ = await proxy.hear()
+    assert message == api.Withdraw("uid-web", 7)
+    # The next sandbox of that namespace's number begins anew.
+    world.sockets.live.clear()
+    await world.proxies.enroll(pod())
+    message, _ = await proxy.hear()
+    assert message.listeners == NODEPROXY
+
+
+def _fields(message) -> dict[str, Any]:
+    return {name: getattr(message, name) for name in message.__struct_fields__}
+
+
+async def test_who_holds_its_listeners_gets_no_new_ones(world):
+    world.enrolled.pods = [pod()]
+    world.sockets.live = dict.fromkeys(((f"10.0.0.{7}", kind) for kind in NODEPROXY), 1)
+    proxy = world.proxy()
+    await proxy.greet(held=tuple(api.Held("uid-web", 7, kind) for kind in NODEPROXY))
+    message, _ = await proxy.hear()
+    assert message.listeners == ()
+    assert world.sockets.made == []
+
+
+async def test_who_holds_what_is_gone_is_told(world):
+    proxy = world.proxy()
+    await proxy.greet(held=tuple(api.Held("uid-web", 7, kind) for kind in NODEPROXY))
+    message, _ = await proxy.hear()
+    assert message == api.Withdraw("uid-web", 7)
+
+
+async def test_who_says_it_holds_what_the_kernel_does_not_know_gets_new_ones(world):
+    world.enrolled.pods = [pod()]
+    world.sockets.live = {("10.0.0.7", api.ListenerKind.OUTBOUND): 1}
+    proxy = world.proxy()
+    await proxy.greet(held=tuple(api.Held("uid-web", 7, kind) for kind in NODEPROXY))
+    message, _ = await proxy.hear()
+    assert message.listeners == (api.ListenerKind.HBONE,)
+
+
+async def test_a_new_process_takes_over_and_the_old_one_drains(world):
+    world.enrolled.pods = [pod()]
+    old, new = world.proxy(), world.proxy()
+    await old.greet()
+    await old.hear()
+    await new.greet()
+    message, _ = await new.hear()
+    assert message.listeners == NODEPROXY
+    # A pod that comes now has its listeners with the new one; the old one still hears of it.
+    await world.proxies.enroll(pod("other", 8))
+    message, _ = await old.hear()
+    assert (message.uid, message.listeners) == ("uid-other", ())
+    message, _ = await new.hear()
+    assert (message.uid, message.listeners) == ("uid-other", NODEPROXY)
+    # And if the new one fails, the old one takes over again.
+    new.die()
+    world.enrolled.pods = [pod(), pod("other", 8)]
+    world.sockets.live.clear()
+    assert {(await old.hear())[0].listeners for _ in range(2)} == {NODEPROXY}
+
+
+async def test_sockets(world):
+    world.enrolled.pods = [pod()]
+    proxy = world.proxy()
+    await proxy.greet()
+    await proxy.hear()
+    await proxy.say(api.GetSockets(1, "uid-web", 7, api.Purpose.DELIVERY, 5))
+    assert await proxy.hear() == (api.Sockets(1, 5), 5)
+    world.sockets.fails = True
+    await proxy.say(api.GetSockets(2, "uid-web", 7, api.Purpose.OUTBOUND))
+    assert await proxy.hear() == (api.Sockets(2, 0, "no"), 0)
+
+
+@pytest.mark.parametrize(
+    ("role", "request_", "reason"),
+    [
+        (api.Role.NODEPROXY, api.GetSockets(1, "uid-gone", 7, api.Purpose.OUTBOUND), "not enrolled"),
+        (api.Role.NODEPROXY, api.GetSockets(1, "uid-web", 8, api.Purpose.OUTBOUND), "another sandbox"),
+        (api.Role.NODEPROXY, api.GetSockets(1, "uid-web", 7, api.Purpose.OUTBOUND, 0), "count 0"),
+        (api.Role.NODEPROXY, api.GetSockets(1, "uid-web", 7, api.Purpose.OUTBOUND, 33), "count 33"),
+        (api.Role.L7PROXY, api.GetSockets(1, "uid-web", 7, api.Purpose.DELIVERY), "only the node proxy"),
+    ],
+)
+async def test_sockets_that_nobody_gets(world, role, request_, reason):
+    world.enrolled.pods = [pod()]
+    proxy = world.proxy()
+    await proxy.greet(role)
+    await proxy.hear()
+    await proxy.say(request_)
+    message, fds = await proxy.hear()
+    assert reason in message.error
+    assert (message.count, fds) == (0, 0)
+
+
+class TestRefused:
+    async def refused(self, world, data: bytes) -> str:
+        proxy = world.proxy()
+        await proxy.connection.send(data)
+        message, _ = await proxy.hear()
+        assert isinstance(message, api.Refused)
+        assert await proxy.hear() == (None, 0)
+        assert sum(world.proxies.connected().values()) == 0
+        return message.reason
+
+    @pytest.mark.parametrize(
+        ("data", "reason"),
+        [
+            (b"nonsense", "not understood"),
+            (api.encode(api.Hello(api.Role.NODEPROXY, version=99)), "version 99"),
+            (api.encode(api.Hello(api.Role.NODEPROXY, version=0)), "version 0"),
+            (api.encode(api.GetSockets(1, "u", 1, api.Purpose.OUTBOUND)), "first message"),
+            (api.encode(api.Hello(api.Role.L7PROXY, kinds=(api.ListenerKind.HBONE,))), "hbone"),
+        ],
+    )
+    async def test_by_what_it_says(self, world, data, reason):
+        assert reason in await self.refused(world, data)
+
+    async def test_in_a_pods_namespace(self, world):
+        world.enrolled.namespaces = {processes.netns_inode_of("self")}
+        assert "pod's network namespace" in await self.refused(
+            world, api.encode(api.Hello(api.Role.NODEPROXY))
+        )
+        assert world.registered == []
+
+    async def test_by_its_cgroup(self, world, monkeypatch):
+        def register(role, cgroup):
+            raise ProxyRefused(f"cgroup {cgroup.path} is the agent's")
+
+        monkeypatch.setattr(world.proxies, "_register", register)
+        assert "agent's" in await self.refused(world, api.encode(api.Hello(api.Role.NODEPROXY)))
+
+
+async def test_no_descriptor_stays_here(world):
+    world.enrolled.pods = [pod(), pod("other", 8)]
+    before = open_sockets()
+    for _ in range(3):
+        proxy = world.proxy()
+        await proxy.greet()
+        for _ in range(2):
+            await proxy.hear()
+        await proxy.say(api.GetSockets(1, "uid-web", 7, api.Purpose.OUTBOUND, 8))
+        await proxy.hear()
+        proxy.die()
+    for _ in range(100):
+        await asyncio.sleep(0.02)
+        if open_sockets() == before:
+            break
+    assert open_sockets() == before
+
+
+async def test_descriptors_that_come_unasked_are_closed(world):
+    proxy = world.proxy()
+    await proxy.greet()
+    reader, writer = os.pipe()
+    request = api.encode(api.GetSockets(1, "uid-gone", 7, api.Purpose.OUTBOUND))
+    await proxy.connection.send(request, (writer,))
+    os.close(writer)
+    await proxy.hear()
+    assert os.read(reader, 1) == b""
+    os.close(reader)
+
+
+async def test_a_proxy_that_does_not_read_holds_up_nobody(world, monkeypatch):
+    monkeypatch.setattr("agent.proxies._SEND_TIMEOUT", 0.1)
+    stuck, fine = world.proxy(), world.proxy()
+    await stuck.greet()
+    await fine.greet(api.Role.L7PROXY)
+    big = api.Enroll(**{**_fields(pod()), "name": "x" * 60000})
+    for _ in range(60):
+        await world.proxies.enroll(big)
+        await fine.hear()
+        if world.proxies.connected()["nodeproxy"] == 0:
+            break
+    assert world.proxies.connected() == {"nodeproxy": 0, "l7proxy": 1}
+
+
+async def test_packets_that_are_cut(world):
+    proxy = world.proxy()
+    await proxy.greet()
+    with pytest.raises(seqpacket.PacketError):
+        await proxy.connection.send(b"x" * (seqpacket.MAX_MESSAGE + 1))
