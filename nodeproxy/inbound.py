@@ -20,9 +20,9 @@ from controlplane.api import Workload
 from nodeproxy.accounting import Accounting, Flow, Outcome, Party, Reporter
 from nodeproxy.agent_client import AgentClient, Pod
 from nodeproxy.certificates import Certificates
-from nodeproxy.h2core import Stream
 from nodeproxy.h2frames import Code
 from nodeproxy.h2headers import Request, authority_of, forwarded_for, split_authority
+from nodeproxy.h2sending import Stream
 from nodeproxy.link import Link
 from nodeproxy.loop import OUT, Loop, prepare, reset
 from nodeproxy.mesh import Mesh

@@ -15,9 +15,10 @@ from OpenSSL import SSL
 
 from common import logs
 from nodeproxy import h2core
-from nodeproxy.h2core import Connection, Stream
+from nodeproxy.h2core import Connection
 from nodeproxy.h2frames import Code, PeerError
 from nodeproxy.h2headers import Request
+from nodeproxy.h2sending import Stream
 from nodeproxy.loop import BROKEN, IN, OUT, Loop
 from nodeproxy.tls import Credentials, Peer, PeerIdentityError, peer_of
 

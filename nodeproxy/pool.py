@@ -19,8 +19,8 @@ from common import logs
 from nodeproxy.accounting import Outcome
 from nodeproxy.agent_client import AgentClient, Pod
 from nodeproxy.certificates import Certificates
-from nodeproxy.h2core import Stream
 from nodeproxy.h2headers import Request
+from nodeproxy.h2sending import Stream
 from nodeproxy.link import Link
 from nodeproxy.loop import Loop
 from nodeproxy.tls import Credentials, PeerIdentityError

@@ -11,8 +11,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from nodeproxy.h2core import Stream
 from nodeproxy.h2frames import HEADER_SIZE, Code
+from nodeproxy.h2sending import Stream
 from nodeproxy.link import Link
 from nodeproxy.loop import BROKEN, IN, OUT, Loop, reset
 

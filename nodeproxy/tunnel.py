@@ -16,9 +16,9 @@ from nodeproxy.accounting import Accounting, Flow, Outcome, Party, Reporter
 from nodeproxy.agent_client import Pod
 from nodeproxy.api import Status
 from nodeproxy.certificates import Certificates
-from nodeproxy.h2core import Stream
 from nodeproxy.h2frames import Code
 from nodeproxy.h2headers import authority_of
+from nodeproxy.h2sending import Stream
 from nodeproxy.link import Link
 from nodeproxy.loop import Loop, reset
 from nodeproxy.mesh import Mesh

@@ -8,7 +8,8 @@ from typing import Any
 from OpenSSL import SSL
 
 from nodeproxy import h2core
-from nodeproxy.h2core import Connection, Stream
+from nodeproxy.h2core import Connection
+from nodeproxy.h2sending import Stream
 from nodeproxy.tls import Svid, Trust, credentials
 
 

@@ -1,5 +1,6 @@
 """Two node proxies in this process, each with its loop's thread, its fake agent, and pods on addresses of 127/8."""
 
+import functools
 import hashlib
 import itertools
 import socket
@@ -10,7 +11,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from agent.api import Enroll
-from controlplane.api import Authorization, MeshConfig, Service, SignRequest, SignResponse, Update, Workload
+from controlplane.api import (
+    Authorization,
+    MeshConfig,
+    Resource,
+    Service,
+    SignRequest,
+    SignResponse,
+    Update,
+    Workload,
+)
 from nodeproxy.agent_client import AgentClient
 from nodeproxy.loop import Loop
 from nodeproxy.node import NodeProxy
@@ -135,7 +145,7 @@ class World:
 
     def update(self) -> Update:
         self._nonce += 1
-        resources = (
+        resources: tuple[Resource, ...] = (
             MeshConfig(self.trust_domain, self.roots),
             *self.workloads.values(),
             *self.policies.values(),
@@ -147,16 +157,14 @@ class World:
         """Put the present state in force on the nodes (all)."""
         update = self.update()
         for node in nodes or self.nodes:
-            errors = node.call(lambda node=node: node.proxy.update(update))
+            errors = node.call(functools.partial(node.proxy.update, update))
             assert errors == (), errors
 
     def ready(self) -> None:
         """Both pods have their certificates."""
         for node, pod in ((self.a, self.client), (self.b, self.server)):
-            wait_until(
-                lambda node=node, pod=pod: node.call(lambda: node.proxy.certificates.get(pod.uid)),
-                f"certificate of {pod.name}",
-            )
+            get = functools.partial(node.proxy.certificates.get, pod.uid)
+            wait_until(functools.partial(node.call, get), f"certificate of {pod.name}")
 
     def dial(self, port: int, timeout: float = 10.0) -> socket.socket:
         """As the client's application does, when the kernel turned its connect() to the listener on node a."""
