@@ -1,0 +1,275 @@
+"""A node for the kernel's own tests: a few namespaces on one bridge, cgroups, pins, and processes to dial from.
+
+Smaller than the lab on purpose: no agent, no proxies, no CNI; only the facade and real sockets.
+"""
+
+from __future__ import annotations
+
+import array
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+from agent.kernel import Kernel, Pod, namespace
+from bpf.wire import Role
+from tests.requirements import ROOT
+
+CLONE_NEWNET = 0x40000000
+_WORKER = Path(__file__).with_name("worker.py")
+_numbers = itertools.count(16)
+
+MPTCP = 262
+
+
+def new_namespace() -> int:
+    """A descriptor of a new network namespace; it lives as long as somebody uses it."""
+    found: list[int] = []
+
+    def work() -> None:
+        if namespace._libc.unshare(CLONE_NEWNET) == 0:
+            found.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def run(netns: int, *command: str) -> str:
+    done = subprocess.run(
+        ["nsenter", f"--net=/proc/self/fd/{netns}", "--", *command],
+        pass_fds=(netns,),
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
+
+
+class Worker:
+    """A process in a cgroup and a namespace."""
+
+    def __init__(self, cgroup: Path, netns: int) -> None:
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._channel.settimeout(30)
+        self.process = subprocess.Popen(
+            ["/usr/bin/python3", "-SE", str(_WORKER), str(theirs.fileno()), str(cgroup), str(netns)],
+            pass_fds=(theirs.fileno(), netns),
+        )
+        theirs.close()
+        self._channel.recv(100)
+
+    def _call(self, call: str, *, fds: tuple[int, ...] = (), **arguments: Any) -> socket.socket | None:
+        data = json.dumps({"call": call, "arguments": arguments}).encode()
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self._channel.sendmsg([data], rights)
+        answer, got, _, _ = socket.recv_fds(self._channel, 1000, 1)
+        error = json.loads(answer)
+        if error.get("timeout"):
+            raise TimeoutError
+        if error.get("errno"):
+            raise OSError(error["errno"], os.strerror(error["errno"]))
+        return socket.socket(fileno=got[0]) if got else None
+
+    def connect(
+        self,
+        address: tuple[str, int],
+        *,
+        family: int = socket.AF_INET,
+        protocol: int = 0,
+        bind: tuple[str, int] | None = None,
+        timeout: float = 3.0,
+        options: tuple[tuple[int, int, int], ...] = (),
+        nonblocking: bool = False,
+    ) -> socket.socket:
+        sock = self._call(
+            "connect",
+            address=address,
+            family=family,
+            protocol=protocol,
+            bind=bind,
+            timeout=timeout,
+            options=options,
+            nonblocking=nonblocking,
+        )
+        assert sock is not None
+        sock.setblocking(not nonblocking)
+        return sock
+
+    def listen(
+        self,
+        address: tuple[str, int],
+        *,
+        family: int = socket.AF_INET,
+        protocol: int = 0,
+        options: tuple[tuple[int, int, int], ...] = (),
+    ) -> socket.socket:
+        sock = self._call("listen", address=address, family=family, protocol=protocol, options=options)
+        assert sock is not None
+        sock.settimeout(5)
+        return sock
+
+    def dial_with(
+        self, fd: int, address: tuple[str, int], bind: tuple[str, int] | None = None, timeout: float = 3.0
+    ) -> socket.socket:
+        """Dial with a socket that was made elsewhere; the descriptor is closed."""
+        os.set_blocking(fd, True)
+        try:
+            sock = self._call("dial_with", address=address, bind=bind, timeout=timeout, fds=(fd,))
+        finally:
+            os.close(fd)
+        assert sock is not None
+        return sock
+
+    def drop_capabilities(self) -> None:
+        self._call("drop_capabilities")
+
+    def close(self) -> None:
+        self._channel.close()
+        self.process.wait(10)
+
+
+class TestPod:
+    """A pod: a namespace with an address on the bridge, and a process of the application."""
+
+    __test__ = False
+
+    def __init__(self, node: Node, address: str, identity: int) -> None:
+        self.node = node
+        self.address = address
+        self.identity = identity
+        self.netns = new_namespace()
+        self.cookie = namespace.cookie(self.netns)
+        self.interface = f"mk{next(_numbers)}"
+        self._closing = ExitStack()
+        self._closing.callback(self._close_netns)
+        try:
+            self._wire()
+            self.app = self.worker("app")
+        except BaseException:
+            self._closing.close()
+            raise
+
+    def _wire(self) -> None:
+        fd = self.netns
+        script = (
+            f"ip link add {self.interface} type veth peer name eth0 netns /proc/self/fd/{fd}"
+            f" && ip link set {self.interface} master br0 up"
+            f" && nsenter --net=/proc/self/fd/{fd} sh -c 'ip addr add {self.address}/16 dev eth0"
+            f" && ip link set eth0 up && ip link set lo up && ip route add default via {self.node.gateway}'"
+        )
+        done = subprocess.run(
+            ["nsenter", f"--net=/proc/self/fd/{self.node.netns}", "sh", "-c", script],
+            pass_fds=(fd, self.node.netns),
+            capture_output=True,
+            text=True,
+            timeout=20,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def worker(self, name: str) -> Worker:
+        """A process in this pod's namespace, in the node's cgroup of that name."""
+        worker = Worker(self.node.cgroup(name), self.netns)
+        self._closing.callback(worker.close)
+        return worker
+
+    def enrol(self, table: dict[tuple[int, int], bool] | None = None, generation: int = 1) -> Self:
+        self.node.kernel.add_pod(Pod(self.cookie, self.address, self.identity), self.netns)
+        if table is not None:
+            self.node.kernel.set_policy(self.cookie, table, generation)
+        return self
+
+    def _close_netns(self) -> None:
+        if self.netns >= 0:
+            os.close(self.netns)
+            self.netns = -1
+
+    def close(self) -> None:
+        """The pod is gone, from the machine and from the kernel's tables."""
+        self.node.kernel.remove_pod(self.cookie)
+        self._closing.close()
+
+
+class Node:
+    """See the module."""
+
+    gateway = "10.77.0.1"
+
+    def __init__(self, folder: Path, sizes: tuple[str, ...] = ()) -> None:
+        self._closing = ExitStack()
+        self._sizes = sizes
+        self._cgroups: dict[str, Path] = {}
+        try:
+            self._build(folder)
+        except BaseException:
+            self._closing.close()
+            raise
+
+    def _build(self, folder: Path) -> None:
+        from lab import cgroups
+
+        libc = namespace._libc
+        self.pins = folder / "bpf" / "mycel"
+        mount = folder / "bpf"
+        mount.mkdir()
+        assert libc.mount(b"bpf", str(mount).encode(), b"bpf", 0, None) == 0
+        self._closing.callback(libc.umount2, str(mount).encode(), 2)
+        self.root = cgroups.root() / f"mycel-kernel-{os.getpid()}-{next(_numbers)}"
+        self.root.mkdir()
+        self._closing.callback(cgroups.remove, self.root)
+        # The sockets that the facade makes belong to the cgroup of this process.
+        own = Path("/proc/self/cgroup").read_text().splitlines()[-1].removeprefix("0::")
+        home = cgroups.root() / own.strip().lstrip("/")
+        (self.cgroup("agent") / "cgroup.procs").write_text(str(os.getpid()))
+        self._closing.callback(lambda: (home / "cgroup.procs").write_text(str(os.getpid())))
+        self.netns = new_namespace()
+        self._closing.callback(os.close, self.netns)
+        run(
+            self.netns,
+            "sh",
+            "-c",
+            f"ip link add br0 type bridge && ip addr add {self.gateway}/16 dev br0"
+            " && ip link set br0 up && ip link set lo up && echo 1 >/proc/sys/net/ipv4/ip_forward",
+        )
+        self.load()
+        self.kernel = Kernel(self.pins)
+        self._closing.callback(self.kernel.close)
+        for name, role in (
+            ("agent", Role.AGENT),
+            ("nodeproxy", Role.NODEPROXY),
+            ("l7proxy", Role.L7PROXY),
+            ("prober", Role.PROBER),
+            ("envoy", Role.ENVOY),
+        ):
+            self.kernel.set_role(self.cgroup(name).stat().st_ino, role)
+
+    def load(self) -> dict[str, Any]:
+        command = [sys.executable, "-m", "bpf.loader", "--pins", str(self.pins), "--cgroup", str(self.root)]
+        for size in self._sizes:
+            command += ["--size", size]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return result
+
+    def cgroup(self, name: str) -> Path:
+        path = self.root / name
+        path.mkdir(exist_ok=True)
+        return path
+
+    def worker(self, name: str) -> Worker:
+        """A process in the node's own namespace."""
+        worker = Worker(self.cgroup(name), self.netns)
+        self._closing.callback(worker.close)
+        return worker
+
+    def close(self) -> None:
+        self._closing.close()

@@ -1,0 +1,111 @@
+"""A process in a pod: its own cgroup and network namespace, doing socket calls that a test asks for.
+
+Standard library only, run by path. Requests and answers are JSON packets on the socket whose descriptor is the first argument;
+sockets come back as descriptors, so that a test can use what was dialled or accepted elsewhere.
+"""
+
+import array
+import ctypes
+import json
+import os
+import socket
+import sys
+
+CLONE_NEWNET = 0x40000000
+
+
+def enter(cgroup, netns):
+    with open(os.path.join(cgroup, "cgroup.procs"), "w") as file:
+        file.write(str(os.getpid()))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(netns, CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
+
+
+def make(family, protocol, options):
+    sock = socket.socket(family, socket.SOCK_STREAM, protocol)
+    for level, name, value in options:
+        sock.setsockopt(level, name, value)
+    return sock
+
+
+def connect(address, family, protocol, bind, timeout, options, nonblocking):
+    sock = make(family, protocol, options)
+    try:
+        if bind:
+            sock.bind(tuple(bind))
+        if nonblocking:
+            sock.setblocking(False)
+            code = sock.connect_ex(tuple(address))
+            if code not in (0, 115):
+                raise OSError(code, os.strerror(code))
+            return sock
+        sock.settimeout(timeout)
+        sock.connect(tuple(address))
+        sock.settimeout(None)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listen(address, family, protocol, options):
+    sock = make(family, protocol, [[socket.SOL_SOCKET, socket.SO_REUSEADDR, 1], *options])
+    try:
+        sock.bind(tuple(address))
+        sock.listen(128)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def dial_with(address, bind, timeout, fds):
+    """Dial with a socket that was made elsewhere."""
+    sock = socket.socket(fileno=fds[0])
+    sock.settimeout(timeout)
+    if bind:
+        sock.bind(tuple(bind))
+    sock.connect(tuple(address))
+    sock.settimeout(None)
+    return sock
+
+
+def drop_capabilities():
+    os.setgroups([])
+    os.setresgid(65534, 65534, 65534)
+    os.setresuid(65534, 65534, 65534)
+
+
+CALLS = {"connect": connect, "listen": listen, "dial_with": dial_with, "drop_capabilities": drop_capabilities}
+
+
+def main():
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    enter(sys.argv[2], int(sys.argv[3]))
+    channel.send(b"{}")
+    while True:
+        data, ancillary, _, _ = channel.recvmsg(65536, socket.CMSG_SPACE(64))
+        if not data:
+            return
+        fds = array.array("i")
+        for _, _, raw in ancillary:
+            fds.frombytes(raw)
+        request = json.loads(data)
+        arguments = request["arguments"]
+        if fds:
+            arguments["fds"] = list(fds)
+        try:
+            result = CALLS[request["call"]](**arguments)
+        except OSError as error:
+            channel.send(json.dumps({"errno": error.errno, "timeout": isinstance(error, TimeoutError)}).encode())
+            continue
+        if isinstance(result, socket.socket):
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [result.fileno()]))]
+            channel.sendmsg([b"{}"], rights)
+            result.close()
+        else:
+            channel.send(b"{}")
+
+
+main()
