@@ -214,6 +214,8 @@ class Proxies:
             raise ProxyRefused("no Hello") from None
         for fd in fds:
             os.close(fd)
+        if not data:
+            raise ConnectionAbortedError("gone before it said Hello")
         try:
             hello = api.decode_from_proxy(data)
         except msgspec.DecodeError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -43,11 +42,12 @@ class AgentProcess:
         self.roots = folder / "roots.pem"
         self.credential = folder / "credential"
         name = f"{PREFIX}-{os.getpid()}-{folder.name}"
-        self.pins = Path("/sys/fs/bpf", name)
+        self.bpf = folder / "bpf"
+        self.pins = self.bpf / "mycel"
         assert CGROUPS is not None
         self.cgroup = CGROUPS / name
         self._popen: subprocess.Popen[bytes] | None = None
-        for made in (self.run, self.state):
+        for made in (self.run, self.state, self.bpf):
             made.mkdir()
         self.credential.write_text("token\n")
         if resources:
@@ -60,6 +60,8 @@ class AgentProcess:
 
     def start(self, *, wait: bool = True) -> AgentProcess:
         (self.cgroup / "agent").mkdir(parents=True, exist_ok=True)
+        if self.module == REAL and not os.path.ismount(self.bpf):
+            subprocess.run(["mount", "-t", "bpf", "bpf", str(self.bpf)], check=True)
         own = self.cgroup / "agent/cgroup.procs"
         command = [
             *("/bin/sh", "-c", 'echo $$ >"$0"; exec "$@"', str(own)),
@@ -127,7 +129,8 @@ class AgentProcess:
 
     def clean_up(self) -> None:
         self.kill()
-        shutil.rmtree(self.pins, ignore_errors=True)
+        if os.path.ismount(self.bpf):
+            subprocess.run(["umount", str(self.bpf)], check=True)
         for folder, _subfolders, _files in os.walk(self.cgroup, topdown=False):
             deadline = time.monotonic() + 2
             while Path(folder).exists() and time.monotonic() < deadline:
