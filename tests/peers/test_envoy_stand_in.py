@@ -93,7 +93,7 @@ def test_the_canary_is_split_by_envoy(lab: Lab, client: Pod, service: str, runni
     # 80 % of 400 is 320 with a standard deviation of 8: five of them either way.
     assert 280 <= versions["v1"] <= 360, versions
     assert versions["v1"] + versions["v2"] == REQUESTS
-    assert all("x-envoy-expected-rq-timeout-ms" in str(a["headers"]) for a in answers), "Envoy was on the way"
+    assert all("x-request-id" in str(a["headers"]) for a in answers), "Envoy was on the way"
 
 
 def test_applications_see_the_clients_address_on_both_nodes(client: Pod, service: str, running: Path) -> None:
