@@ -1,0 +1,338 @@
+"""Accounts against what applications wrote and read, whatever way a connection ends."""
+
+from __future__ import annotations
+
+import random
+import socket
+import struct
+import threading
+import time
+
+import pytest
+
+from agent.kernel import Direction, FlowCounters, FlowKey
+
+pytestmark = pytest.mark.privileged
+
+PORT = 8080
+
+
+class Pair:
+    """A connection between two pods, and what its two applications have written and read."""
+
+    def __init__(self, node, client, server, *, family=socket.AF_INET):
+        self.node = node
+        self.client_pod, self.server_pod = client, server
+        self.key = FlowKey(client.identity, server.identity, PORT, Direction.OUTBOUND)
+        wildcard = "::" if family == socket.AF_INET6 else "0.0.0.0"
+        address = f"::ffff:{server.address}" if family == socket.AF_INET6 else server.address
+        self.listener = server.app.listen((wildcard, PORT), family=family)
+        self.client = client.app.connect((address, PORT), family=family)
+        self.server, _ = self.listener.accept()
+        self.client.settimeout(5)
+        self.server.settimeout(5)
+        self.wrote = {self.client: 0, self.server: 0}
+        self.read = {self.client: 0, self.server: 0}
+
+    def send(self, sock, count):
+        sock.sendall(b"d" * count)
+        self.wrote[sock] += count
+
+    def receive(self, sock, count):
+        left = count
+        while left:
+            data = sock.recv(min(left, 65536))
+            assert data
+            left -= len(data)
+            self.read[sock] += len(data)
+
+    def receive_end(self, sock):
+        assert sock.recv(1) == b""
+
+    def accounts(self):
+        flows = self.node.kernel.flows()
+        nothing = FlowCounters(0, 0, 0, 0, 0)
+        return flows.get(self.key, nothing), flows.get(
+            self.key._replace(direction=Direction.INBOUND), nothing
+        )
+
+    def check(self, *, client_closed=False, server_closed=False):
+        """The accounts are exactly what the applications did, soon (packets are under way).
+
+        None: an end that nobody holds any more is closed when its peer's kernel has everything, at the latest.
+        """
+        deadline = time.monotonic() + 2
+        while True:
+            out, into = self.accounts()
+            expected = (
+                FlowCounters(
+                    1,
+                    out.closed if client_closed is None else client_closed,
+                    0,
+                    self.wrote[self.client],
+                    self.read[self.client],
+                ),
+                FlowCounters(
+                    1,
+                    into.closed if server_closed is None else server_closed,
+                    0,
+                    self.wrote[self.server],
+                    self.read[self.server],
+                ),
+            )
+            if (out, into) == expected or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        assert (out, into) == expected
+
+    def close(self):
+        for sock in (self.client, self.server, self.listener):
+            sock.close()
+
+
+@pytest.fixture(params=[socket.AF_INET, socket.AF_INET6], ids=["ipv4", "ipv4-mapped"])
+def pair(node, make_pod, request):
+    client, server = make_pod(), make_pod()
+    client.enrol({})
+    server.enrol({(client.identity, 0): True})
+    pair = Pair(node, client, server, family=request.param)
+    yield pair
+    pair.close()
+
+
+def test_open_connection(pair):
+    pair.check()
+    pair.send(pair.client, 1)
+    pair.receive(pair.server, 1)
+    pair.check()
+    pair.send(pair.server, 3_000_000 // 100)
+    pair.receive(pair.client, 10_000)
+    pair.check()  # the rest is written and not read
+    pair.receive(pair.client, 20_000)
+    pair.check()
+
+
+def test_closed_by_client(pair):
+    pair.send(pair.client, 1000)
+    pair.receive(pair.server, 1000)
+    pair.client.close()
+    pair.receive_end(pair.server)
+    pair.check(client_closed=None)
+    pair.server.close()
+    pair.check(client_closed=True, server_closed=True)
+
+
+def test_closed_by_client_end_not_read(pair):
+    pair.send(pair.client, 1000)
+    pair.receive(pair.server, 1000)
+    pair.client.close()
+    pair.check(client_closed=None)
+    pair.server.close()
+    pair.check(client_closed=True, server_closed=True)
+
+
+def test_closed_by_server(pair):
+    pair.send(pair.server, 70_000)
+    pair.server.close()
+    pair.check(server_closed=None)
+    pair.receive(pair.client, 70_000)
+    pair.receive_end(pair.client)
+    pair.check(server_closed=None)
+    pair.client.close()
+    pair.check(client_closed=True, server_closed=True)
+
+
+def test_closed_by_both_at_once(pair):
+    pair.send(pair.server, 10)
+    pair.send(pair.client, 20)
+    pair.receive(pair.client, 10)
+    pair.receive(pair.server, 20)
+    threads = [threading.Thread(target=sock.close) for sock in (pair.client, pair.server)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pair.check(client_closed=True, server_closed=True)
+
+
+def test_half_close(pair):
+    pair.send(pair.client, 500)
+    pair.client.shutdown(socket.SHUT_WR)
+    pair.receive(pair.server, 500)
+    pair.receive_end(pair.server)
+    pair.check()
+    pair.send(pair.server, 100_000)
+    pair.receive(pair.client, 100_000)
+    pair.check()
+    pair.server.shutdown(socket.SHUT_WR)
+    pair.receive_end(pair.client)
+    pair.check(client_closed=True, server_closed=True)
+
+
+def test_read_side_shut(pair):
+    pair.server.shutdown(socket.SHUT_RD)
+    pair.send(pair.client, 500)
+    pair.receive(pair.server, 500)
+    pair.check()
+    pair.client.close()
+    pair.server.close()
+    pair.check(client_closed=True, server_closed=True)
+
+
+@pytest.mark.parametrize("end", ["client", "server"])
+def test_reset(pair, end):
+    other = {"client": pair.server, "server": pair.client}[end]
+    sock = getattr(pair, end)
+    pair.send(sock, 300)
+    pair.send(other, 200)
+    pair.receive(other, 300)
+    pair.receive(sock, 200)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+    with pytest.raises(ConnectionResetError):
+        other.recv(1)
+    pair.check(client_closed=True, server_closed=True)
+
+
+@pytest.mark.parametrize("end", ["client", "server"])
+def test_closed_with_unread_data(pair, end):
+    other = {"client": pair.server, "server": pair.client}[end]
+    sock = getattr(pair, end)
+    pair.send(other, 5000)
+    pair.receive(sock, 1200)
+    time.sleep(0.05)
+    sock.close()  # sends a reset
+    pair.check(client_closed=True, server_closed=True)
+
+
+def test_reset_after_half_close(pair):
+    pair.send(pair.client, 100)
+    pair.client.shutdown(socket.SHUT_WR)
+    pair.receive(pair.server, 100)
+    pair.receive_end(pair.server)
+    pair.server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    pair.server.close()
+    with pytest.raises(ConnectionResetError):
+        pair.client.recv(1)
+    pair.check(client_closed=True, server_closed=True)
+
+
+def test_written_and_never_delivered(pair):
+    """A reader that does not read: what is in the writer's buffer was written all the same."""
+    pair.client.setblocking(False)
+    total = 0
+    while True:
+        try:
+            total += pair.client.send(b"z" * 65536)
+        except BlockingIOError:
+            break
+    pair.wrote[pair.client] = total
+    pair.check()
+    pair.server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    pair.server.close()
+    pair.check(client_closed=True, server_closed=True)
+
+
+def test_ended_by_the_agent(pair, node):
+    pair.send(pair.client, 100)
+    pair.receive(pair.server, 60)
+    [connection] = [c for c in node.kernel.connections() if c.destination == pair.key.destination]
+    assert (connection.sent, connection.received) == (0, 60)
+    netns = pair.server_pod.netns
+    assert node.kernel.destroy(connection, netns)
+    with pytest.raises(ConnectionResetError):
+        pair.client.recv(1)
+    pair.check(client_closed=True, server_closed=True)
+    # The listener is not taken in place of a connection that is gone.
+    assert not node.kernel.destroy(connection, netns)
+    assert not node.kernel.destroy(connection, netns)
+    pair.client_pod.app.connect((pair.server_pod.address, PORT)).close()
+
+
+def test_peek_and_truncation(pair):
+    pair.send(pair.client, 100)
+    assert len(pair.server.recv(100, socket.MSG_PEEK)) == 100
+    pair.check()
+    pair.receive(pair.server, 40)
+    pair.check()
+
+
+def test_more_than_32_bits(pair):
+    """Sequence numbers wrap: 4.5 GB, counted while it goes on."""
+    total = 4_500_000_000
+    chunk = bytes(1 << 20)
+    got = [0]
+
+    def reader():
+        buffer = bytearray(1 << 20)
+        while n := pair.server.recv_into(buffer):
+            got[0] += n
+
+    thread = threading.Thread(target=reader)
+    thread.start()
+    sent = 0
+    last = 0
+    while sent < total:
+        n = min(len(chunk), total - sent)
+        pair.client.sendall(memoryview(chunk)[:n])
+        sent += n
+        if sent % (1 << 28) == 0:
+            out, into = pair.accounts()
+            assert out.sent == sent
+            assert last <= into.received <= sent
+            last = into.received
+    pair.client.shutdown(socket.SHUT_WR)
+    thread.join(20)
+    pair.wrote[pair.client], pair.read[pair.server] = total, got[0]
+    assert got[0] == total
+    pair.check()
+
+
+def test_sum_is_right_while_connections_come_and_go(node, make_pod):
+    """Accounts are read all the time while connections open, send, read and close; no sum goes back or is wrong."""
+    client, server = make_pod(), make_pod()
+    client.enrol({})
+    server.enrol({(client.identity, 0): True})
+    listener = server.app.listen(("0.0.0.0", PORT))
+    key = FlowKey(client.identity, server.identity, PORT, Direction.OUTBOUND)
+    random_sizes = random.Random(7)
+    sizes = [random_sizes.randrange(1, 20_000) for _ in range(400)]
+    done = threading.Event()
+    read = [0]
+    seen = []
+
+    def serve():
+        for _ in sizes:
+            sock, _ = listener.accept()
+            while data := sock.recv(65536):
+                read[0] += len(data)
+            sock.close()
+
+    def account():
+        while not done.is_set():
+            flows = node.kernel.flows()
+            seen.append((flows.get(key), flows.get(key._replace(direction=Direction.INBOUND))))
+
+    threads = [threading.Thread(target=serve), threading.Thread(target=account)]
+    for thread in threads:
+        thread.start()
+    for size in sizes:
+        sock = client.app.connect((server.address, PORT))
+        sock.sendall(bytes(size))
+        sock.close()
+    threads[0].join(20)
+    deadline = time.monotonic() + 3
+    while node.kernel.flows()[key].closed != len(sizes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    done.set()
+    threads[1].join(5)
+    flows = node.kernel.flows()
+    assert flows[key] == (len(sizes), len(sizes), 0, sum(sizes), 0)
+    assert flows[key._replace(direction=Direction.INBOUND)] == (len(sizes), len(sizes), 0, 0, sum(sizes))
+    assert read[0] == sum(sizes)
+    for direction in (0, 1):
+        column = [row[direction] for row in seen if row[direction] is not None]
+        assert len(column) > 20
+        for earlier, later in zip(column, column[1:], strict=False):
+            assert all(a <= b for a, b in zip(earlier, later, strict=True)), (earlier, later)
+    listener.close()
