@@ -175,7 +175,7 @@ class AdsSession:
             version_info=subscription.version,
             type_url=kind.value,
             nonce=subscription.nonce,
-            resources=[wanted[n].any for n in names],
+            resources=[wanted[n].any for n in sorted(names)],
         )
 
     def _missing_endpoints(self) -> bool:

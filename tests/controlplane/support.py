@@ -45,7 +45,7 @@ def pod(
     ready: bool = True,
     uid: str = "",
     ports: dict[str, int] | None = None,
-    **labels: str,
+    **labels: Any,
 ) -> Manifest:
     return {
         "apiVersion": "v1",
@@ -211,7 +211,7 @@ class MeshClient:
     """One Subscribe stream, driven by hand."""
 
     def __init__(self, channel: grpc.aio.Channel, node: str = "node-a", metadata: Any = None) -> None:
-        call = channel.stream_stream(api.METHOD_SUBSCRIBE)
+        call: Any = channel.stream_stream(api.METHOD_SUBSCRIBE)
         self.stream = call(metadata=metadata if metadata is not None else bearer(node))
         self.state: dict[str, api.Resource] = {}
         self.version = ""

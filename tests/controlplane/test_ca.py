@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import os
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -187,9 +189,13 @@ async def serving(harness: Harness) -> AsyncIterator[Harness]:
         yield harness
 
 
+def _call(channel: grpc.aio.Channel) -> Any:
+    return channel.unary_unary(api.METHOD_SIGN)
+
+
 async def sign(harness: Harness, uid: str, csr: bytes, metadata: Any = None) -> api.SignResponse:
     async with harness.channel() as channel:
-        call = channel.unary_unary(api.METHOD_SIGN)
+        call: Any = channel.unary_unary(api.METHOD_SIGN)
         data = await call(
             api.encode(api.SignRequest(uid, csr)), metadata=metadata or bearer("node-a"), timeout=5
         )
@@ -226,7 +232,7 @@ async def test_sign_refuses(serving: Harness) -> None:
     assert (await refused(serving, "uid-a", b"\x30\x00"))[0] is invalid
     async with serving.channel() as channel:
         with pytest.raises(grpc.aio.AioRpcError) as e:
-            await channel.unary_unary(api.METHOD_SIGN)(b"\xc1", metadata=bearer("node-a"))
+            await _call(channel)(b"\xc1", metadata=bearer("node-a"))
         assert e.value.code() is invalid
     metrics = await serving.page("/metrics")
     assert 'mycel_ca_requests_refused_total{code="PERMISSION_DENIED"} 5.0' in metrics
@@ -239,8 +245,6 @@ async def test_a_pod_that_is_gone_gets_nothing_more(serving: Harness) -> None:
     for _ in range(100):
         if not serving.controller.snapshot.workloads:
             break
-        import asyncio
-
         await asyncio.sleep(0.02)
     assert (await refused(serving, "uid-a", request()))[0] is grpc.StatusCode.PERMISSION_DENIED
 
@@ -261,8 +265,6 @@ async def test_strangers_get_nothing(serving: Harness, metadata: Any) -> None:
 
 
 async def test_a_credential_may_be_withdrawn_and_made(serving: Harness) -> None:
-    import hashlib
-
     (serving.credentials / "node-a").write_text(hashlib.sha256(b"another token").hexdigest())
     assert (await refused(serving, "uid-a", request()))[0] is grpc.StatusCode.UNAUTHENTICATED
     await sign(serving, "uid-a", request(), (("authorization", "Bearer another token"),))
@@ -275,12 +277,12 @@ async def test_the_server_proves_itself(serving: Harness, tmp_path: Path) -> Non
     stranger = open_authority(tmp_path / "stranger", NOW).roots_pem.encode()
     async with serving.channel(stranger) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as e:
-            await channel.unary_unary(api.METHOD_SIGN)(b"", metadata=bearer("node-a"), timeout=3)
+            await _call(channel)(b"", metadata=bearer("node-a"), timeout=3)
     assert e.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
 async def test_plain_text_gets_nothing(serving: Harness) -> None:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{serving.controller.port}") as channel:
         with pytest.raises(grpc.aio.AioRpcError) as e:
-            await channel.unary_unary(api.METHOD_SIGN)(b"", metadata=bearer("node-a"), timeout=3)
+            await _call(channel)(b"", metadata=bearer("node-a"), timeout=3)
     assert e.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)

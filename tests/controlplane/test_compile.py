@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
 import pytest
 
-from controlplane.api import MeshConfig, MtlsMode, Service, Workload
+from controlplane.api import MeshConfig, MtlsMode, Service, ServicePort, Workload
 from controlplane.compiler import compile_snapshot
 from controlplane.model.snapshot import SnapshotError, build
 from controlplane.model.world import Settings
@@ -263,8 +264,6 @@ def test_a_snapshot_that_does_not_fit_together_is_refused() -> None:
         build([MeshConfig(), lost], [], [])
     with pytest.raises(SnapshotError, match="stands twice"):
         build([MeshConfig(), MeshConfig()], [], [])
-    from controlplane.api import ServicePort
-
     flagged = Service("n", "s", "s.n.svc.cluster.local", ports=(ServicePort(80, l7=True),))
     with pytest.raises(SnapshotError, match="route tables differ"):
         build([MeshConfig(), flagged], [], [])
@@ -290,8 +289,6 @@ def test_kinds_that_have_no_effect_say_so() -> None:
         "spec": {},
     }
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}}
-    import json
-
     snapshot = compile_all(*(json.dumps(m) for m in (gateway, route, config)))
     assert "Gateway is accepted, not in force yet\n" in messages(snapshot) + "\n"
     assert "HTTPRoute is accepted, not in force yet (nor are its fields checked)" in messages(snapshot)

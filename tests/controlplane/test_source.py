@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from controlplane.source import State
 from controlplane.source.folder import Folder
 from controlplane.source.lastgood import LastGood
 from controlplane.source.manifests import ManifestError, parse
-from tests.controlplane.support import istio, mesh_namespace, namespace, pod, service, write
+from tests.controlplane.support import Manifest, istio, mesh_namespace, namespace, pod, service, write
 
 RULE = istio("DestinationRule", "a", {"host": "a"})
 
@@ -225,9 +226,7 @@ def test_a_broken_store_is_no_obstacle(steps: Steps, tmp_path: Path) -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.permutations([f"{n}.yaml" for n in range(5)]))
 def test_the_order_of_arrival_means_nothing(order: list[str]) -> None:
-    import tempfile
-
-    manifests = {
+    manifests: dict[str, Manifest | str] = {
         "0.yaml": RULE,
         "1.yaml": istio("DestinationRule", "a", {"host": "twin"}),
         "2.yaml": "}",

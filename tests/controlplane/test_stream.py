@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
 import time
 
@@ -18,7 +19,6 @@ from controlplane.stream.session import Session
 from tests.controlplane.support import (
     Harness,
     MeshClient,
-    bearer,
     compile_all,
     istio,
     mesh_namespace,
@@ -131,7 +131,8 @@ _SNAPSHOTS = [
 @given(st.lists(st.tuples(st.integers(0, len(_SNAPSHOTS) - 1), st.booleans()), max_size=20))
 def test_deltas_add_up(steps: list[tuple[int, bool]]) -> None:
     """Whatever comes in whatever pace: a client that applies what it is sent has the snapshot that it was told."""
-    session, state, pending = Session(), {}, None
+    session, pending = Session(), None
+    state: dict[str, api.Resource] = {}
     last: Snapshot = _SNAPSHOTS[0]
     for index, acknowledge in [*steps, (0, True), (0, True)]:
         last = _SNAPSHOTS[index]
@@ -261,8 +262,6 @@ async def test_a_large_mesh_in_one_update(harness: Harness) -> None:
     for n in range(20):
         pods = [pod(f"p{n}-{i}", f"10.{n}.{i // 250}.{i % 250 + 1}", app="x" * 60) for i in range(1000)]
         items = {"apiVersion": "v1", "kind": "List", "items": pods}
-        import json
-
         (harness.config / f"{n}.json").write_text(json.dumps(items))
     async with harness.serving(), harness.channel() as channel:
         client = MeshClient(channel)
@@ -309,9 +308,10 @@ async def test_bad_configuration_never_reaches_clients(harness: Harness) -> None
         good = controller.snapshot.version
         deny["spec"]["rules"][0]["to"][0]["operation"]["ports"] = ["many"]
         write(harness.config, "policy.yaml", deny)
-        async with asyncio.timeout(5):
-            while not controller.findings:
-                await asyncio.sleep(0.01)
+        for _ in range(500):
+            if controller.findings:
+                break
+            await asyncio.sleep(0.01)
         assert controller.snapshot.version == good
         (finding,) = await harness.page("/debug/findings")
         assert finding["file"] == "policy.yaml"
@@ -326,4 +326,3 @@ async def test_bad_configuration_never_reaches_clients(harness: Harness) -> None
         await client.hello()
         await client.take()
         assert "authorization/default/deny" in client.state
-        assert bearer("node-a")
