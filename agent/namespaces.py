@@ -1,60 +1,19 @@
 """The network namespaces of this node's pods: descriptors, cookies, and how one is found again.
 
-Owns one descriptor for each attached pod, from ADD to DEL and not longer: an open one keeps a namespace alive. Work inside a
-namespace runs in a thread of its own that ends afterwards, so that no thread of the agent is ever left in a pod.
+Owns one descriptor for each attached pod, from ADD to DEL and not longer: an open one keeps a namespace alive.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import socket
-import struct
-import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from agent import processes
-
-_T = TypeVar("_T")
-
-_CLONE_NEWNET = 0x40000000
-_SO_NETNS_COOKIE = 71  # asm-generic/socket.h
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-def inside(netns: int, work: Callable[[], _T]) -> _T:
-    """What ``work`` returns when called in a network namespace; blocks.
-
-    :raises OSError: the namespace cannot be entered, or ``work`` raised it.
-    """
-    results: list[_T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            if _libc.setns(netns, _CLONE_NEWNET) < 0:
-                code = ctypes.get_errno()
-                raise OSError(code, f"setns: {os.strerror(code)}")
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="netns", daemon=True)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
-
-
-def cookie_here() -> int:
-    """The cookie of the namespace that the calling thread is in; never 0, never used twice in one boot."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        return int(struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0])
+from agent.kernel import namespace
 
 
 class Namespaces:
@@ -85,6 +44,15 @@ class Namespaces:
         finally:
             os.close(fd)
 
+    @contextlib.contextmanager
+    def borrow_if_there(self, cookie: int) -> Iterator[int | None]:
+        """The same, or None where :meth:`borrow` raises."""
+        if cookie not in self._fds:
+            yield None
+            return
+        with self.borrow(cookie) as netns:
+            yield netns
+
     async def look(self, netns: int) -> tuple[int, list[str]]:
         """A namespace's cookie and the names of its interfaces.
 
@@ -92,9 +60,9 @@ class Namespaces:
         """
 
         def work() -> tuple[int, list[str]]:
-            return cookie_here(), [name for _, name in socket.if_nameindex()]
+            return namespace.cookie(netns), namespace.inside(netns, _interfaces)
 
-        return await asyncio.to_thread(inside, netns, work)
+        return await asyncio.to_thread(work)
 
     async def find(self, cookie: int, inode: int, path: Path) -> bool:
         """Hold the namespace with that cookie: by its path, or by any process in it. False when it is gone."""
@@ -110,10 +78,14 @@ class Namespaces:
                     continue
                 with contextlib.suppress(OSError):
                     # An inode is used again, a cookie is not.
-                    if await asyncio.to_thread(inside, fd, cookie_here) == cookie:
+                    if await asyncio.to_thread(namespace.cookie, fd) == cookie:
                         self.hold(cookie, fd)
                         return True
             return False
         finally:
             for fd in fds:
                 os.close(fd)
+
+
+def _interfaces() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]

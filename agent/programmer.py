@@ -179,7 +179,8 @@ class Programmer:
     async def _remove_pod(self, cookie: int, slots: asyncio.Semaphore, outcome: Outcome) -> None:
         try:
             async with slots:
-                await asyncio.to_thread(self._kernel.remove_pod, cookie)
+                with self._namespaces.borrow_if_there(cookie) as netns:
+                    await asyncio.to_thread(self._kernel.remove_pod, cookie, netns)
         except (KernelError, OSError) as error:
             outcome.pods[cookie] = str(error)
             return

@@ -109,13 +109,16 @@ class Kernel:
         with self._lock, naming(f"pod {pod.netns_cookie} ({pod.address})"):
             self._pods.add(pod, netns)
 
-    def remove_pod(self, netns_cookie: int) -> None:
+    def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
         """Forget a pod: no element about it stays in any map, no link in its namespace, no listener.
 
-        Its namespace may be gone already. The policy goes too. Open connections stay counted until they close.
+        Its namespace may be gone already; with ``netns`` what :meth:`add_pod` set in it is undone too. The policy
+        goes too. Open connections stay counted until they close.
         """
         with self._lock, naming(f"pod {netns_cookie}"):
             self._pods.remove(netns_cookie)
+            if netns is not None:
+                namespace.restore(netns)
 
     def pods(self) -> dict[int, Pod]:
         """By netns cookie, as the kernel has them (also those of a predecessor of this process)."""

@@ -86,6 +86,18 @@ def prepare(netns: int) -> int:
     return inside(netns, work)
 
 
+def restore(netns: int) -> None:
+    """Undo :func:`prepare`. The settings become what they are in a new namespace."""
+
+    def work() -> None:
+        netlink.remove_rule(DELIVERY_MARK, DELIVERY_TABLE, DELIVERY_PRIORITY)
+        netlink.remove_local_route(DELIVERY_TABLE)
+        for name in _SYSCTLS:
+            Path("/proc/sys/net/ipv4", name).write_text("0")
+
+    inside(netns, work)
+
+
 def lacks(netns: int) -> list[str]:
     """What of the way back is not there."""
 

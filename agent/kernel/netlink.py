@@ -22,8 +22,10 @@ _NLM_F_CREATE = 0x400
 _HEADER = struct.Struct("=IHHII")
 
 _RTM_NEWROUTE = 24
+_RTM_DELROUTE = 25
 _RTM_GETROUTE = 26
 _RTM_NEWRULE = 32
+_RTM_DELRULE = 33
 _FRA_PRIORITY = 6
 _FRA_FWMARK = 10
 _FRA_TABLE = 15
@@ -69,22 +71,46 @@ def _request(protocol: int, kind: int, flags: int, body: bytes) -> bytes:
 
 def add_rule(mark: int, table: int, priority: int) -> None:
     """``ip rule add fwmark MARK lookup TABLE priority PRIORITY``; no error when it is there."""
-    body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, _FR_ACT_TO_TBL, 0)
-    body += _u32(_FRA_PRIORITY, priority) + _u32(_FRA_FWMARK, mark) + _u32(_FRA_FWMASK, 0xFFFFFFFF)
-    body += _u32(_FRA_TABLE, table)
+    body = _rule(mark, table, priority)
     try:
         _request(_NETLINK_ROUTE, _RTM_NEWRULE, _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_EXCL, body)
     except FileExistsError:
         pass
 
 
+def remove_rule(mark: int, table: int, priority: int) -> None:
+    """The opposite of :func:`add_rule`; no error when it is not there."""
+    try:
+        _request(_NETLINK_ROUTE, _RTM_DELRULE, _NLM_F_ACK, _rule(mark, table, priority))
+    except FileNotFoundError:
+        pass
+
+
+def _rule(mark: int, table: int, priority: int) -> bytes:
+    body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, _FR_ACT_TO_TBL, 0)
+    body += _u32(_FRA_PRIORITY, priority) + _u32(_FRA_FWMARK, mark) + _u32(_FRA_FWMASK, 0xFFFFFFFF)
+    return body + _u32(_FRA_TABLE, table)
+
+
 def add_local_route(table: int) -> None:
     """``ip route replace local 0.0.0.0/0 dev lo table TABLE``."""
+    flags = _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_REPLACE
+    _request(_NETLINK_ROUTE, _RTM_NEWROUTE, flags, _local_route(table))
+
+
+def remove_local_route(table: int) -> None:
+    """The opposite of :func:`add_local_route`; no error when it is not there."""
+    try:
+        _request(_NETLINK_ROUTE, _RTM_DELROUTE, _NLM_F_ACK, _local_route(table))
+    except ProcessLookupError:
+        pass
+
+
+def _local_route(table: int) -> bytes:
     body = struct.pack(
         "=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, _RTPROT_STATIC, _RT_SCOPE_HOST, _RTN_LOCAL, 0
     )
-    body += _u32(_RTA_OIF, _IFINDEX_LOOPBACK) + _u32(_RTA_TABLE, table)
-    _request(_NETLINK_ROUTE, _RTM_NEWROUTE, _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_REPLACE, body)
+    return body + _u32(_RTA_OIF, _IFINDEX_LOOPBACK) + _u32(_RTA_TABLE, table)
 
 
 def is_local_by_mark(mark: int) -> bool:

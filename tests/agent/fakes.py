@@ -75,7 +75,7 @@ class FakeKernel(Kernel):
         self._write(f"add pod {pod.netns_cookie} {pod.address} {pod.identity}", pod.netns_cookie)
         self.fake_pods[pod.netns_cookie] = pod
 
-    def remove_pod(self, netns_cookie: int) -> None:
+    def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
         self._write(f"remove pod {netns_cookie}", netns_cookie)
         if "remove-first" in self.fake_fails and netns_cookie == next(iter(self.fake_pods), None):
             raise KernelError(f"pod {netns_cookie} cannot be removed")
