@@ -93,6 +93,9 @@ class AccessLog:
             os.close(fd)
 
     def close(self) -> None:
+        """Write everything and end the thread; a second time does nothing."""
+        if not self._thread.is_alive():
+            return
         self.flush()
         self._queue.put(None)
         self._thread.join(5.0)

@@ -53,7 +53,7 @@ class Balancer:
             return self._weighted(endpoints)
         # Power of two choices (Envoy: choice_count 2, equal weights); weights bias the two draws.
         first, second = self._weighted(endpoints), self._weighted(endpoints)
-        return first if self.active[first.key] <= self.active[second.key] else second
+        return first if self.active.get(first.key, 0) <= self.active.get(second.key, 0) else second
 
     def _weighted(self, endpoints: tuple[Endpoint, ...]) -> Endpoint:
         first = endpoints[0].weight

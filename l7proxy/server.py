@@ -284,6 +284,7 @@ class Proxy:
             self._access_log.close()
         if self._captured is not None:
             self._captured.close()
+            self._captured = None
 
     # -- what can be seen --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,376 @@
+"""The proxy on its node: the agent's comings and goings, the node proxy, draining, metrics, the process itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from agent import api
+from l7proxy import pods
+from l7proxy.metrics import LABELS
+from l7proxy.resources import Resources
+from nodeproxy import api as nodeproxy
+from tests.l7proxy.conftest import Mesh, eventually
+from tests.l7proxy.fakes import xds
+from tests.l7proxy.fakes.agent import FakeAgent
+from tests.l7proxy.fakes.backend import Backend, Request, respond
+from tests.requirements import ROOT
+
+
+async def test_a_withdrawn_pod_loses_everything(mesh: Mesh) -> None:
+    async def script(request: Request, writer: asyncio.StreamWriter, number: int) -> None:
+        if number > 1:
+            await asyncio.sleep(5)
+        writer.write(respond(200, b"ok"))
+
+    await mesh.serve(backend=await mesh.backend(script=script))
+    idle, busy = await mesh.client(), await mesh.client()
+    assert (await idle.get())[0] == 200
+    busy.send(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+    await asyncio.sleep(0.1)
+    mesh.agent.withdraw("client")
+    assert await idle.closed() == b""
+    assert await busy.closed() == b""
+    assert not mesh.proxy.pods
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*mesh.address)
+    assert " 0 DC " in (await mesh.lines(2))[1]
+
+
+async def test_the_same_uid_in_another_sandbox_is_another_pod(mesh: Mesh) -> None:
+    await mesh.serve()
+    client = await mesh.client()
+    assert (await client.get())[0] == 200
+    address = mesh.agent.enroll("client", netns_cookie=8)
+    await eventually(lambda: len([p for p in mesh.proxy.pods.values() if p.server]) == 2)
+    mesh.agent.withdraw("client", 7)
+    assert await client.closed() == b""
+    mesh.address = address
+    assert (await (await mesh.client()).get())[0] == 200
+
+
+async def test_the_agent_away(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held is used; who finds nothing waits, then is answered 503; the agent's return is told what is held."""
+    monkeypatch.setattr(pods, "SOCKET_WAIT", 0.3)
+    backend = await mesh.serve()
+    client = await mesh.client()
+    assert (await client.get())[0] == 200
+    mesh.agent.stop()
+    await eventually(lambda: not mesh.proxy.agent.connected)
+    # Established connections, and as many new ones as the stock holds.
+    assert (await client.get())[0] == 200
+    (pod,) = mesh.proxy.pods.values()
+    held = len(pod.sockets._ready)
+    assert held >= pods.LOW
+
+    async def slow(request: Request, writer: asyncio.StreamWriter, number: int) -> None:
+        await asyncio.sleep(1.0)
+        writer.write(respond(200))
+
+    backend.script = slow
+    clients = [await mesh.client() for _ in range(held + 2)]
+    started = time.monotonic()
+    answers = [status for status, _, _ in await asyncio.gather(*(c.get() for c in clients))]
+    assert time.monotonic() - started < 2
+    # One more rides on the connection that was there.
+    assert (answers.count(200), answers.count(503)) == (held + 1, 1)
+    again = FakeAgent(mesh.run)
+    again.start()
+    mesh.agent = again
+    await again.connected()
+    assert again.hellos[0].held == (api.Held("client", 7, api.ListenerKind.OUTBOUND_L7),)
+    again.enroll("client", listen=False)
+    await eventually(lambda: len(pod.sockets._ready) >= pods.STOCK)
+    assert (await (await mesh.client()).get())[0] == 200
+
+
+async def test_an_agent_that_refuses_sockets(mesh: Mesh) -> None:
+    await mesh.serve()
+    (pod,) = mesh.proxy.pods.values()
+    await eventually(lambda: len(pod.sockets._ready) == pods.STOCK)
+    while pod.sockets._ready:
+        pod.sockets._ready.pop().close()
+    mesh.agent.refuse_sockets = "denied by policy"
+    client = await mesh.client()
+    status, _, body = await client.get()
+    assert status == 503
+    assert body.endswith(b"denied by policy")
+    assert " 503 UF " in (await mesh.lines(1))[0]
+    mesh.agent.refuse_sockets = ""
+    assert (await client.get())[0] == 200
+
+
+class NodeProxy:
+    """The node proxy's unix socket: one header in, one byte out, then bytes both ways to a backend."""
+
+    def __init__(self, path: Path, backend: Backend) -> None:
+        self.path = path
+        self.backend = backend
+        self.handoffs: list[nodeproxy.Handoff] = []
+        self.status = nodeproxy.Status.CONNECTED
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> NodeProxy:
+        self._server = await asyncio.start_unix_server(self._serve, self.path)
+        return self
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        data = await reader.readexactly(16)
+        data += await reader.readexactly(int.from_bytes(data[14:16], "big"))
+        decoded = nodeproxy.decode(data)
+        assert decoded is not None
+        self.handoffs.append(decoded[0])
+        writer.write(bytes((self.status,)))
+        if self.status is not nodeproxy.Status.CONNECTED:
+            writer.close()
+            return
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self.backend.port)
+
+        async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):
+                while data := await source.read(65536):
+                    target.write(data)
+                    await target.drain()
+            target.close()
+
+        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
+
+    def stop(self) -> None:
+        if self._server is not None:
+            self._server.close()
+
+
+@pytest.fixture
+async def remote(mesh: Mesh) -> AsyncIterator[NodeProxy]:
+    backend = await mesh.backend("remote")
+    mesh.configure(
+        xds.listener(),
+        xds.routes(
+            {
+                "match": {"prefix": "/"},
+                "route": {
+                    "cluster": xds.cluster_name(),
+                    "timeout": "0s",
+                    "retry_policy": {"retry_on": "connect-failure", "num_retries": 1},
+                },
+            }
+        ),
+        xds.cluster(),
+        xds.assignment(xds.endpoint(8080, address="10.2.0.9", node="node-b", version="v2")),
+    )
+    result = await NodeProxy(mesh.run / "nodeproxy.sock", backend).start()
+    yield result
+    result.stop()
+
+
+async def test_an_endpoint_on_another_node_goes_to_the_node_proxy(mesh: Mesh, remote: NodeProxy) -> None:
+    client = await mesh.client()
+    for _ in range(5):
+        assert (await client.get())[2] == b"remote\n"
+    (handoff,) = remote.handoffs
+    assert handoff.client == ("127.0.0.1", client.writer.get_extra_info("sockname")[1])
+    assert handoff.destination == ("10.2.0.9", 8080)
+    assert handoff.source_uid == "client"
+    (line, *_) = await mesh.lines(5)
+    assert line.endswith('"10.2.0.9:8080"')
+
+
+@pytest.mark.parametrize("status", [s for s in nodeproxy.Status if s is not nodeproxy.Status.CONNECTED])
+async def test_what_the_node_proxy_refuses_is_503(
+    mesh: Mesh, remote: NodeProxy, status: nodeproxy.Status
+) -> None:
+    remote.status = status
+    client = await mesh.client()
+    code, _, body = await client.get()
+    assert code == 503
+    assert status.name.lower() in body.decode()
+    assert len(remote.handoffs) == 2
+    assert " 503 UF,URX " in (await mesh.lines(1))[0]
+
+
+async def test_never_in_plain_text_without_the_node_proxy(mesh: Mesh, remote: NodeProxy) -> None:
+    remote.stop()
+    (mesh.run / "nodeproxy.sock").unlink()
+    client = await mesh.client()
+    assert (await client.get())[0] == 503
+    assert not remote.backend.requests
+
+
+async def test_draining(mesh: Mesh) -> None:
+    async def script(request: Request, writer: asyncio.StreamWriter, number: int) -> None:
+        await asyncio.sleep(0.3 if "slow" in request.line else 30 if "stuck" in request.line else 0)
+        writer.write(respond(200, b"done"))
+
+    await mesh.serve(backend=await mesh.backend(script=script))
+    idle, slow, stuck = await mesh.client(), await mesh.client(), await mesh.client()
+    assert (await idle.get())[0] == 200
+    slow.send(b"GET /slow HTTP/1.1\r\nhost: a\r\n\r\n")
+    stuck.send(b"GET /stuck HTTP/1.1\r\nhost: a\r\n\r\n")
+    await asyncio.sleep(0.1)
+    drained = asyncio.create_task(mesh.proxy.drain(1.0))
+    started = time.monotonic()
+    assert await idle.closed() == b""
+    status, fields, body = await slow.response()
+    assert (status, fields["connection"], body) == (200, "close", b"done")
+    assert await stuck.closed() == b""
+    await drained
+    assert 0.9 < time.monotonic() - started < 1.5
+    assert len(mesh.log.read_text().splitlines()) == 3
+
+
+def samples(mesh: Mesh, name: str) -> dict[tuple[str, ...], float]:
+    """Values of a metric by (destination_version, response_code, response_flags, le)."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(mesh.proxy.metrics)
+    text = generate_latest(registry).decode()
+    result: dict[tuple[str, ...], float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == name:
+                label = sample.labels
+                key = (
+                    label["destination_version"],
+                    label["response_code"],
+                    label["response_flags"],
+                    label.get("le", ""),
+                )
+                result[key] = sample.value
+    return result
+
+
+async def test_metrics_tell_what_was_served(mesh: Mesh, remote: NodeProxy) -> None:
+    client = await mesh.client()
+    for _ in range(7):
+        client.send(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 30\r\n\r\n" + b"x" * 30)
+        await client.response()
+    remote.status = nodeproxy.Status.DENIED
+    (pod,) = mesh.proxy.pods.values()
+    for pool in pod.pools.values():
+        pool.sweep(time.monotonic() + 1000, wanted=True)
+    assert (await client.get())[0] == 503
+    counts = samples(mesh, "istio_requests_total")
+    assert counts == {("v2", "200", "-", ""): 7.0, ("v2", "503", "UF,URX", ""): 1.0}
+    assert samples(mesh, "istio_request_duration_milliseconds_count")["v2", "200", "-", ""] == 7.0
+    assert samples(mesh, "istio_request_bytes_sum")["v2", "200", "-", ""] == 210.0
+    assert samples(mesh, "istio_response_bytes_sum")["v2", "200", "-", ""] == 49.0
+    buckets = samples(mesh, "istio_request_bytes_bucket")
+    assert (buckets["v2", "200", "-", "25.0"], buckets["v2", "200", "-", "50.0"]) == (0.0, 7.0)
+    (series, *_) = mesh.proxy.metrics._series
+    labels = dict(zip(LABELS, series, strict=True))
+    assert labels["reporter"] == "source"
+    assert labels["source_workload"] == "client"
+    assert labels["destination_workload"] == "web-app"
+    assert labels["destination_service"] == xds.HOST
+    assert labels["destination_service_name"] == "web-app"
+    assert labels["destination_principal"] == "spiffe://cluster.local/ns/default/sa/web"
+    assert labels["connection_security_policy"] == "mutual_tls"
+    assert labels["measured_in"] == "l7proxy"
+
+
+async def test_new_labels_count_separately(mesh: Mesh) -> None:
+    await mesh.serve()
+    client = await mesh.client()
+    await client.get()
+    mesh.agent.enroll("client", listen=False, workload_name="renamed")
+    (pod,) = mesh.proxy.pods.values()
+    await eventually(lambda: pod.enroll.workload_name == "renamed")
+    await client.get()
+    assert sorted(series[1] for series in mesh.proxy.metrics._series) == ["client", "renamed"]
+
+
+async def test_a_bad_resource_leaves_the_last_good(mesh: Mesh) -> None:
+    backend = await mesh.serve()
+    good = mesh.proxy.config
+    errors = mesh.configure(
+        xds.cluster(lb_policy="MAGLEV"), xds.listener(), xds.routes({"match": {"prefix": "/"}})
+    )
+    assert len(errors) == 2
+    assert "lb_policy: MAGLEV is not supported" in errors[0]
+    assert "routes[0].action" in errors[1]
+    assert mesh.proxy.config is not good
+    client = await mesh.client()
+    assert (await client.get())[0] == 200
+    assert len(backend.requests) == 1
+
+
+def test_routes_wait_for_their_clusters_endpoints() -> None:
+    now = 0.0
+    resources = Resources(clock=lambda: now)
+    xds.apply(resources, xds.listener(), xds.routes(), xds.cluster(), xds.assignment(xds.endpoint(1)))
+    before = resources.build().hosts[xds.VIP, xds.PORT].routes
+    action = {"match": {"prefix": "/"}, "route": {"cluster": xds.cluster_name("v2")}}
+    xds.apply(resources, xds.cluster(), xds.cluster("v2"), xds.routes(action))
+    assert resources.build().hosts[xds.VIP, xds.PORT].routes is before
+    assert resources.warming
+    now = 10.0
+    assert resources.build().hosts[xds.VIP, xds.PORT].routes is not before
+    xds.apply(resources, xds.assignment(xds.endpoint(2), subset="v2"))
+    assert xds.cluster_name("v2") in resources.build().clusters
+    assert not resources.warming
+
+
+async def _page(port: int, path: str) -> str:
+    def get() -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return str(answer.read().decode())
+
+    return await asyncio.to_thread(get)
+
+
+async def test_the_process_serves_from_disk_and_stops(tmp_path: Path) -> None:
+    """``python -m l7proxy`` without a controller: the last good configuration, metrics, access log, SIGTERM."""
+    backend = await Backend().start()
+    kept = Resources(tmp_path / "state")
+    xds.apply(kept, xds.listener(), xds.routes(), xds.cluster(), xds.assignment(xds.endpoint(backend.port)))
+    for kind in kept.versions:
+        kept.save(kind)
+    agent = FakeAgent(tmp_path)
+    agent.start()
+    for name in ("roots.pem", "token"):
+        (tmp_path / name).write_text("none")
+    admin = 20000 + os.getpid() % 20000
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "l7proxy", "--node", "node-a", "--run", str(tmp_path), "--controller", "127.0.0.1:1"),
+        *("--roots", str(tmp_path / "roots.pem"), "--credential", str(tmp_path / "token")),
+        *("--admin", f"127.0.0.1:{admin}", "--access-log", str(tmp_path / "access.log"), "--drain", "1"),
+        *("--state", str(tmp_path / "state"), "--log-format", "json"),
+        cwd=ROOT, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        await agent.connected()
+        assert agent.hellos[0].kinds == (api.ListenerKind.OUTBOUND_L7,)
+        address = agent.enroll("client")
+        assert "ready" in await _page(admin, "/healthz/ready")
+        config: dict[str, Any] = json.loads(await _page(admin, "/config"))
+        assert config["destinations"] == {f"{xds.VIP}:{xds.PORT}": xds.ROUTE_NAME}
+        # Without a map of captured connections nothing is known of any: closed, never guessed.
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.close()
+        assert "mycel_l7proxy_agent_connected 1.0" in await _page(admin, "/metrics")
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(10):
+            _, errors = await process.communicate()
+        assert process.returncode == 0, errors
+        events = [json.loads(line)["event"] for line in errors.splitlines() if line.startswith(b"{")]
+        assert events[-1] == "stopped", errors
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        agent.stop()
+        await backend.stop()
