@@ -60,9 +60,16 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 	struct endpoint key = {.address = dial->address, .port = dial->port};
 	struct peer *peer;
 
-	if (is_loopback(dial->address) || dial->address == 0)
+	if (is_loopback(dial->address))
 		return PASS;
-
+	/* This host: 127.0.0.1, or the address that the socket is bound to, the pod's. */
+	if (dial->address == 0) {
+		if (!pod || role != ROLE_NONE || !is_own_port(dial->port))
+			return PASS;
+		refuse_dial(netns, REASON_OWN_PORT, pod->identity, pod->identity, pod->address, dial->port,
+			    DIRECTION_OUTBOUND);
+		return refuse(ECONNREFUSED);
+	}
 	peer = map_lookup(MAP(PEERS), &key.address);
 	if (role == ROLE_ENVOY) {
 		if (!peer)

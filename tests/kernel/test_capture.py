@@ -1,0 +1,391 @@
+"""Where connect() of an enrolled pod goes: services, endpoints, capture, and what applications see of it."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+
+import pytest
+
+from agent.kernel import Backend, Direction, FlowKey, Peer, Reason, namespace
+from bpf.maps import CapturedMap
+from bpf.wire import PORT_HBONE, PORT_OUTBOUND, PORT_OUTBOUND_L7, Captured
+from tests.kernel.mesh import MPTCP, run
+
+pytestmark = pytest.mark.privileged
+
+VIP = "10.96.7.1"
+REMOTE = "10.88.0.5"  # on another node
+
+
+@pytest.fixture
+def client(make_pod):
+    return make_pod().enrol({})
+
+
+@pytest.fixture
+def captured(node):
+    with CapturedMap(node.kernel.captured_fd()) as table:
+        yield table
+
+
+@pytest.fixture
+def service(node):
+    made = []
+
+    def make(*backends, port=80, l7=False, address=VIP):
+        node.kernel.set_service(address, port, [Backend(*b) for b in backends], l7=l7)
+        made.append((address, port))
+
+    yield make
+    for address, port in made:
+        node.kernel.remove_service(address, port)
+
+
+@pytest.fixture
+def remote(node):
+    node.kernel.set_peer(REMOTE, Peer(local=False, enrolled=True, identity=77))
+    yield REMOTE
+    node.kernel.remove_peer(REMOTE)
+
+
+def listen(node, pod, port):
+    sock = socket.socket(fileno=node.kernel.create_listener(pod.netns, pod.address, port))
+    sock.settimeout(3)
+    return sock
+
+
+def reasons(node, client):
+    return [event.reason for event in node.kernel.read_events() if event.netns_cookie == client.cookie]
+
+
+def test_service_with_endpoint_here(node, client, make_pod, service):
+    server = make_pod()
+    server.enrol({(client.identity, 8080): True})
+    service((server.address, 8080))
+    with server.app.listen(("0.0.0.0", 8080)) as listener, client.app.connect((VIP, 80)) as sock:
+        accepted, peer = listener.accept()
+        accepted.close()
+        assert sock.getpeername() == (VIP, 80)
+        assert sock.getsockname() == peer == (client.address, peer[1])
+    assert FlowKey(client.identity, server.identity, 8080, Direction.OUTBOUND) in node.kernel.flows()
+
+
+def test_service_through_mapped_ipv6(client, make_pod, service):
+    server = make_pod()
+    server.enrol({(client.identity, 8080): True})
+    service((server.address, 8080))
+    with (
+        server.app.listen(("0.0.0.0", 8080)),
+        client.app.connect((f"::ffff:{VIP}", 80), family=socket.AF_INET6) as sock,
+    ):
+        assert sock.getpeername()[:2] == (f"::ffff:{VIP}", 80)
+
+
+def test_service_draws_all_its_endpoints(client, make_pod, service):
+    servers = [make_pod().enrol({(client.identity, 0): True}) for _ in range(3)]
+    service(*((server.address, 8080) for server in servers))
+    listeners = [server.app.listen(("0.0.0.0", 8080)) for server in servers]
+    counts = [0, 0, 0]
+    for _ in range(60):
+        client.app.connect((VIP, 80)).close()
+    for index, listener in enumerate(listeners):
+        listener.settimeout(0.2)
+        while True:
+            try:
+                listener.accept()[0].close()
+            except TimeoutError:
+                break
+            counts[index] += 1
+        listener.close()
+    assert sum(counts) == 60
+    assert all(count > 5 for count in counts)  # 20 expected each, standard deviation 3.7
+
+
+def test_service_without_endpoints(node, client, service):
+    service()
+    with pytest.raises(ConnectionRefusedError):
+        client.app.connect((VIP, 80))
+    assert reasons(node, client) == [Reason.NO_BACKEND]
+
+
+def test_removed_service_is_an_unknown_address(node, client, service):
+    service()
+    node.kernel.remove_service(VIP, 80)
+    with pytest.raises(OSError) as caught:  # nobody has it: the network's own answer
+        client.app.connect((VIP, 80), timeout=0.5)
+    assert caught.value.errno != errno.ECONNREFUSED
+    assert reasons(node, client) == []
+
+
+def test_endpoint_on_another_node_is_captured(node, client, service, remote, captured):
+    service((remote, 8080))
+    with listen(node, client, PORT_OUTBOUND) as listener:
+        with client.app.connect((VIP, 80)) as sock:
+            accepted, peer = listener.accept()
+            with accepted:
+                assert sock.getpeername() == (VIP, 80)
+                assert sock.getsockname() == peer
+                assert peer[0] == client.address
+                assert accepted.getsockname() == (client.address, PORT_OUTBOUND)
+                found = captured.find(client.cookie, *peer, PORT_OUTBOUND)
+                assert found == Captured(remote, VIP, 8080, 80, client.identity)
+                assert captured.find(client.cookie + 1, *peer, PORT_OUTBOUND) is None
+        # Gone with the client's socket, which waits for nothing here.
+        accepted.close()
+        assert gone(lambda: captured.find(client.cookie, *peer, PORT_OUTBOUND))
+    # The node proxy counts these.
+    assert not [k for k in node.kernel.flows() if client.identity in (k.source, k.destination)]
+
+
+def gone(look):
+    deadline = time.monotonic() + 2
+    while look() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return look() is None
+
+
+def test_address_on_another_node_is_captured(node, client, remote, captured):
+    with listen(node, client, PORT_OUTBOUND) as listener, client.app.connect((remote, 8443)) as sock:
+        accepted, peer = listener.accept()
+        with accepted:
+            assert sock.getpeername() == (remote, 8443)
+            assert captured.find(client.cookie, *peer, PORT_OUTBOUND) == Captured(
+                remote, remote, 8443, 8443, client.identity
+            )
+
+
+def test_nonblocking_connect_is_captured(node, client, remote):
+    with (
+        listen(node, client, PORT_OUTBOUND) as listener,
+        client.app.connect((remote, 8443), nonblocking=True) as sock,
+    ):
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.sendall(b"hello")
+            sock.setblocking(True)
+            assert sock.recv(10) == b"hello"
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
+            assert sock.getpeername() == (remote, 8443)
+
+
+def test_l7_service_is_captured_whole(node, client, service, remote, captured):
+    service((remote, 8080), l7=True)
+    with listen(node, client, PORT_OUTBOUND_L7) as listener, client.app.connect((VIP, 80)) as sock:
+        accepted, peer = listener.accept()
+        with accepted:
+            assert sock.getpeername() == (VIP, 80)
+            assert captured.find(client.cookie, *peer, PORT_OUTBOUND_L7) == Captured(
+                VIP, VIP, 80, 80, client.identity
+            )
+
+
+def test_without_listener_nothing_leaves(node, client, remote, captured):
+    """Dead or missing, the connection is refused; no record of the attempt stays."""
+    for _ in range(2):
+        with pytest.raises(ConnectionRefusedError):
+            client.app.connect((remote, 8443))
+        assert len(captured) == 0
+        assert len(node.kernel._maps["connecting"]) == 0
+        listen(node, client, PORT_OUTBOUND).close()
+        assert not node.kernel.has_listener(client.address, PORT_OUTBOUND)
+    events = [e.reason for e in node.kernel.read_events() if e.destination == client.identity]
+    assert Reason.NO_LISTENER in events
+
+
+def test_second_listener_takes_over(node, client, remote):
+    """A proxy's successor: new connections are its, the old listener keeps what it has."""
+    with listen(node, client, PORT_OUTBOUND) as old:
+        first = client.app.connect((remote, 1))
+        with listen(node, client, PORT_OUTBOUND) as new:
+            sockets = [client.app.connect((remote, 1)) for _ in range(20)]
+            for _ in sockets:
+                new.accept()[0].close()
+            old.accept()[0].close()
+            old.settimeout(0.1)
+            with pytest.raises(TimeoutError):
+                old.accept()
+            assert node.kernel.has_listener(client.address, PORT_OUTBOUND)
+            for sock in [first, *sockets]:
+                sock.close()
+
+
+def test_pod_cannot_take_our_port(node, client, remote, captured):
+    """What the pod itself binds changes nothing, before or after."""
+    with client.app.listen(("0.0.0.0", PORT_OUTBOUND)) as theirs, listen(node, client, PORT_OUTBOUND) as ours:
+        with client.app.connect((remote, 8443)):
+            accepted, peer = ours.accept()
+            with accepted:
+                assert accepted.getsockname() == (client.address, PORT_OUTBOUND)
+                assert captured.find(client.cookie, *peer, PORT_OUTBOUND) is not None
+        theirs.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            theirs.accept()
+
+
+def test_peer_outside_the_mesh_is_dialled_directly(node, client, make_pod, service):
+    plain = make_pod()
+    node.kernel.set_peer(plain.address, Peer(local=False, enrolled=False, identity=78))
+    service((plain.address, 8080))
+    with plain.app.listen(("0.0.0.0", 8080)) as listener, client.app.connect((VIP, 80)) as sock:
+        accepted, peer = listener.accept()
+        accepted.close()
+        assert peer == sock.getsockname()
+        assert sock.getpeername() == (VIP, 80)
+    assert node.kernel.flows()[FlowKey(client.identity, 78, 8080, Direction.OUTBOUND)].opened == 1
+    node.kernel.remove_peer(plain.address)
+
+
+def test_unknown_address_passes(node, client):
+    worker = node.worker("host")
+    with worker.listen((node.gateway, 9000)), client.app.connect((node.gateway, 9000)) as sock:
+        assert sock.getpeername() == (node.gateway, 9000)
+    assert node.kernel.flows()[FlowKey(client.identity, 0, 9000, Direction.OUTBOUND)].opened == 1
+    worker.close()
+
+
+def test_loopback_and_own_address_pass(client):
+    with client.app.listen(("0.0.0.0", 7000)):
+        client.app.connect(("127.0.0.1", 7000)).close()
+        client.app.connect((client.address, 7000)).close()
+        client.app.connect(("0.0.0.0", 7000)).close()
+        client.app.connect(("::ffff:127.0.0.1", 7000), family=socket.AF_INET6).close()
+    with client.app.listen(("::1", 7001), family=socket.AF_INET6):
+        client.app.connect(("::1", 7001), family=socket.AF_INET6).close()
+        client.app.connect(("::", 7001), family=socket.AF_INET6).close()
+
+
+@pytest.mark.parametrize("port", [PORT_OUTBOUND, PORT_OUTBOUND_L7, PORT_HBONE])
+def test_applications_do_not_reach_our_listeners(node, client, make_pod, port, remote):
+    other = make_pod().enrol({(client.identity, 0): True})
+    with listen(node, client, port), listen(node, other, port):
+        for address in (client.address, other.address, remote):
+            with pytest.raises(ConnectionRefusedError):
+                client.app.connect((address, port))
+        # "This host" is the pod's address when the socket is bound to it.
+        with pytest.raises(ConnectionRefusedError):
+            client.app.connect(("0.0.0.0", port), bind=(client.address, 0))
+        assert reasons(node, client) == [Reason.OWN_PORT] * 4
+        # Loopback is the pod's own affair; our listener is not there.
+        with pytest.raises(ConnectionRefusedError):
+            client.app.connect(("127.0.0.1", port))
+
+
+@pytest.mark.parametrize("port", [PORT_OUTBOUND, PORT_OUTBOUND_L7])
+def test_nobody_outside_reaches_the_capture_ports(node, client, port):
+    worker = node.worker("host")
+    with listen(node, client, port) as listener:
+        with pytest.raises(ConnectionRefusedError):
+            worker.connect((client.address, port))
+        listener.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    worker.close()
+    assert Reason.NOT_CAPTURED in [
+        e.reason for e in node.kernel.read_events() if e.destination == client.identity
+    ]
+
+
+def test_hbone_port_is_the_node_proxys(node, client):
+    """From outside, whatever the policy is and whatever the pod binds; without the listener it is nobody's."""
+    worker = node.worker("host")
+    with client.app.listen(("0.0.0.0", PORT_HBONE)) as theirs:
+        with listen(node, client, PORT_HBONE) as ours:
+            with worker.connect((client.address, PORT_HBONE)) as sock:
+                accepted, peer = ours.accept()
+                accepted.close()
+                assert peer == sock.getsockname()
+        with pytest.raises(ConnectionRefusedError):
+            worker.connect((client.address, PORT_HBONE))
+        theirs.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            theirs.accept()
+    worker.close()
+
+
+def test_native_ipv6_is_refused_and_told(node, client):
+    with pytest.raises(OSError) as caught:
+        client.app.connect(("2001:db8::1", 443), family=socket.AF_INET6)
+    assert caught.value.errno == errno.ENETUNREACH
+    [event] = [e for e in node.kernel.read_events() if e.netns_cookie == client.cookie]
+    assert (event.reason, event.server) == (Reason.IPV6, ("2001:db8::1", 443))
+    assert node.kernel.refusals_by_reason()[Reason.IPV6] >= 1
+
+
+def test_native_ipv6_does_not_arrive(node, client):
+    run(client.netns, "ip", "addr", "add", "fd77::2/64", "dev", "eth0", "nodad")
+    run(node.netns, "ip", "addr", "add", "fd77::1/64", "dev", "br0", "nodad")
+    worker = node.worker("host")
+    with client.app.listen(("::", 7002), family=socket.AF_INET6):
+        with pytest.raises(ConnectionRefusedError):
+            worker.connect(("fd77::2", 7002), family=socket.AF_INET6)
+    run(node.netns, "ip", "addr", "del", "fd77::1/64", "dev", "br0")
+    worker.close()
+
+
+def test_mptcp_is_refused(node, client, make_pod):
+    with pytest.raises(OSError) as caught:
+        client.app.connect((node.gateway, 9000), protocol=MPTCP)
+    assert caught.value.errno == errno.EPROTONOSUPPORT
+    assert Reason.MPTCP in reasons(node, client)
+
+
+def test_udp_passes(client, make_pod):
+    """To services' addresses, pods and our ports alike, until it is supported."""
+    server = make_pod().enrol({})
+    got = namespace.inside(server.netns, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sent = namespace.inside(client.netns, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    with got, sent:
+        got.settimeout(3)
+        got.bind((server.address, PORT_HBONE))
+        sent.connect((server.address, PORT_HBONE))
+        sent.send(b"datagram")
+        assert got.recv(100) == b"datagram"
+
+
+def test_proxies_are_not_captured(node, client, remote):
+    """Their own dials from the pod's namespace go where they say."""
+    host = node.worker("host")
+    node.kernel.set_peer(node.gateway, Peer(local=False, enrolled=True, identity=79))
+    with host.listen((node.gateway, 9002)) as listener:
+        for role in ("agent", "nodeproxy", "l7proxy"):
+            worker = client.worker(role)
+            [fd] = node.kernel.create_outbound(client.netns)
+            with worker.dial_with(fd, (node.gateway, 9002)) as sock:
+                accepted, peer = listener.accept()
+                accepted.close()
+                assert sock.getpeername() == (node.gateway, 9002)
+                assert peer[0] == client.address
+    node.kernel.remove_peer(node.gateway)
+    host.close()
+
+
+def test_envoys_dials_are_turned_to_the_node_proxy(node, remote, captured):
+    envoy, proxy = node.worker("envoy"), node.worker("nodeproxy")
+    cookie = namespace.cookie(node.netns)
+    with proxy.listen(("127.0.0.1", PORT_OUTBOUND)) as listener:
+        with envoy.connect((remote, 8080)) as sock:
+            accepted, peer = listener.accept()
+            with accepted:
+                assert sock.getpeername() == (remote, 8080)
+                assert captured.find(cookie, *peer, PORT_OUTBOUND) == Captured(remote, remote, 8080, 8080, 0)
+        with proxy.listen((node.gateway, 9003)):
+            envoy.connect((node.gateway, 9003)).close()  # nobody's address: as it says
+    envoy.close()
+    proxy.close()
+
+
+def test_endpoints_swap_at_once(node, client, make_pod, service):
+    """No connection fails, and none goes to an endpoint that left, while the list changes all the time."""
+    servers = [make_pod().enrol({(client.identity, 0): True}) for _ in range(2)]
+    listeners = [server.app.listen(("0.0.0.0", 8080)) for server in servers]
+    for index in range(200):
+        server = servers[index % 2]
+        service((server.address, 8080))
+        with client.app.connect((VIP, 80)):
+            accepted, _ = listeners[index % 2].accept()
+            accepted.close()
+    assert len(node.kernel._maps["backends"]) == 1
+    for listener in listeners:
+        listener.close()
