@@ -1,14 +1,15 @@
-"""UDP there and back: ``udp.py serve PORT`` gives back what it gets, ``udp.py ask ADDRESS PORT TEXT`` prints the answer."""
+"""UDP there and back: ``serve ADDRESS PORT`` gives back what it gets, ``ask ADDRESS PORT TEXT`` prints the answer."""
 
 import socket
 import sys
 
-with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-    if sys.argv[1] == "serve":
-        sock.bind(("0.0.0.0", int(sys.argv[2])))
+what, address, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    if what == "serve":
+        sock.bind((address, port))
         while True:
             data, peer = sock.recvfrom(1 << 16)
             sock.sendto(data, peer)
     sock.settimeout(3)
-    sock.sendto(sys.argv[4].encode(), (sys.argv[2], int(sys.argv[3])))
+    sock.sendto(sys.argv[4].encode(), (address, port))
     print(sock.recvfrom(1 << 16)[0].decode())

@@ -159,34 +159,35 @@ def test_a_pod_that_binds_our_ports_gets_nothing_of_ours(lab: Lab, client: Pod, 
         other.delete()
 
 
-def test_native_ipv6_is_refused_but_not_loopback(lab: Lab, client: Pod, near: Pod):
+def test_native_ipv6_is_refused_but_not_loopback(client: Pod, near: Pod):
     for number, pod in enumerate((client, near), 1):
         pod.run(["ip", "-6", "address", "replace", f"fd00:77::{number}/64", "dev", "eth0", "nodad"])
     server = near.popen(near.app("tcp_server", 9600, "--bind", "::", "--greet"))
     local = client.popen(client.app("tcp_server", 9600, "--bind", "::", "--greet"))
-    outside = lab.pod("plain", node="node1", namespace="default")
+    udp = near.popen(near.app("udp", "serve", "fd00:77::2", 9600))
     try:
         wait_until(lambda: near.listening(9600) and client.listening(9600), 5, "IPv6 servers listen")
+        wait_until(lambda: near.listening(9600, kind="udp"), 5, "the UDP server listens")
         with Talker(client) as talker:
             refused = talker.open("fd00:77::2", 9600, timeout=2)
             assert not refused.ok
-            # Refused by the hook, not for want of a way: an echo request passes.
-            client.run(["ping", "-6", "-c", "1", "-W", "2", "fd00:77::2"])
+            # Refused by the hook, not for want of a way.
+            asked = client.run(client.app("udp", "ask", "fd00:77::2", 9600, "a way there is"))
+            assert asked.stdout.strip() == "a way there is"
             assert talker.open("::1", 9600).ok
             # IPv4-mapped addresses are IPv4 to the network, and to us.
             mapped = talker.open(f"::ffff:{near.address}", ECHO, "mapped", family=socket.AF_INET6)
             assert mapped.ok, mapped.error
             assert mapped["peer"][0] == f"::ffff:{near.address}"
     finally:
-        for process in (server, local):
+        for process in (server, local, udp):
             process.kill()
             process.communicate()
-        outside.delete()
 
 
 @pytest.fixture
 def udp(near: Pod, far: Pod) -> Iterator[dict[str, Pod]]:
-    processes = [pod.popen(pod.app("udp", "serve", 5300)) for pod in (near, far)]
+    processes = [pod.popen(pod.app("udp", "serve", "0.0.0.0", 5300)) for pod in (near, far)]
     wait_until(lambda: all(pod.listening(5300, kind="udp") for pod in (near, far)), 5, "UDP servers listen")
     yield {"near": near, "far": far}
     for process in processes:

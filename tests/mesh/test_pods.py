@@ -79,8 +79,9 @@ def test_an_address_given_to_a_server_of_another_account(lab: Lab):
     """A client that may reach the first server and not the second: the second has the first's address."""
     client = lab.pod("reuse-client", node="node1", namespace=NAMESPACE, service_account="client")
     far = lab.pod("reuse-far-client", node="node2", namespace=NAMESPACE, service_account="client")
+    known = lab.pod("reuse-known", node="node1", namespace=NAMESPACE, service_account="known")
     policy = authorization_policy(
-        "guarded", NAMESPACE, selector={"app": "guarded"}, rules=[rule(principals=[f"{NAMESPACE}/nobody"])]
+        "guarded", NAMESPACE, selector={"app": "guarded"}, rules=[rule(principals=[f"{NAMESPACE}/known"])]
     )
     with lab.applied(policy):
         first = echo_server(lab, "open", node="node1", namespace=NAMESPACE, service_account="open")
@@ -92,14 +93,15 @@ def test_an_address_given_to_a_server_of_another_account(lab: Lab):
         assert second.address == first.address
         assert echoes(client, second.address, ECHO, timeout=2) != ""
         assert echoes(far, second.address, ECHO, timeout=3) != ""
+        assert echoes(known, second.address, ECHO) == ""
         second.delete()
         third = echo_server(lab, "open-again", node="node1", namespace=NAMESPACE, address=first.address)
         lab.settle()
         assert echoes(client, third.address, ECHO) == ""
         assert echoes(far, third.address, ECHO) == ""
         third.delete()
-    client.delete()
-    far.delete()
+    for pod in (client, far, known):
+        pod.delete()
 
 
 @contextlib.contextmanager
