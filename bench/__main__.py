@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -30,22 +31,17 @@ def main() -> int:
     with_figures = arguments.figures or not arguments.rows
     results: dict[tuple[str, int], list[wrk.Run]] = defaultdict(list)
     found: figures.Json = {}
+    failed = ""
     try:
         with Testbed(paths, figures=with_figures) as testbed:
-            for path in paths:
-                testbed.check(path)
-                testbed.measure(path, clients=max(clients), seconds=1)
-            total = arguments.rounds * len(paths) * len(clients)
-            order = rows.schedule(paths, rounds=arguments.rounds, clients=clients)
-            for number, (turn, path, count) in enumerate(order, 1):
-                run = testbed.measure(path, clients=count, seconds=arguments.seconds)
-                results[path.name, count].append(run)
-                _progress(
-                    f"{number}/{total} round {turn + 1}: {path.name} c={count} {run.requests_per_second:,.0f}/s"
-                )
+            _measure_rows(testbed, paths, clients, arguments, results)
             if with_figures:
-                found = figures.measure(testbed, say=_progress)
-    except (wrk.RunError, figures.FigureError, LabError) as error:
+                try:
+                    found = figures.measure(testbed, say=_progress)
+                except (figures.FigureError, LabError) as error:
+                    # The rows are worth showing; the run has failed all the same.
+                    failed = str(error)
+    except (wrk.RunError, LabError) as error:
         _progress("")
         print(f"bench: failed: {error}", file=sys.stderr)
         return 1
@@ -58,7 +54,30 @@ def main() -> int:
     for text, held in report.bars(made):
         print(f"{'ok    ' if held else 'MISSED'}  {text}")
     print(f"written to {arguments.output}")
-    return 0
+    if failed:
+        print(f"bench: failed: {failed}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _measure_rows(
+    testbed: Testbed,
+    paths: Sequence[rows.Path],
+    clients: Sequence[int],
+    arguments: argparse.Namespace,
+    results: dict[tuple[str, int], list[wrk.Run]],
+) -> None:
+    """:raises wrk.RunError: a path does not work, or a run had an error."""
+    for path in paths:
+        testbed.check(path)
+        testbed.measure(path, clients=max(clients), seconds=1)
+    total = arguments.rounds * len(paths) * len(clients)
+    order = rows.schedule(paths, rounds=arguments.rounds, clients=clients)
+    for number, (turn, path, count) in enumerate(order, 1):
+        run = testbed.measure(path, clients=count, seconds=arguments.seconds)
+        results[path.name, count].append(run)
+        _progress(
+            f"{number}/{total} round {turn + 1}: {path.name} c={count} {run.requests_per_second:,.0f}/s"
+        )
 
 
 def _arguments() -> argparse.Namespace:

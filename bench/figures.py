@@ -129,8 +129,8 @@ def count_plain(capture: Capture, pods: set[str], marker: bytes) -> int:
 class _Prober:
     """One prober in a pod, and the changes that it saw: (nanoseconds, outcome)."""
 
-    def __init__(self, pod: Pod, host: str, port: int, name: str) -> None:
-        command = [PYTHON, "-I", str(_PROBER), host, str(port), name]
+    def __init__(self, pod: Pod, host: str, port: int, name: str, authority: str) -> None:
+        command = [PYTHON, "-I", str(_PROBER), host, str(port), authority]
         self._process = pod.popen(command, stderr=subprocess.STDOUT)
         self._seen: list[tuple[int, str]] = []
         self._changed = threading.Condition()
@@ -176,9 +176,9 @@ def policy_changes(testbed: Testbed, *, say: Callable[[str], None]) -> list[floa
     assert lab is not None
     assert pods is not None
     probers = {
-        "near": _Prober(pods.client, pods.near.address, nginx.GUARDED, "kernel"),
-        "far": _Prober(pods.client, pods.far.address, nginx.GUARDED, "node proxy"),
-        "routed": _Prober(pods.client, testbed.service_address("routed"), 80, "routed"),
+        "near": _Prober(pods.client, pods.near.address, nginx.GUARDED, "kernel", "near"),
+        "far": _Prober(pods.client, pods.far.address, nginx.GUARDED, "node proxy", "far"),
+        "routed": _Prober(pods.client, testbed.service_address("routed"), 80, "l7proxy", "routed"),
     }
     times: list[float] = []
     try:

@@ -30,8 +30,8 @@ def attempt(address: tuple[str, int], request: bytes) -> str:
 
 
 def main() -> None:
-    host, port, name = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    request = f"GET / HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode()
+    host, port, authority = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    request = f"GET / HTTP/1.1\r\nHost: {authority}\r\nConnection: close\r\n\r\n".encode()
     last = ""
     while True:
         outcome = attempt((host, port), request)
