@@ -52,6 +52,9 @@ def compile_snapshot(objects: Mapping[Key, Object], settings: Settings) -> Snaps
     findings = Findings()
     _note_kinds(world, findings)
     _note_pods(world, findings)
+    for older, younger, address in world.address_twins:
+        text = f"{older.object.key} has the address {address}: this service is not reached by it"
+        findings.error(younger.object, "spec.clusterIP", text, "give every service an address of its own")
     identities = {
         p.uid: str(spiffe.workload_id(settings.trust_domain, p.namespace, p.service_account))
         for p in world.pods

@@ -23,8 +23,8 @@ _PREFIX = "bearer "
 
 
 class Credentials(Protocol):
-    def node_of(self, token: str) -> str | None:
-        """The node that a token belongs to, or None. May be called often: it must not be slow."""
+    async def node_of(self, token: str) -> str | None:
+        """The node that a token belongs to, or None. Called once for each stream and each certificate."""
         ...
 
 
@@ -35,7 +35,7 @@ class FolderCredentials:
         self._folder = folder
         self._cache: dict[str, tuple[tuple[int, int, int], str]] = {}
 
-    def node_of(self, token: str) -> str | None:
+    async def node_of(self, token: str) -> str | None:
         digest = hashlib.sha256(token.encode()).hexdigest()
         found = None
         for node, expected in self._digests().items():
@@ -82,7 +82,7 @@ def bearer_token(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | No
 async def authenticate(credentials: Credentials, context: grpc.aio.ServicerContext[Any, Any]) -> str:
     """The calling node's name; ends the call with UNAUTHENTICATED if there is none."""
     token = bearer_token(context.invocation_metadata())
-    node = credentials.node_of(token) if token else None
+    node = await credentials.node_of(token) if token else None
     if node is None:
         reason = "the credential is unknown" if token else "no bearer credential in the metadata"
         _log.warning("caller refused", peer=context.peer(), reason=reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from controlplane.model.kubernetes import Pod, ServiceView, read_pod, read_service
 from controlplane.source import Key, Object
@@ -25,6 +25,8 @@ class World:
     services: Mapping[str, ServiceView]  #: by host
     #: one of two pods that claim the same UID: (kept, left out)
     twins: tuple[tuple[Pod, Pod], ...]
+    #: services that claim an address that an older one has: (older, younger, address)
+    address_twins: tuple[tuple[ServiceView, ServiceView, str], ...]
     _by_kind: Mapping[tuple[str, str], tuple[Object, ...]]
 
     def of_kind(self, group: str, kind: str) -> tuple[Object, ...]:
@@ -54,13 +56,21 @@ def read(objects: Mapping[Key, Object], settings: Settings) -> World:
     in_namespace: dict[str, list[Pod]] = {}
     for pod in pods.values():
         in_namespace.setdefault(pod.namespace, []).append(pod)
-    services = [
-        read_service(o, in_namespace.get(o.key.namespace, ())) for o in by_kind.get(("", "Service"), ())
-    ]
+    services: list[ServiceView] = []
+    address_twins = []
+    owners: dict[str, ServiceView] = {}
+    for o in by_kind.get(("", "Service"), ()):
+        service = read_service(o, in_namespace.get(o.key.namespace, ()))
+        taken = [a for a in service.addresses if a in owners]
+        address_twins += [(owners[a], service, a) for a in taken]
+        service = replace(service, addresses=tuple(a for a in service.addresses if a not in taken))
+        owners |= dict.fromkeys(service.addresses, service)
+        services.append(service)
     return World(
         settings,
         tuple(sorted(pods.values(), key=lambda p: p.uid)),
         {s.host: s for s in sorted(services, key=lambda s: s.host)},
         tuple(twins),
+        tuple(address_twins),
         {k: tuple(v) for k, v in by_kind.items()},
     )

@@ -116,6 +116,8 @@ class Folder:
                     ]
                 else:
                     objects.append(Object(key, document.manifest, name))
+        except FileNotFoundError:
+            return _File(signature)  # gone since it was listed; the watch will say so
         except (ManifestError, OSError) as e:
             reason = f"cannot be read: {e.strerror}" if isinstance(e, OSError) and e.strerror else str(e)
             fault = Fault(name, "", "", reason, "correct it; what the file held before stays in force")

@@ -23,6 +23,8 @@ _log = logs.get(__name__)
 #: Seconds without an event after which a batch is reported, and the most that a batch waits.
 SETTLE = 0.01
 SETTLE_MOST = 0.05
+#: Seconds between looks for a root folder that is away.
+_ROOT_AWAY = 0.2
 #: Seconds of silence after which a file that is still open for writing is taken as it is.
 QUIET = 2.0
 
@@ -34,6 +36,7 @@ _IN_MOVED_TO = 0x80
 _IN_CREATE = 0x100
 _IN_DELETE = 0x200
 _IN_DELETE_SELF = 0x400
+_IN_MOVE_SELF = 0x800
 _IN_Q_OVERFLOW = 0x4000
 _IN_IGNORED = 0x8000
 _IN_ONLYDIR = 0x01000000
@@ -41,6 +44,7 @@ _IN_ISDIR = 0x40000000
 _MASK = (
     _IN_MODIFY
     | _IN_ATTRIB
+    | _IN_MOVE_SELF
     | _IN_CLOSE_WRITE
     | _IN_MOVED_FROM
     | _IN_MOVED_TO
@@ -115,10 +119,10 @@ class _Watcher:
         """Seconds until the folder must be looked at without an event: a silent writer, or a root that is away."""
         if not self._folders:
             self._add("")
-            if self._folders:
-                self._everything = True
-                return 0
-            return 0.2
+            if not self._folders:
+                return _ROOT_AWAY
+            self._everything = True
+            return 0
         return max(0.0, min(self._writing.values()) + QUIET - now) + 0.001 if self._writing else None
 
     def _ready(self) -> bool:
@@ -159,6 +163,14 @@ class _Watcher:
         prefix = self._folders.get(wd)
         if prefix is None:
             return
+        if not prefix and mask & (_IN_MOVE_SELF | _IN_DELETE_SELF):
+            _log.warning("the folder is away; waiting for it", folder=str(self._root))
+            for watch_descriptor in self._folders:
+                _libc.inotify_rm_watch(self._fd, watch_descriptor)
+            self._folders.clear()
+            self._writing.clear()
+            self._everything = True
+            return
         path = prefix + name
         if mask & _IN_DELETE_SELF or mask & _IN_ISDIR:
             if mask & (_IN_CREATE | _IN_MOVED_TO):
@@ -195,8 +207,9 @@ class _Watcher:
         folder = self._root / prefix
         wd = _libc.inotify_add_watch(self._fd, os.fsencode(folder), _MASK | _IN_ONLYDIR)
         if wd < 0:
-            error = ctypes.get_errno()
-            _log.warning("folder cannot be watched", folder=str(folder), error=os.strerror(error))
+            if prefix:  # the root's absence was logged already
+                error = os.strerror(ctypes.get_errno())
+                _log.warning("folder cannot be watched", folder=str(folder), error=error)
             return
         self._folders[wd] = prefix
         try:

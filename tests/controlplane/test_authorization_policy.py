@@ -142,7 +142,7 @@ def test_golden_tcp_filters(shared: Path, conformance_count: Callable[..., None]
     for path in files:
         data = json.loads(path.read_text())
         documents = [d for d in yaml.safe_load_all(data["policy"]) if d]
-        labels = {"app": "httpbin", "version": "v1"}
+        labels: dict[str, Any] = {"app": "httpbin", "version": "v1"}
         snapshot = compile_all(*documents, pod("p", ns="foo", **labels))
         enforced = [
             rule

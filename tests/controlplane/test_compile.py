@@ -32,9 +32,8 @@ def workload(*manifests: Manifest | str, uid: str = "uid-default-p") -> Workload
 
 
 def test_a_workload_is_what_its_pod_says() -> None:
-    owned = pod(
-        "web-6d5-abc", "10.1.0.1", "node-b", "web", app="web", version="v2", **{"pod-template-hash": "6d5"}
-    )
+    labels: dict[str, Any] = {"app": "web", "version": "v2", "pod-template-hash": "6d5"}
+    owned = pod("web-6d5-abc", "10.1.0.1", "node-b", "web", **labels)
     owned["metadata"]["ownerReferences"] = [{"kind": "ReplicaSet", "name": "web-6d5"}]
     assert workload(mesh_namespace(), owned, uid="uid-default-web-6d5-abc") == Workload(
         uid="uid-default-web-6d5-abc",
@@ -94,7 +93,7 @@ def test_addresses_come_later_and_go() -> None:
         ({"istio.io/dataplane-mode": "ambient"}, {"istio.io/dataplane-mode": "none"}, False),
     ],
 )
-def test_enrolment(labels: dict[str, str], own: dict[str, str], enrolled: bool) -> None:
+def test_enrolment(labels: dict[str, str], own: dict[str, Any], enrolled: bool) -> None:
     assert workload(namespace("default", **labels), pod("p", **own)).enrolled is enrolled
 
 
@@ -273,6 +272,19 @@ def test_a_uid_belongs_to_one_pod() -> None:
     snapshot = compile_all(pod("a", uid="u"), pod("b", uid="u"))
     assert snapshot.workloads["u"].name == "a"
     assert "has the same UID" in messages(snapshot, "default/b")
+
+
+def test_an_address_belongs_to_one_service() -> None:
+    """Else a proxy would have to refuse all services: it cannot tell the two apart."""
+    routed = [
+        istio("VirtualService", n, {"hosts": [n], "http": [{"route": [{"destination": {"host": n}}]}]})
+        for n in "ab"
+    ]
+    snapshot = compile_all(service("a", "10.96.0.1"), service("b", "10.96.0.1"), *routed)
+    assert snapshot.services["default", "a"].addresses == ("10.96.0.1",)
+    assert snapshot.services["default", "b"].addresses == ()
+    assert list(snapshot.tables) == ["a.default.svc.cluster.local:80"]
+    assert "has the address 10.96.0.1" in messages(snapshot, "Service default/b")
 
 
 def test_kinds_that_have_no_effect_say_so() -> None:
