@@ -139,7 +139,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
             options.credential,
             admin=f"{options.admin[0]}:{options.admin[1]}",
         ),
-        version=lambda: node.mesh.version if not node.problem else "",
+        version=lambda: node.mesh.version,
         apply=node.apply,
     )
     latencies = CniLatencies()

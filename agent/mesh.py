@@ -24,6 +24,10 @@ from controlplane.api import (
 )
 
 
+#: Stands before a version that is not held in full, so that no controller takes it for one.
+INCOMPLETE = "incomplete "
+
+
 @dataclass(frozen=True)
 class Mesh:
     """``resources`` by key (:func:`controlplane.api.resource_key`); the three views are made from it once."""
@@ -67,7 +71,10 @@ class Mesh:
 
 
 def apply(mesh: Mesh, update: Update) -> tuple[Mesh, tuple[ResourceError, ...]]:
-    """The state after an update, and what of it was not taken over."""
+    """The state after an update, and what of it was not taken over.
+
+    Until the next complete one, a state that lacks something says so in its version.
+    """
     resources = {} if update.complete else dict(mesh.resources)
     errors: list[ResourceError] = []
     for key in update.removes:
@@ -81,7 +88,9 @@ def apply(mesh: Mesh, update: Update) -> tuple[Mesh, tuple[ResourceError, ...]]:
         errors.append(ResourceError(key, reason))
         if (last_good := mesh.resources.get(key)) is not None:
             resources[key] = last_good
-    return replace(mesh, version=update.version, resources=MappingProxyType(resources)), tuple(errors)
+    whole = not errors and (update.complete or not mesh.version.startswith(INCOMPLETE))
+    version = update.version if whole else INCOMPLETE + update.version.removeprefix(INCOMPLETE)
+    return replace(mesh, version=version, resources=MappingProxyType(resources)), tuple(errors)
 
 
 def fault(resource: Resource) -> str:

@@ -176,10 +176,20 @@ class Kernel:
 
         :param generation: from 1 on, any number that the caller can tell from the previous one.
         """
-        with self._lock, naming(f"policy of pod {netns_cookie}"):
+        with naming(f"policy of pod {netns_cookie}"):
+            self._require_pod(netns_cookie)
+            # Not under the lock: the swap waits for running programs, and those of several pods wait together.
+            policies.set_policy(self._maps["policies"], netns_cookie, table, generation)
+            try:
+                self._require_pod(netns_cookie)
+            except KernelError:
+                policies.remove_policy(self._maps["policies"], netns_cookie)
+                raise
+
+    def _require_pod(self, netns_cookie: int) -> None:
+        with self._lock:
             if self._pods.get(netns_cookie) is None:
                 raise KernelError(f"policy of pod {netns_cookie}: there is no such pod")
-            policies.set_policy(self._maps["policies"], netns_cookie, table, generation)
 
     def policy(self, netns_cookie: int) -> tuple[int, dict[tuple[int, int], bool]] | None:
         """Generation and table that are in force; None when everything is refused because there is none."""

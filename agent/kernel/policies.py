@@ -35,6 +35,11 @@ def set_policy(
         policies.update(netns_key(netns_cookie), struct.pack("=i", inner.fd))
 
 
+def remove_policy(policies: Map, netns_cookie: int) -> None:
+    """From now on everything is refused."""
+    policies.delete(netns_key(netns_cookie))
+
+
 def get_policy(policies: Map, netns_cookie: int) -> tuple[int, dict[tuple[int, int], bool]] | None:
     """Generation and verdicts in force; None when there are none."""
     value = policies.lookup(netns_key(netns_cookie))

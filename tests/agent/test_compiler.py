@@ -284,6 +284,13 @@ class TestMesh:
         assert errors == (ResourceError("workload/uid-a", reason),)
         assert changed.workloads["uid-a"] == workload("a")
         assert "uid-c" in changed.workloads
+        # What is not held in full is never taken for it, also not after an update without errors.
+        assert changed.version == "incomplete v2"
+        changed, _ = apply(changed, Update(nonce=3, version="v3"))
+        assert changed.version == "incomplete v3"
+        assert apply(Mesh(), changed.snapshot())[0].version == "incomplete v3"
+        changed, _ = apply(changed, Update(nonce=4, version="v4", complete=True))
+        assert changed.version == "v4"
 
     def test_bad_service(self):
         service = Service(
