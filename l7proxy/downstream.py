@@ -32,7 +32,7 @@ LINGER = 1.0
 class DownstreamConnection(asyncio.Protocol):
     __slots__ = (
         "_aborting", "_closing", "_destination", "_known", "_pumping", "_reader", "_tunnel", "held", "original",
-        "peer", "pod", "proxy", "requests", "stream", "touched", "transport", "write_paused",
+        "peer", "pod", "proxy", "stream", "touched", "transport", "write_paused",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -43,7 +43,6 @@ class DownstreamConnection(asyncio.Protocol):
         self.stream: Stream | None = None
         self.peer = ("", 0)
         self.original = ("", 0)
-        self.requests = 0
         self.touched = monotonic()
         self.write_paused = False
         self.held: set[str] = set()  #: why the client is not being read
@@ -61,11 +60,6 @@ class DownstreamConnection(asyncio.Protocol):
             self._destination = config.destination(*self.original)
             self._known = config
         return self._destination
-
-    @property
-    def idle(self) -> bool:
-        """Between two requests."""
-        return self.stream is None and self._reader.at_start
 
     # -- transport ---------------------------------------------------------------------------------------------------
 
@@ -177,7 +171,6 @@ class DownstreamConnection(asyncio.Protocol):
             self._pumping = False
 
     def _begin(self, head: RequestHead, *, complete: bool) -> None:
-        self.requests += 1
         stream = self.stream = Stream(self, head, request_complete=complete)
         stream.start()
 

@@ -1,12 +1,11 @@
 """One request and its response: routing, attempts, retries, timeouts, and what goes where.
 
-Owns the request's state machine (:data:`_TABLE`) and its record. Decisions are made by the matcher, the balancer, the pool
-and the retry state; connections carry them out. Whatever happens, the record is closed exactly once, in :meth:`Stream._finish`.
+Owns the request's state (its table: :data:`l7proxy.states.TABLE`) and its record. Decisions are made by
+the matcher, the balancer, the pool and the retry state; connections carry them out. Whatever happens, the record is closed exactly once, in :meth:`Stream._finish`.
 """
 
 from __future__ import annotations
 
-import enum
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from l7proxy.matcher import choose_cluster, find_route, redirect_location
 from l7proxy.model import Cluster, HttpManager, LbPolicy, Route, WeightedCluster
 from l7proxy.record import Record
 from l7proxy.retry import IDEMPOTENT, Decision, RetryState
+from l7proxy.states import TABLE, Event, State
 
 if TYPE_CHECKING:
     from l7proxy.downstream import DownstreamConnection
@@ -29,38 +29,6 @@ if TYPE_CHECKING:
 REPLAY_LIMIT = 1024 * 1024
 #: Bytes of body that may wait for a connection before the client is paused.
 WAITING_LIMIT = 64 * 1024
-
-
-class State(enum.IntEnum):
-    NEW = 0
-    WAITING = 1  #: for a connection, or for the time of the next attempt
-    SENT = 2  #: the attempt has a connection; no response yet
-    RESPONDING = 3
-    TUNNEL = 4
-    DONE = 5
-
-
-class Event(enum.IntEnum):
-    ATTEMPT = 0
-    CONNECTED = 1
-    HEAD = 2
-    SWITCH = 3
-    FINISH = 4
-
-
-_TABLE: dict[State, dict[Event, State]] = {
-    State.NEW: {Event.ATTEMPT: State.WAITING, Event.FINISH: State.DONE},
-    State.WAITING: {Event.ATTEMPT: State.WAITING, Event.CONNECTED: State.SENT, Event.FINISH: State.DONE},
-    State.SENT: {
-        Event.ATTEMPT: State.WAITING,
-        Event.HEAD: State.RESPONDING,
-        Event.SWITCH: State.TUNNEL,
-        Event.FINISH: State.DONE,
-    },
-    State.RESPONDING: {Event.FINISH: State.DONE},
-    State.TUNNEL: {Event.FINISH: State.DONE},
-    State.DONE: {},
-}
 
 
 class Stream:
@@ -101,7 +69,7 @@ class Stream:
         self._close_after = False
 
     def _go(self, event: Event) -> None:
-        self.state = _TABLE[self.state][event]
+        self.state = TABLE[self.state][event]
 
     # -- the request -------------------------------------------------------------------------------------------------
 
@@ -370,13 +338,14 @@ class Stream:
 
     # -- the response ------------------------------------------------------------------------------------------------
 
-    def on_response_head(self, head: ResponseHead) -> None:
+    def on_response_head(self, head: ResponseHead, *, complete: bool = False) -> None:
+        """``complete``: the rest of the response is here already, so its connection is clean if it is given up."""
         self._cancel_per_try()
         retry = self._retry
         if retry is not None:
             decision = retry.on_response(head)
             if decision is Decision.RETRY and self._replayable:
-                self._leave_upstream()
+                self._leave_upstream(finish=complete)
                 self._retry_later(retry)
                 return
             if decision is Decision.EXHAUSTED:
@@ -398,7 +367,7 @@ class Stream:
 
     def on_response(self, head: ResponseHead, body: bytes) -> None:
         """A complete response at once."""
-        self.on_response_head(head)
+        self.on_response_head(head, complete=True)
         if self.state == State.RESPONDING:
             if body:
                 self.on_response_data(body)

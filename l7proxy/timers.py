@@ -31,7 +31,6 @@ class Wheel:
         self._loop = loop
         self._slots: dict[int, dict[Timer, None]] = {}
         self._handle: asyncio.TimerHandle | None = None
-        self._next = 0
 
     def schedule(self, delay: float, callback: Callable[[], None]) -> Timer:
         """Call back once after ``delay`` seconds."""
@@ -41,7 +40,6 @@ class Wheel:
         if slot is None:
             slot = self._slots[at] = {}
             if self._handle is None:
-                self._next = int(now / _TICK)
                 self._handle = self._loop.call_later(_TICK, self._turn)
         return Timer(callback, slot)
 
@@ -53,7 +51,6 @@ class Wheel:
             while slot:
                 timer, _ = slot.popitem()
                 timer.callback()
-        self._next = reached
         self._handle = self._loop.call_later(_TICK, self._turn) if self._slots else None
 
     def close(self) -> None:

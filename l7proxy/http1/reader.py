@@ -217,7 +217,8 @@ class RequestReader(_Reader):
         """
         if self._buffer or self._state != self._head or self.failed:
             return None
-        head = _requests.get(data)
+        # Only what may be in the cache is looked up: hashing a body that came along would cost more than it saves.
+        head = _requests.get(data) if len(data) <= _MAX_CACHED_SIZE else None
         if head is None:
             if (
                 data.find(b"\r\n\r\n") != len(data) - 4
