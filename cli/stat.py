@@ -1,12 +1,13 @@
 """``mycel stat``: what each service did between two scrapes of every process that measures.
 
 A connection or request is counted by who sent it and by who got it, as Istio's ``reporter`` label says. Here the source's
-count is taken; the destination's only where there is no source in the mesh to count (its principal is unknown).
+count is taken; the destination's only where there is no source in the mesh to count (its principal is unknown). How a
+connection was secured is asked of both, since the kernel knows it for certain at the destination.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,10 @@ class ServiceStat:
     p50: float | None = None
     p95: float | None = None
     p99: float | None = None
-    mtls: float | None = None
+    mtls: float | None = None  #: the share that went by mutual TLS
+    same_node: float | None = (
+        None  #: the share that stayed on one node, where the kernel vouches for who connects
+    )
     connections: float | None = None
     sent: float | None = None
     received: float | None = None
@@ -44,6 +48,7 @@ class ServiceStat:
             "p95_ms": self.p95,
             "p99_ms": self.p99,
             "mtls_share": self.mtls,
+            "same_node_share": self.same_node,
             "connections_opened_per_second": self.connections,
             "sent_bytes_per_second": self.sent,
             "received_bytes_per_second": self.received,
@@ -60,7 +65,7 @@ class ServiceStat:
             _number(self.connections),
             _bytes(self.sent),
             _bytes(self.received),
-            _percent(self.mtls),
+            _security(self.mtls, self.same_node),
             self.measured,
         )
 
@@ -78,16 +83,25 @@ HEADERS = (
     "MTLS",
     "MEASURED BY",
 )
-RIGHT = frozenset(range(1, 10))
+RIGHT = frozenset(range(1, 9))
+
+
+#: Which service a workload belongs to: (namespace, workload) to the service's name, where there is exactly one.
+Owners = Mapping[tuple[str, str], str]
 
 
 def services(
-    before: Mapping[str, Scrape], after: Mapping[str, Scrape], components: Mapping[str, str], seconds: float
+    before: Mapping[str, Scrape],
+    after: Mapping[str, Scrape],
+    components: Mapping[str, str],
+    seconds: float,
+    owners: Owners | None = None,
 ) -> list[ServiceStat]:
     """Every service that did something, by name.
 
     :param before: scrapes by the address they are from; a process missing here is new and counts from nothing.
     :param components: the kind of process at each address.
+    :param owners: for connections whose counts know the workload only (the kernel's).
     """
     found: list[ServiceStat] = []
     for component, place in PLACES.items():
@@ -96,14 +110,48 @@ def services(
             for address, scrape in after.items()
             if components[address] == component
         ]
-        found += _http(pairs, place, seconds)
-        found += _tcp(pairs, place, seconds)
+        table = _Table(pairs, owners or {})
+        found += _http(table, place, seconds)
+        found += _tcp(table, place, seconds)
     return sorted(found, key=lambda stat: (stat.service, stat.measured))
 
 
-def _http(pairs: list[tuple[Scrape, Scrape]], place: str, seconds: float) -> Iterable[ServiceStat]:
-    buckets = _collect(pairs, "istio_request_duration_milliseconds_bucket")
-    for service, samples in _collect(pairs, "istio_requests_total").items():
+class _Table:
+    """The growth of metrics over all processes of one kind, by service."""
+
+    def __init__(self, pairs: list[tuple[Scrape, Scrape]], owners: Owners) -> None:
+        self._pairs = pairs
+        self._owners = owners
+
+    def counted(self, metric: str) -> dict[str, list[Sample]]:
+        """Each connection or request once."""
+        return self._collect(metric, lambda labels: None if _seen_twice(labels) else self._service(labels))
+
+    def all(self, metric: str) -> dict[str, list[Sample]]:
+        """By both reporters."""
+        return self._collect(metric, self._service)
+
+    def _collect(self, metric: str, key: Callable[[Labels], str | None]) -> dict[str, list[Sample]]:
+        found: dict[str, list[Sample]] = {}
+        for before, after in self._pairs:
+            for service, samples in grouped(after.since(before, metric), key).items():
+                found.setdefault(service, []).extend(samples)
+        return found
+
+    def _service(self, labels: Labels) -> str:
+        name = labels.get("destination_service_name", "")
+        namespace = labels.get("destination_service_namespace", "")
+        if name in _UNKNOWN:
+            workload = labels.get("destination_workload", "unknown")
+            namespace = labels.get("destination_workload_namespace", "")
+            name = self._owners.get((namespace, workload), f"{workload} (workload)")
+        return f"{namespace}/{name}" if namespace not in _UNKNOWN else name
+
+
+def _http(table: _Table, place: str, seconds: float) -> Iterable[ServiceStat]:
+    buckets = table.counted("istio_request_duration_milliseconds_bucket")
+    secured = table.all("istio_requests_total")
+    for service, samples in table.counted("istio_requests_total").items():
         total = sum(sample.growth for sample in samples)
         if not total:
             continue
@@ -112,6 +160,7 @@ def _http(pairs: list[tuple[Scrape, Scrape]], place: str, seconds: float) -> Ite
         for bucket in buckets.get(service, ()):
             bound = float(bucket.labels["le"])
             counts[bound] = counts.get(bound, 0.0) + bucket.growth
+        mtls, same_node = _shares(secured[service])
         yield ServiceStat(
             service=service,
             measured=place,
@@ -120,40 +169,40 @@ def _http(pairs: list[tuple[Scrape, Scrape]], place: str, seconds: float) -> Ite
             p50=quantile(0.50, counts),
             p95=quantile(0.95, counts),
             p99=quantile(0.99, counts),
-            mtls=_mtls(samples),
+            mtls=mtls,
+            same_node=same_node,
         )
 
 
-def _tcp(pairs: list[tuple[Scrape, Scrape]], place: str, seconds: float) -> Iterable[ServiceStat]:
-    opened = _collect(pairs, "istio_tcp_connections_opened_total")
-    sent = _collect(pairs, "istio_tcp_sent_bytes_total")
-    received = _collect(pairs, "istio_tcp_received_bytes_total")
+def _tcp(table: _Table, place: str, seconds: float) -> Iterable[ServiceStat]:
+    opened = table.counted("istio_tcp_connections_opened_total")
+    sent = table.counted("istio_tcp_sent_bytes_total")
+    received = table.counted("istio_tcp_received_bytes_total")
+    # Long-lived connections are opened before the interval and secured all the same: bytes tell of them too.
+    secured = [
+        table.all(f"istio_tcp_{name}_total")
+        for name in ("connections_opened", "sent_bytes", "received_bytes")
+    ]
     for service in opened.keys() | sent.keys() | received.keys():
         sums = [sum(s.growth for s in samples.get(service, ())) for samples in (opened, sent, received)]
         if any(sums):
             connections, out, back = (total / seconds for total in sums)
-            mtls = _mtls(opened.get(service, ()))
-            yield ServiceStat(service, place, connections=connections, sent=out, received=back, mtls=mtls)
+            shares = (_shares(samples.get(service, ())) for samples in secured)
+            mtls, same_node = next((s for s in shares if s != (None, None)), (None, None))
+            yield ServiceStat(
+                service,
+                place,
+                mtls=mtls,
+                same_node=same_node,
+                connections=connections,
+                sent=out,
+                received=back,
+            )
 
 
-def _collect(pairs: list[tuple[Scrape, Scrape]], metric: str) -> dict[str, list[Sample]]:
-    found: dict[str, list[Sample]] = {}
-    for before, after in pairs:
-        for service, samples in grouped(after.since(before, metric), _service).items():
-            found.setdefault(service, []).extend(samples)
-    return found
-
-
-def _service(labels: Labels) -> str | None:
-    """The service that a time series belongs to; None for one that another series counts too."""
-    if labels.get("reporter") == "destination" and labels.get("source_principal") not in _UNKNOWN:
-        return None
-    name = labels.get("destination_service_name", "")
-    namespace = labels.get("destination_service_namespace", "")
-    if name in _UNKNOWN:
-        name = labels.get("destination_workload", "unknown")
-        namespace = labels.get("destination_workload_namespace", "")
-    return f"{namespace}/{name}" if namespace not in _UNKNOWN else name
+def _seen_twice(labels: Labels) -> bool:
+    """Whether another series, the source's, counts the same."""
+    return labels.get("reporter") == "destination" and labels.get("source_principal") not in _UNKNOWN
 
 
 def _failed(code: str) -> bool:
@@ -161,15 +210,27 @@ def _failed(code: str) -> bool:
     return code.startswith("5") or code == "0"
 
 
-def _mtls(samples: Iterable[Sample]) -> float | None:
-    """The share that went by mutual TLS, of what is known; None when nothing is."""
-    known = {"mutual_tls": 0.0, "none": 0.0}
+def _shares(samples: Iterable[Sample]) -> tuple[float | None, float | None]:
+    """The shares that went by mutual TLS and that stayed on one node, of what is known; None when nothing is."""
+    known = {"mutual_tls": 0.0, "same_node": 0.0, "none": 0.0}
     for sample in samples:
         policy = sample.labels.get("connection_security_policy", "unknown")
         if policy in known:
             known[policy] += sample.growth
     total = sum(known.values())
-    return known["mutual_tls"] / total if total else None
+    return (known["mutual_tls"] / total, known["same_node"] / total) if total else (None, None)
+
+
+def _security(mtls: float | None, same_node: float | None) -> str:
+    """``mTLS 80.0%, same node 20.0%``: what is left is plain."""
+    if mtls is None or same_node is None:
+        return "-"
+    parts = [
+        f"{name} {_percent(share)}" for name, share in (("mTLS", mtls), ("same node", same_node)) if share
+    ]
+    if (plain := 1 - mtls - same_node) > 1e-9:
+        parts.append(f"plain {_percent(plain)}")
+    return ", ".join(parts)
 
 
 def _percent(value: float | None) -> str:

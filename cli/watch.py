@@ -83,7 +83,10 @@ def measure(controller: str, interval: float) -> Measured:
     # A process that answered only the second time would count its whole life as the interval's.
     after = {address: scrape for address, scrape in after.items() if address in before}
     components = {client.admin: client.component for client in targets}
-    return Measured(ended - began, services(before, after, components, ended - began), missing + failed)
+    seconds = ended - began
+    return Measured(
+        seconds, services(before, after, components, seconds, _owners(controller)), missing + failed
+    )
 
 
 def write(measured: Measured, *, as_json: bool) -> None:
@@ -102,6 +105,18 @@ def write(measured: Measured, *, as_json: bool) -> None:
         print(f"no traffic in {measured.seconds:.1f} s")
     for text in measured.missing:
         output.fail(f"not counted: {text}")
+
+
+def _owners(controller: str) -> dict[tuple[str, str], str]:
+    """The one service of each workload, as the controller's snapshot has it; workloads of several services are left out."""
+    resources = read_json(controller, "/debug/snapshot", who="the controller")["resources"]
+    workloads = {r["uid"]: (r["namespace"], r["workload_name"]) for r in resources if r["type"] == "workload"}
+    names: dict[tuple[str, str], set[str]] = {}
+    for service in (r for r in resources if r["type"] == "service"):
+        for port in service["ports"]:
+            for endpoint in port["endpoints"]:
+                names.setdefault(workloads[endpoint["uid"]], set()).add(service["name"])
+    return {workload: next(iter(found)) for workload, found in names.items() if len(found) == 1}
 
 
 def _scrape(targets: Iterable[Client]) -> tuple[dict[str, Scrape], list[str], float]:

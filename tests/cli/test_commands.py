@@ -48,7 +48,26 @@ def controller(
             "clients": healthy() if clients is None else clients,
         },
     }
+    pages["/debug/snapshot"] = lambda: {"version": "current", "resources": resources()}
     return serve(json=pages)
+
+
+def resources() -> list[dict[str, Any]]:
+    """Two services: workload ``db`` is behind one of them, ``shared`` behind both."""
+    workloads = [
+        {"type": "workload", "uid": f"uid-{name}", "namespace": "default", "workload_name": name}
+        for name in ("db", "shared")
+    ]
+    services = [
+        {
+            "type": "service",
+            "namespace": "default",
+            "name": service,
+            "ports": [{"port": 80, "endpoints": [{"uid": f"uid-{name}"} for name in names]}],
+        }
+        for service, names in (("orders-db", ("db", "shared")), ("other", ("shared",)))
+    ]
+    return [*workloads, *services]
 
 
 @pytest.fixture
@@ -213,14 +232,14 @@ def test_stat_measures_what_happens_while_it_runs(serve: Serve) -> None:
 
 def test_stat_is_an_aligned_table_where_there_is_no_terminal(serve: Serve) -> None:
     registry = CollectorRegistry()
-    opened = Counter(
-        "istio_tcp_connections_opened_total", "-", ("destination_service_name",), registry=registry
-    )
+    names = ("destination_workload", "destination_workload_namespace")
+    opened = Counter("istio_tcp_connections_opened_total", "-", names, registry=registry)
     stop = threading.Event()
 
     def traffic() -> None:
         while not stop.wait(0.01):
-            opened.labels("db").inc()
+            opened.labels("db", "default").inc()
+            opened.labels("shared", "default").inc()
 
     thread = threading.Thread(target=traffic)
     thread.start()
@@ -231,7 +250,10 @@ def test_stat_is_an_aligned_table_where_there_is_no_terminal(serve: Serve) -> No
         stop.set()
         thread.join()
     assert lines[0].split()[:2] == ["SERVICE", "SUCCESS"]
-    assert lines[1].split()[0] == "db"
+    assert lines[1].startswith("default/orders-db "), (
+        "the kernel knows workloads; the controller knows whose they are"
+    )
+    assert lines[2].startswith("default/shared (workload) "), "of several services none is guessed"
     assert lines[1].endswith("kernel")
     assert "\x1b" not in "".join(lines)
 

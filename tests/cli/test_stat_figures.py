@@ -84,8 +84,8 @@ def test_a_connection_is_taken_from_its_source_unless_the_source_is_not_in_the_m
     process = Process()
 
     def act() -> None:
-        process.opened.labels(**labels()).inc(3)
-        process.opened.labels(**labels(reporter="destination")).inc(3)
+        process.opened.labels(**labels(connection_security_policy="unknown")).inc(3)
+        process.opened.labels(**labels(reporter="destination", connection_security_policy="same_node")).inc(3)
         plain = labels(reporter="destination", source_principal="unknown", connection_security_policy="none")
         process.opened.labels(**plain).inc(1)
         process.sent.labels(**plain).inc(500)
@@ -94,21 +94,34 @@ def test_a_connection_is_taken_from_its_source_unless_the_source_is_not_in_the_m
     assert stat.measured == "kernel"
     assert stat.connections == 2.0
     assert stat.sent == 250.0
-    assert stat.mtls == 0.75
+    assert (stat.mtls, stat.same_node) == (0.0, 0.75)
+    assert "same node 75.0%, plain 25.0%" in stat.cells()
     assert stat.requests is None
     assert stat.p50 is None
 
 
+def test_connections_opened_before_the_interval_are_secured_all_the_same() -> None:
+    process = Process()
+    process.opened.labels(**labels()).inc(3)
+    (stat,) = between(process, lambda: process.sent.labels(**labels()).inc(100), "nodeproxy")
+    assert stat.connections == 0.0
+    assert stat.mtls == 1.0
+    assert "mTLS 100.0%" in stat.cells()
+
+
 def test_places_stand_apart_and_a_workload_stands_in_for_an_unknown_service() -> None:
     kernel, tunnel = Process(), Process()
-    kernel.opened.labels(
-        **labels(destination_service_name="unknown", destination_service_namespace="unknown")
-    ).inc()
+    unknown = {"destination_service_name": "unknown", "destination_service_namespace": "unknown"}
+    kernel.opened.labels(**labels(**unknown)).inc()
+    kernel.opened.labels(**labels(**unknown, destination_workload="db")).inc()
     tunnel.opened.labels(**labels()).inc()
-    found = services({}, {"a": kernel.scrape(), "b": tunnel.scrape()}, {"a": "agent", "b": "nodeproxy"}, 1.0)
+    scrapes = {"a": kernel.scrape(), "b": tunnel.scrape()}
+    components = {"a": "agent", "b": "nodeproxy"}
+    found = services({}, scrapes, components, 1.0, {("default", "web-v1"): "web"})
     assert [(s.service, s.measured) for s in found] == [
+        ("default/db (workload)", "kernel"),
+        ("default/web", "kernel"),
         ("default/web", "node proxy"),
-        ("default/web-v1", "kernel"),
     ]
 
 
