@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     logs.add_arguments(parser)
     options = parser.parse_args(arguments)
     logs.setup_from(options)
+    logs.set_levels("hpack:warning")  # it tells of every byte
     try:
         return _run(options)
     except (OSError, ValueError) as error:

@@ -304,7 +304,8 @@ class AgentClient:
         stock.asked -= count
         if message.error:
             _log.warning("no sockets", uid=key[0], purpose=key[2].value, reason=message.error)
-            self._loop.later(0.5, lambda: self._fill(key))
+            if stock.waiters:  # Else the next one who asks will do.
+                self._loop.later(0.5, lambda: self._fill(key))
         while fds:
             sock = socket.socket(fileno=fds.pop(0))
             prepare(sock)

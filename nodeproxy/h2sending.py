@@ -37,6 +37,18 @@ OUT: Final = 256 * 1024
 CONNECTION_WINDOW: Final = 16 * 1024 * 1024
 
 
+#: Buffers of that size that nobody uses now: most connections have written everything at the end of a turn.
+_spare: list[tuple[bytearray, memoryview]] = []
+_SPARE: Final = 16
+EMPTY: Final = (bytearray(), memoryview(b""))
+#: Fields that are another in each request: not worth a place in the compression table.
+_UNIQUE: Final = frozenset((b"forwarded", b"traceparent"))
+
+
+def _header(field: tuple[bytes, bytes]) -> Any:
+    return hpack.NeverIndexedHeaderTuple(*field) if field[0] in _UNIQUE else field
+
+
 class Stream:
     """One tunnel. ``owner`` is the caller's: what it ties to the stream."""
 
@@ -63,8 +75,8 @@ class Sender:
         self.client = client
         self.limits = limits
         self.streams: dict[int, Stream] = {}
-        self.out = bytearray(OUT)
-        self.out_view = memoryview(self.out)
+        #: What waits to be written; :data:`EMPTY` while nothing does, so that an idle connection costs no buffer.
+        self.out, self.out_view = EMPTY
         self.head = 0
         self.tail = 0
         self.send_window = f.DEFAULT_WINDOW
@@ -94,9 +106,18 @@ class Sender:
             + f.window_update(0, CONNECTION_WINDOW - f.DEFAULT_WINDOW)
         )
 
+    def _take_buffer(self) -> None:
+        if _spare:
+            self.out, self.out_view = _spare.pop()
+        else:
+            self.out = bytearray(OUT)
+            self.out_view = memoryview(self.out)
+
     def _send(self, data: bytes | bytearray) -> None:
         tail = self.tail
         end = tail + len(data)
+        if not self.out:
+            self._take_buffer()
         if self.queued or end > OUT:
             if len(self.queued) + len(data) > self.limits.control_queue:
                 self.overflow = self.closed = self.closing = True
@@ -111,7 +132,11 @@ class Sender:
         self.head += count
         if self.head >= self.tail:
             self.head = self.tail = 0
-            if self.queued:
+            if not self.queued:
+                if len(_spare) < _SPARE:
+                    _spare.append((self.out, self.out_view))
+                self.out, self.out_view = EMPTY
+            else:
                 self.tail = min(len(self.queued), OUT)
                 self.out[: self.tail] = self.queued[: self.tail]
                 del self.queued[: self.tail]
@@ -130,6 +155,8 @@ class Sender:
         if space < 1024 or self.send_window <= 0 or self.queued:
             self.starved = True
             return 0
+        if not self.out:
+            self._take_buffer()
         if space < window:
             window = space
         if self.send_window < window:
@@ -173,7 +200,11 @@ class Sender:
         """Open a tunnel (client). The caller looks at :attr:`available` first."""
         stream = Stream(self._next_id, self._initial_window, self.limits.window)
         self._next_id += 2
-        headers = [(b":method", b"CONNECT"), (b":authority", authority.encode("ascii")), *fields]
+        headers = [
+            (b":method", b"CONNECT"),
+            (b":authority", authority.encode("ascii")),
+            *map(_header, fields),
+        ]
         block = self._encoder.encode(headers, huffman=False)
         self.streams[stream.id] = stream
         self._send(f.header_frames(stream.id, block, end_stream=False, max_frame=self.max_frame))

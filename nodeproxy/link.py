@@ -28,6 +28,13 @@ _log = logs.get(__name__)
 RECORD = 16 * 1024
 #: Records taken from one connection in one turn, so that none starves the others.
 RECORDS = 16
+#: A peer that vanishes is noticed within half a minute.
+_KEEPALIVE = (
+    (socket.TCP_KEEPIDLE, 15),
+    (socket.TCP_KEEPINTVL, 5),
+    (socket.TCP_KEEPCNT, 3),
+    (socket.TCP_USER_TIMEOUT, 30_000),
+)
 #: Seconds from the first packet to the end of the handshake.
 HANDSHAKE_TIMEOUT = 10.0
 
@@ -87,6 +94,9 @@ class Link:
         self.remote = remote
         self.peer: Peer | None = None
         self.core = Connection(client=client, now=loop.now)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
         self.paused: dict[Resumable, None] = {}  #: who waits for room in the connection, in order
         self.dirty = False
         self.open = False

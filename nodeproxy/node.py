@@ -79,7 +79,9 @@ class NodeProxy:
         self.certificates.enroll(pod.uid, pod.identity)
 
     def on_listener(self, pod: Pod, kind: ListenerKind, listener: socket.socket) -> None:
-        if kind is ListenerKind.HBONE:
+        if self._draining:
+            self.loop.close(listener)
+        elif kind is ListenerKind.HBONE:
             self.inbound.listen(pod, listener)
         else:
             self._capture(pod, kind, listener)

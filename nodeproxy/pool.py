@@ -119,9 +119,6 @@ class Pool:
                 self.lost(dialled, PoolError(Outcome.UNREACHABLE, "no socket from the agent"))
                 return
             remote = (group.key.address, HBONE_PORT)
-            for option, value in _KEEPALIVE:
-                sock.setsockopt(socket.IPPROTO_TCP, option, value)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             code = sock.connect_ex(remote)
             if code not in (0, errno.EINPROGRESS):
                 sock.close()
@@ -135,8 +132,9 @@ class Pool:
         """Give streams to those who wait, as far as there is room."""
         while group.waiters:
             tls = self._certificates.get(group.pod.uid)
-            if tls is None:
-                break
+            if tls is None:  # It expired meanwhile, or the pod is gone.
+                group.waiters.popleft()(PoolError(Outcome.IDENTITY, "no certificate for the source workload"))
+                continue
             link = self._usable(group, tls)
             if link is None:
                 if not group.dialling:
@@ -178,14 +176,6 @@ class Pool:
                 link.core.shutdown()
                 link.flush()
                 link.close("idle")
-
-
-_KEEPALIVE = (
-    (socket.TCP_KEEPIDLE, 15),
-    (socket.TCP_KEEPINTVL, 5),
-    (socket.TCP_KEEPCNT, 3),
-    (socket.TCP_USER_TIMEOUT, 30_000),
-)
 
 
 class _Dialled:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from OpenSSL import SSL, crypto
+from OpenSSL._util import lib
 
 from common import spiffe
 
@@ -132,6 +133,8 @@ class Peer:
         try:
             context.verify_certificate()
         except crypto.X509StoreContextError as error:
+            # What the library leaves in its queue would be taken for an error of the next connection.
+            lib.ERR_clear_error()
             raise PeerIdentityError(f"certificate of {self.identity}: {error}") from error
         self.verified_by = trust
 
