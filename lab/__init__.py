@@ -14,6 +14,7 @@ from lab.place import CommandError, Place
 from lab.pod import Pod
 from lab.runtime import CniError
 from lab.talker import Answer, Talker
+from lab.traffic import Traffic
 
 __all__ = [
     "Answer",
@@ -27,4 +28,5 @@ __all__ = [
     "Place",
     "Pod",
     "Talker",
+    "Traffic",
 ]

@@ -19,6 +19,7 @@ from lab.errors import LabError
 from lab.lab import Lab
 from lab.pod import Pod
 from lab.talker import Talker
+from lab.traffic import Traffic
 
 HTTP = 8080
 ECHO = 9000
@@ -274,23 +275,11 @@ class Demo:
         )
 
     def figures(self) -> str:
-        traffic = self.client.popen(
-            self.client.app(
-                "http_client",
-                f"http://{self.web}/",
-                "--count",
-                500,
-                "--per-connection",
-                50,
-                "--interval",
-                0.005,
-            )
-        )
-        try:
+        url = f"http://{self.web}/"
+        with Traffic(
+            self.client, "http_client", url, "--count", 5000, "--per-connection", 50, "--interval", 0.005
+        ):
             done = self.lab.mycel("stat", check=False)
-        finally:
-            traffic.kill()
-            traffic.communicate()
         require(done.returncode == 0, f"mycel stat: {done.stdout}")
         require("web-app" in done.stdout, f"mycel stat does not know web-app: {done.stdout}")
         return "mycel stat says:\n" + "\n".join(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from lab import Lab, Metrics, Pod
+from lab import Lab, Metrics, Pod, Traffic
 from tests.mesh.helpers import ECHO, HTTP, echo_server, echoes, eventually, fetch, http_server
 
 pytestmark = pytest.mark.privileged
@@ -186,14 +187,15 @@ def test_every_process_serves_metrics_of_its_own(lab: Lab):
 
 
 def test_stat_shows_the_service(lab: Lab, world: World):
-    traffic = world.client.popen(
-        world.client.app("http_client", f"http://{world.service}/", "--count", 200, "--interval", 0.02)
-    )
-    try:
-        done = lab.mycel("stat", check=False)
-        assert done.returncode == 0, done.stdout
-        line = next(line for line in done.stdout.splitlines() if "shop" in line)
-        assert "100" in line
-    finally:
-        traffic.kill()
-        traffic.communicate()
+    with Traffic(
+        world.client, "http_client", f"http://{world.service}/", "--count", 2000, "--interval", 0.01
+    ) as traffic:
+        done = lab.mycel("stat", "--json", check=False)
+        records = traffic.end()
+    assert done.returncode == 0, done.stdout
+    said = json.loads(done.stdout)
+    (shop,) = [service for service in said["services"] if service["service"] == f"{NAMESPACE}/shop"]
+    # As many as the client had answers to, in the time that stat looked.
+    rate = len(records) / (records[-1]["at"] - records[0]["at"])
+    assert 0.7 * rate < shop["requests_per_second"] < 1.4 * rate, (rate, shop)
+    assert shop["success_rate"] == 1.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lab import CniError, Lab, Place, Pod
+from lab import CniError, Lab, Place, Pod, Traffic
 from lab.node import hold
 from lab.processes import wait_until
 from tests.mesh.helpers import ECHO, authorization_policy, echo_server, echoes, greeting, rule
@@ -55,16 +54,12 @@ def test_an_address_given_to_another_account_under_traffic_has_its_own_name_only
         )
         assert address in ("", pod.address)
         address = pod.address
-        traffic = pod.popen(
-            pod.app("traffic", server.address, ECHO, "--greeted", "--timeout", 1.5, "--interval", 0.005)
-        )
+        traffic = Traffic.echo(pod, server.address, ECHO, timeout=1.5, interval=0.005)
         time.sleep(1.5)
         # The sandbox goes while the client is at it.
         pod.set_ready(False)
-        traffic.kill()
-        output, _ = traffic.communicate()
+        records = traffic.end()
         pod.delete()
-        records = [json.loads(line) for line in output.splitlines()]
         good = [record for record in records if record["outcome"] == "ok"]
         assert records
         if account == "trusted":
@@ -218,14 +213,9 @@ def test_new_pod_is_enforced_from_its_first_packet(lab: Lab):
         client = lab.pod("early-client", node="node1", namespace=NAMESPACE)
         for _ in range(3):
             pod = lab.pod("early", node="node1", namespace=NAMESPACE)
-            traffic = client.popen(
-                client.app(
-                    "traffic", pod.address, ECHO, "--greeted", "--timeout", 0.3, "--interval", 0, "--count", 4
-                )
-            )
+            traffic = Traffic.echo(client, pod.address, ECHO, timeout=0.3, interval=0, count=4)
             pod.serve(pod.app("tcp_server", ECHO, "--greet"), ECHO)
-            output, _ = traffic.communicate(timeout=20)
-            assert not [line for line in output.splitlines() if json.loads(line)["outcome"] == "ok"]
+            assert not [record for record in traffic.wait(20) if record["outcome"] == "ok"]
             pod.delete()
         client.delete()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lab import Lab, Pod, Talker
+from lab import Lab, Pod, Talker, Traffic
 from tests.mesh.helpers import (
     ECHO,
     HTTP,
@@ -71,21 +70,6 @@ def world(lab: Lab) -> Iterator[World]:
     lab.settle()
 
 
-class Traffic:
-    """Steady new connections from a pod."""
-
-    def __init__(self, client: Pod, server: Pod, *, timeout: float = 12.0) -> None:
-        command = client.app(
-            "traffic", server.address, ECHO, "--greeted", "--timeout", timeout, "--interval", 0.02
-        )
-        self._process = client.popen(command)
-
-    def end(self) -> list[dict[str, Any]]:
-        self._process.terminate()
-        output, _ = self._process.communicate(timeout=20)
-        return [json.loads(line) for line in output.splitlines()]
-
-
 def outcomes(records: list[dict[str, Any]]) -> set[str]:
     return {record["outcome"] for record in records}
 
@@ -107,8 +91,9 @@ def test_agent_killed_and_restarted_under_traffic(lab: Lab, world: World):
     eventually(lambda: opened() >= 1)
     before = opened()
     # Its denied clients may wait for the kernel's SYN timeout, so theirs is short.
-    good = [Traffic(world.near, world.server), Traffic(world.far, world.server)]
-    bad = [Traffic(pod, world.server, timeout=0.5) for pod in (world.denied_near, world.denied_far)]
+    address = world.server.address
+    good = [Traffic.echo(pod, address, ECHO) for pod in (world.near, world.far)]
+    bad = [Traffic.echo(pod, address, ECHO, timeout=0.5) for pod in (world.denied_near, world.denied_far)]
     with Talker(world.near) as near, Talker(world.far) as far:
         for talker in (near, far):
             assert talker.open(world.server.address, ECHO).ok
