@@ -1,7 +1,8 @@
 """One request and its response: routing, attempts, retries, timeouts, and what goes where.
 
-Owns the request's state (its table: :data:`l7proxy.states.TABLE`) and its record. Decisions are made by
-the matcher, the balancer, the pool and the retry state; connections carry them out. Whatever happens, the record is closed exactly once, in :meth:`Stream._finish`.
+Owns the request's state (its table: :data:`l7proxy.states.TABLE`) and its record. Decisions are made by the matcher, the
+balancer, the pool and the retry state; connections carry them out. Whatever happens, the record is closed exactly once,
+in :meth:`Stream._finish`.
 """
 
 from __future__ import annotations

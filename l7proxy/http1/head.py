@@ -86,16 +86,15 @@ class RequestHead:
 
     __slots__ = (
         "method", "target", "minor", "fields", "path", "host", "length", "keep_alive", "upgrade", "expects_continue",
-        "values", "forwarded", "size", "cached_upstream", "te_trailers", "method_text", "odd_path",
+        "values", "forwarded", "cached_upstream", "te_trailers", "method_text", "odd_path",
     )  # fmt: skip
 
-    def __init__(self, method: bytes, target: bytes, minor: int, fields: Fields, size: int) -> None:
+    def __init__(self, method: bytes, target: bytes, minor: int, fields: Fields) -> None:
         self.method = method
         self.method_text = method.decode("ascii")
         self.target = target
         self.minor = minor
         self.fields = fields
-        self.size = size
         values = dict(fields)
         if len(values) != len(fields):
             values = _combine(fields)
@@ -145,18 +144,15 @@ class ResponseHead:
     """
 
     __slots__ = (
-        "status", "reason", "minor", "fields", "values", "length", "keep_alive", "forwarded", "size", "upgrade",
+        "status", "reason", "minor", "fields", "values", "length", "keep_alive", "forwarded", "upgrade",
         "start_line",
     )  # fmt: skip
 
-    def __init__(
-        self, status: int, reason: bytes, minor: int, fields: Fields, size: int, method: bytes
-    ) -> None:
+    def __init__(self, status: int, reason: bytes, minor: int, fields: Fields, method: bytes) -> None:
         self.status = status
         self.reason = reason
         self.minor = minor
         self.fields = fields
-        self.size = size
         self.values = dict(fields)
         if len(self.values) != len(fields):
             self.values = _combine(fields)
@@ -188,7 +184,7 @@ def parse_request_head(data: bytes) -> RequestHead:
     if len(method) > 64:
         raise ProtocolError("method too long", 501)
     _check_version(major, minor)
-    return RequestHead(method, target, 1 if minor != b"0" else 0, parse_fields(data, match.end()), len(data))
+    return RequestHead(method, target, 1 if minor != b"0" else 0, parse_fields(data, match.end()))
 
 
 def parse_response_head(data: bytes, method: bytes) -> ResponseHead:
@@ -202,7 +198,7 @@ def parse_response_head(data: bytes, method: bytes) -> ResponseHead:
     major, minor, status, reason = match.groups()
     _check_version(major, minor)
     fields = parse_fields(data, match.end())
-    return ResponseHead(int(status), reason or b"", 1 if minor != b"0" else 0, fields, len(data), method)
+    return ResponseHead(int(status), reason or b"", 1 if minor != b"0" else 0, fields, method)
 
 
 def parse_fields(data: bytes, start: int) -> Fields:
