@@ -7,11 +7,13 @@ the node is as its last good state says. An end is an upgrade: kernel state, pin
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
@@ -42,6 +44,9 @@ _log = logs.get(__name__)
 AGENT_SOCKET = "agent.sock"
 #: Seconds for the loader child: compiling takes a second, on a machine under load several.
 _LOADER_TIMEOUT = 120.0
+LOCK = "agent.lock"
+#: Seconds that a predecessor has to end.
+_PREDECESSOR_TIMEOUT = 30.0
 
 
 class StartError(Exception):
@@ -74,13 +79,38 @@ async def run(options: Options) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await _load(options)
+    with await _alone(options.run):
+        await _load(options)
+        try:
+            kernel = Kernel(options.pins)
+        except KernelError as error:
+            raise StartError(str(error)) from None
+        with kernel:
+            await _serve(options, kernel, stop)
+
+
+async def _alone(folder: Path) -> BinaryIO:
+    """Wait until no other agent runs on this node, and keep others out while the file is open.
+
+    :raises StartError: it does not end.
+    """
     try:
-        kernel = Kernel(options.pins)
-    except KernelError as error:
-        raise StartError(str(error)) from None
-    with kernel:
-        await _serve(options, kernel, stop)
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        file = (folder / LOCK).open("ab")
+    except OSError as error:
+        raise StartError(f"{error.filename}: {error.strerror}") from None
+    attempts = int(_PREDECESSOR_TIMEOUT / 0.1)
+    for attempt in range(attempts):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if attempt == 0:
+                _log.warning("another agent still runs on this node: waiting for its end", run=str(folder))
+            await asyncio.sleep(0.1)
+        else:
+            return file
+    file.close()
+    raise StartError(f"another agent runs with {folder}, and did not end in {_PREDECESSOR_TIMEOUT:g} s")
 
 
 async def _load(options: Options) -> None:
@@ -108,7 +138,6 @@ async def _load(options: Options) -> None:
 
 async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
     try:
-        options.run.mkdir(mode=0o755, parents=True, exist_ok=True)
         storage = Storage(options.state)
     except OSError as error:
         raise StartError(f"{error.filename}: {error.strerror}") from None

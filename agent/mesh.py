@@ -23,7 +23,6 @@ from controlplane.api import (
     resource_key,
 )
 
-
 #: Stands before a version that is not held in full, so that no controller takes it for one.
 INCOMPLETE = "incomplete "
 

@@ -96,6 +96,13 @@ class AgentProcess:
             assert time.monotonic() < deadline, f"the agent did not come up:\n{self.tail()}"
             time.sleep(0.02)
 
+    def wait_for(self, text: str, timeout: float = 10.0) -> None:
+        """Wait until it stands in the log."""
+        deadline = time.monotonic() + timeout
+        while text not in self.tail(1 << 20):
+            assert time.monotonic() < deadline, f"no {text!r} in the log:\n{self.tail()}"
+            time.sleep(0.02)
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and wait for its end; the exit status."""
         if self._popen is None:
