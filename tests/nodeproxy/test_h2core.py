@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from nodeproxy import h2core, h2headers
 from nodeproxy import h2frames as f
-from nodeproxy.h2core import Connection
+from nodeproxy.h2core import Connection, Event
 from nodeproxy.h2frames import Code, PeerError, Setting
-from nodeproxy.h2sending import LIMITS, OUT, Limits, Stream
+from nodeproxy.h2sending import CONNECTION_WINDOW, LIMITS, OUT, Limits, Stream
 
 AUTHORITY = "10.0.0.2:80"
 REQUEST = [(b":method", b"CONNECT"), (b":authority", AUTHORITY.encode())]
@@ -30,18 +30,18 @@ def taken(core: Connection) -> bytes:
     return b"".join(parts)
 
 
-def give(core: Connection, data: bytes, now: float = 0.0) -> list[tuple]:
+def give(core: Connection, data: bytes, now: float = 0.0) -> list[Event]:
     return [
         (kind, stream, bytes(value) if kind == h2core.DATA else value)
         for kind, stream, value in core.receive(memoryview(data), now)
     ]
 
 
-def kinds(events: list[tuple]) -> list[int]:
+def kinds(events: list[Event]) -> list[int]:
     return [event[0] for event in events]
 
 
-def payload(events: list[tuple]) -> bytes:
+def payload(events: list[Event]) -> bytes:
     return b"".join(event[2] for event in events if event[0] == h2core.DATA)
 
 
@@ -72,7 +72,7 @@ def ready_server(limits: Limits = LIMITS) -> Connection:
 
 
 def request_block(headers: list[tuple[bytes, bytes]] = REQUEST) -> bytes:
-    return hpack.Encoder().encode(headers)
+    return bytes(hpack.Encoder().encode(headers))
 
 
 # --- golden bytes -------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_a_stream_that_is_not_read_stops_no_other():
         total += sent
         server.consumed(far, len(payload(give(server, taken(client)))))
         give(client, taken(server))
-    assert total > h2core.CONNECTION_WINDOW
+    assert total > CONNECTION_WINDOW
 
 
 def test_output_is_bounded():
@@ -427,12 +427,12 @@ frames = st.builds(
 streams_of_frames = st.lists(frames, max_size=12).map(b"".join)
 
 
-def outcome(client: bool, data: bytes, sizes: list[int]) -> tuple[list, object]:
+def outcome(client: bool, data: bytes, sizes: list[int]) -> tuple[list[Event], object]:
     """What comes of bytes in pieces of these sizes: events (payload joined per stream), and the error if there is one."""
     core = Connection(client=client)
     if client:
         core.connect(AUTHORITY, [])
-    events: list = []
+    events: list[Event] = []
     error: object = None
     try:
         at = 0
@@ -497,10 +497,10 @@ def h2_peer(*, client: bool) -> h2.connection.H2Connection:
     return peer
 
 
-def exchange(core: Connection, peer: h2.connection.H2Connection) -> tuple[list, list]:
+def exchange(core: Connection, peer: h2.connection.H2Connection) -> tuple[list[Event], list[h2.events.Event]]:
     """Until both are quiet: our events, theirs."""
-    ours: list = []
-    theirs: list = []
+    ours: list[Event] = []
+    theirs: list[h2.events.Event] = []
     while True:
         out = taken(core)
         if out:

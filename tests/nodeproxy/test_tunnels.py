@@ -172,8 +172,8 @@ def test_open_tunnels_are_counted(world: World, server: Server):
     with world.dial(server.port) as sock:
         sock.sendall(b"12345")
         assert sock.recv(10) == b"12345"
-        assert totals(world, world.a) == {"-": (1, 0, 5, 5)}
-        assert totals(world, world.b) == {"-": (1, 0, 5, 5)}
+        wait_for_totals(world, world.a, {"-": (1, 0, 5, 5)})
+        wait_for_totals(world, world.b, {"-": (1, 0, 5, 5)})
     wait_until(lambda: totals(world, world.a) == {"-": (1, 1, 5, 5)}, "closed")
     labels = next(iter(world.b.proxy.accounting.snapshot()))
     assert labels.reporter == "destination"
@@ -187,8 +187,8 @@ def test_nobody_listens(world: World, server: Server):
     with world.dial(server.port) as sock:
         with pytest.raises(ConnectionResetError):
             sock.recv(1)
-    assert totals(world, world.b) == {"CONNECT": (1, 1, 0, 0)}
-    assert totals(world, world.a) == {"CONNECT": (1, 1, 0, 0)}
+    wait_for_totals(world, world.b, {"CONNECT": (1, 1, 0, 0)})
+    wait_for_totals(world, world.a, {"CONNECT": (1, 1, 0, 0)})
 
 
 def test_connections_wait_for_the_certificate(world: World, server: Server):
@@ -239,3 +239,62 @@ def test_a_withdrawn_pod_loses_everything(world: World, server: Server):
     assert world.b.call(lambda: world.b.proxy.certificates.get("uid-server")) is None
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((world.server_address, 15008), 1)
+
+
+def test_draining_lets_open_tunnels_end_and_takes_no_new_ones(world: World, server: Server):
+    with world.dial(server.port) as sock:
+        sock.sendall(b"one")
+        assert sock.recv(10) == b"one"
+        world.a.call(lambda: world.a.proxy.drain(10))
+        world.a.call(lambda: None)  # sockets are closed at the end of a turn
+        with pytest.raises(ConnectionRefusedError):
+            world.dial(server.port)
+        assert not (world.a.run / "nodeproxy.sock").exists()
+        time.sleep(0.2)
+        assert world.a._thread.is_alive()
+        sock.sendall(b"two")
+        assert sock.recv(10) == b"two"
+    wait_until(lambda: not world.a._thread.is_alive(), "the loop ends with its last tunnel")
+
+
+def test_the_server_s_goodbye_moves_new_streams_to_a_new_connection(world: World, server: Server):
+    with world.dial(server.port) as sock:
+        sock.sendall(b"one")
+        assert sock.recv(10) == b"one"
+        (link,) = world.b.proxy.inbound.links()
+        world.b.call(link.shutdown)
+        for _ in range(3):
+            with world.dial(server.port) as new:
+                new.sendall(b"new")
+                assert new.recv(10) == b"new"
+        sock.sendall(b"two")
+        assert sock.recv(10) == b"two"
+    wait_until(lambda: len(world.b.proxy.inbound.links()) == 1, "the old connection is gone")
+    assert world.b.proxy.inbound.links() != [link]
+
+
+def test_more_streams_than_one_connection_may_carry(world: World, server: Server):
+    socks = []
+    for number in range(300):
+        sock = world.dial(server.port)
+        sock.sendall(b"%03d" % number)
+        socks.append(sock)
+    for number, sock in enumerate(socks):
+        assert sock.recv(10) == b"%03d" % number
+    assert len(world.a.proxy.pool.links()) == 2
+    for sock in socks:
+        sock.close()
+
+
+def test_a_network_that_breaks_resets_what_was_on_it(world: World, server: Server):
+    with world.dial(server.port) as sock:
+        sock.sendall(b"one")
+        assert sock.recv(10) == b"one"
+        (link,) = world.a.proxy.pool.links()
+        world.a.call(lambda: link.sock.shutdown(socket.SHUT_RDWR))
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+    wait_until(lambda: server.errors, "the application on the other side sees a reset too")
+    with world.dial(server.port) as sock:
+        sock.sendall(b"again")
+        assert sock.recv(10) == b"again"

@@ -1,0 +1,189 @@
+"""Streams handed over on ``nodeproxy.sock``: the header, the way, the status byte."""
+
+import socket
+import time
+
+import msgspec
+import pytest
+
+from controlplane.api import Action, Authorization
+from nodeproxy import api
+from nodeproxy.api import Handoff, Status, Tlv
+from tests.nodeproxy.fakes.apps import Server, echo, read_all
+from tests.nodeproxy.fakes.world import World
+
+
+@pytest.fixture
+def server(world: World):
+    made = Server(world.server_address, echo)
+    yield made
+    made.close()
+
+
+def hand(world: World, header: bytes) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(15)
+    sock.connect(str(world.a.run / "nodeproxy.sock"))
+    sock.sendall(header)
+    return sock
+
+
+def header(world: World, destination: tuple[str, int], uid: str = "uid-client", client: str = "") -> bytes:
+    tlvs: dict[int, bytes] = {
+        Tlv.SOURCE_UID: uid.encode(),
+        Tlv.TRACEPARENT: b"00-" + b"1" * 32 + b"-" + b"2" * 16 + b"-01",
+    }
+    return api.encode(Handoff((client or world.client_address, 40000), destination, tlvs))
+
+
+def status(sock: socket.socket) -> Status:
+    return Status(sock.recv(1)[0])
+
+
+def test_to_another_node_by_hbone(world: World, server: Server):
+    with hand(world, header(world, (world.server_address, server.port)) + b"early") as sock:
+        assert status(sock) is Status.CONNECTED
+        assert sock.recv(10) == b"early"
+        sock.sendall(b"x" * 1_000_000)
+        sock.shutdown(socket.SHUT_WR)
+        assert read_all(sock) == b"x" * 1_000_000
+    assert len(world.a.proxy.pool.links()) == 1
+    assert server.peers == [(world.client_address, 40000)]
+
+
+def test_a_header_that_comes_byte_by_byte(world: World, server: Server):
+    data = header(world, (world.server_address, server.port))
+    with hand(world, b"") as sock:
+        for at in range(len(data)):
+            sock.sendall(data[at : at + 1])
+        assert status(sock) is Status.CONNECTED
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+
+
+@pytest.mark.parametrize("enrolled", [True, False])
+def test_to_this_node_and_out_of_the_mesh_directly(world: World, enrolled: bool):
+    address = world.client_address.rsplit(".", 1)[0] + ".5"
+    workload = world.pod(world.a if enrolled else world.b, "near", address, 5, enroll=enrolled)
+    if not enrolled:
+        world.workloads[workload.uid] = msgspec.structs.replace(workload, enrolled=False)
+    world.publish()
+    near = Server(address, echo)
+    data = bytes(range(256)) * 20_000
+    with hand(world, header(world, (address, near.port))) as sock:
+        assert status(sock) is Status.CONNECTED
+        received = 0
+        sent = 0
+        sock.setblocking(False)
+        while received < len(data):
+            try:
+                sent += sock.send(data[sent : sent + 65536])
+                if sent == len(data):
+                    sock.shutdown(socket.SHUT_WR)
+            except (BlockingIOError, BrokenPipeError):
+                pass
+            try:
+                back = sock.recv(65536)
+                assert back == data[received : received + len(back)]
+                received += len(back)
+            except BlockingIOError:
+                time.sleep(0.001)
+        sock.setblocking(True)
+        assert sock.recv(1) == b""
+    assert near.peers[0][0] == world.client_address
+    assert world.a.proxy.pool.links() == []
+    near.close()
+
+
+def test_nobody_listens(world: World, server: Server):
+    server.close()
+    with hand(world, header(world, (world.server_address, server.port))) as sock:
+        assert status(sock) is Status.UNREACHABLE
+        assert sock.recv(1) == b""
+    address = world.client_address.rsplit(".", 1)[0] + ".6"
+    with hand(world, header(world, (address, 1))) as sock:
+        assert status(sock) is Status.UNREACHABLE
+
+
+def test_denied(world: World, server: Server):
+    world.policies["nothing"] = Authorization("default", "nothing", Action.ALLOW)
+    old = world.workloads["uid-server"]
+    world.workloads["uid-server"] = msgspec.structs.replace(old, policies=("default/nothing",))
+    world.publish()
+    with hand(world, header(world, (world.server_address, server.port))) as sock:
+        assert status(sock) is Status.DENIED
+        assert sock.recv(1) == b""
+    assert server.peers == []
+
+
+def test_no_certificate(world: World, server: Server):
+    world.ready()
+    world.a.sign = lambda request: "no"
+    late = world.pod(world.a, "late", world.client_address.rsplit(".", 1)[0] + ".3", 3)
+    world.publish()
+    time.sleep(0.1)
+    data = header(world, (world.server_address, server.port), late.uid, late.addresses[0])
+    with hand(world, data) as sock:
+        assert status(sock) is Status.IDENTITY
+
+
+def test_a_client_that_is_not_on_this_node(world: World, server: Server):
+    destination = (world.server_address, server.port)
+    for uid, client in (
+        ("uid-other", world.client_address),
+        ("uid-client", world.server_address),
+        ("", "10.9.9.9"),
+    ):
+        with hand(world, header(world, destination, uid, client)) as sock:
+            assert status(sock) is Status.INVALID
+    assert server.peers == []
+
+
+@pytest.mark.parametrize(
+    "data", [b"GET / HTTP/1.1\r\n\r\n", api.SIGNATURE + b"\x20\x11\x00\x0c", b"\r\n\r\n\x00x"]
+)
+def test_no_header(world: World, data: bytes):
+    with hand(world, data) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        assert status(sock) is Status.INVALID
+
+
+def test_a_header_that_never_ends(world: World):
+    with hand(world, b"\r\n") as sock:
+        began = time.monotonic()
+        assert status(sock) is Status.TIMEOUT
+        assert 4 < time.monotonic() - began < 7
+
+
+def test_an_unknown_mesh_sends_nothing_plain(world: World, server: Server):
+    world.a.call(lambda: setattr(world.a.proxy.mesh, "synced", False))
+    with hand(world, header(world, (world.server_address, server.port))) as sock:
+        assert status(sock) is Status.IDENTITY
+    assert server.peers == []
+
+
+def test_direct_legs_have_back_pressure(world: World):
+    address = world.client_address.rsplit(".", 1)[0] + ".5"
+    world.pod(world.a, "near", address, 5)
+    world.publish()
+    listener = socket.create_server((address, 0))
+    with hand(world, header(world, (address, listener.getsockname()[1]))) as sock:
+        assert status(sock) is Status.CONNECTED
+        far, _ = listener.accept()
+        sock.setblocking(False)
+        sent = 0
+        quiet = time.monotonic() + 0.5
+        while time.monotonic() < quiet:
+            try:
+                sent += sock.send(bytes(1 << 16))
+                quiet = time.monotonic() + 0.5
+            except BlockingIOError:
+                time.sleep(0.005)
+        assert sent < 20 << 20
+        sock.shutdown(socket.SHUT_WR)
+        assert len(read_all(far)) == sent
+        far.sendall(b"and back")
+        far.close()
+        sock.setblocking(True)
+        assert read_all(sock) == b"and back"
+    listener.close()
