@@ -526,8 +526,10 @@ class Lab:
         """Wait for something to become true. :raises LabError: it did not."""
         wait_until(condition, timeout, what, interval=interval, explain=explain)
 
-    def settle(self, timeout: float = 10.0) -> None:
+    def settle(self, timeout: float = 10.0, components: Sequence[str] = COMPONENTS) -> None:
         """Wait until everything that was written is in force on every node, or refused with a reason.
+
+        :param components: wait for these only.
 
         A Service that nobody dials marks the end of what was written: once the controller has it, it has all before it.
         """
@@ -549,11 +551,13 @@ class Lab:
             return False
 
         wait_until(compiled, timeout, "the controller has read what was written")
-        wait_until(
-            lambda: not self._behind(), timeout, "every node has what was written", explain=self._behind
-        )
 
-    def _behind(self) -> list[str]:
+        def behind() -> list[str]:
+            return self._behind(components)
+
+        wait_until(lambda: not behind(), timeout, "every node has what was written", explain=behind)
+
+    def _behind(self, components: Sequence[str]) -> list[str]:
         """Processes that do not have what the controller serves."""
         page = self.get_json("controlplane", path="/debug/clients")
         acked = {(client["node"], client["component"]): client["version_acked"] for client in page["clients"]}
@@ -561,7 +565,9 @@ class Lab:
             f"{process.name} has {acked.get((node.name, component), 'no stream')[:12]}, not {page['version'][:12]}"
             for node in self.nodes
             for component, process in node.processes.items()
-            if process.running and acked.get((node.name, component)) != page["version"]
+            if component in components
+            and process.running
+            and acked.get((node.name, component)) != page["version"]
         ]
 
     def processes_of(self, node: str, component: str) -> list[int]:

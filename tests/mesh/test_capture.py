@@ -9,7 +9,7 @@ import pytest
 
 from lab import Lab, Place, Pod, Talker
 from lab.processes import wait_until
-from tests.mesh.helpers import ECHO, HTTP, dial, echo_server, echoes, fetch, greeting, http_server
+from tests.mesh.helpers import ECHO, HTTP, dial, echo_server, echoes, eventually, fetch, greeting, http_server
 
 pytestmark = pytest.mark.privileged
 
@@ -159,7 +159,7 @@ def test_a_pod_that_binds_our_ports_gets_nothing_of_ours(lab: Lab, client: Pod, 
         other.delete()
 
 
-def test_native_ipv6_is_refused_but_not_loopback(client: Pod, near: Pod):
+def test_native_ipv6_is_refused_but_not_loopback(lab: Lab, client: Pod, near: Pod):
     for number, pod in enumerate((client, near), 1):
         pod.run(["ip", "-6", "address", "replace", f"fd00:77::{number}/64", "dev", "eth0", "nodad"])
     server = near.popen(near.app("tcp_server", 9600, "--bind", "::", "--greet"))
@@ -171,6 +171,7 @@ def test_native_ipv6_is_refused_but_not_loopback(client: Pod, near: Pod):
         with Talker(client) as talker:
             refused = talker.open("fd00:77::2", 9600, timeout=2)
             assert not refused.ok
+            assert eventually(lambda: "reason=ipv6" in lab.logs("node1", "agent", lines=50))
             # Refused by the hook, not for want of a way.
             asked = client.run(client.app("udp", "ask", "fd00:77::2", 9600, "a way there is"))
             assert asked.stdout.strip() == "a way there is"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import signal
 import time
 
 import pytest
 
-from lab import Lab, Pod, Talker
-from tests.mesh.helpers import ECHO, echo_server, greeting
+from lab import Lab, Pod, Talker, Traffic
+from tests.mesh.helpers import ECHO, echo_server, echoes, greeting
 
 pytestmark = pytest.mark.privileged
 
@@ -95,6 +96,36 @@ def test_first_connections_of_a_new_pod_wait_for_its_certificate(lab: Lab, serve
         seconds.append(time.monotonic() - started)
         client.delete()
     assert max(seconds) < 10, seconds
+
+
+@pytest.mark.parametrize(("patience", "expected"), [(2.0, "ok"), (13.0, "greeting: ")])
+def test_connection_waits_for_its_certificate_and_not_for_ever(
+    lab: Lab, server: Pod, patience: float, expected: str
+):
+    """The controller falls silent when it has told of the pod and has not signed yet, for ``patience`` seconds."""
+    nodeproxy, controller = lab.process("node1", "nodeproxy"), lab.process("controlplane")
+    nodeproxy.signal(signal.SIGSTOP)
+    try:
+        client = lab.pod("waiting", node="node1", namespace=NAMESPACE, service_account="waiting")
+        lab.settle(components=["agent"])
+        controller.signal(signal.SIGSTOP)
+    finally:
+        nodeproxy.signal(signal.SIGCONT)
+    try:
+        traffic = Traffic.echo(client, server.address, ECHO, timeout=20, count=1)
+        time.sleep(patience)
+    finally:
+        controller.signal(signal.SIGCONT)
+    (record,) = traffic.wait(20)
+    assert record["outcome"].startswith(expected), record
+    if expected == "ok":
+        assert record["seconds"] > patience - 0.5
+    else:
+        assert 8 < record["seconds"] < 12
+    # Later connections need not wait.
+    assert echoes(client, server.address, ECHO) == ""
+    client.delete()
+    lab.settle()
 
 
 def test_server_that_is_new_is_reached_as_soon_as_it_is_ready(lab: Lab, client: Pod):

@@ -177,16 +177,57 @@ def test_node_proxy_killed_fails_closed_and_recovers(lab: Lab, world: World):
     assert eventually(lambda: echoes(world.far, world.server.address, ECHO) == "", timeout=10)
 
 
+def test_node_proxy_of_the_server_s_node_killed_fails_closed_and_recovers(lab: Lab, world: World):
+    """A dead HBONE listener is nobody's: the connection ends, and nothing comes around it in plain text."""
+    lab.kill("node1", "nodeproxy")
+    try:
+        with lab.capture() as capture, Talker(world.far) as talker:
+            opened = talker.open(world.server.address, ECHO, timeout=5)
+            if opened.ok:
+                talker("send", text="around-it")
+                answer = talker("read", timeout=12)
+                assert not answer.ok or answer["text"] == ""
+        assert capture.holds(b"around-it") == 0
+        assert echoes(world.near, world.server.address, ECHO) == ""
+    finally:
+        lab.start("node1", "nodeproxy")
+    assert eventually(lambda: echoes(world.far, world.server.address, ECHO) == "", timeout=10)
+
+
 def test_l7proxy_away_means_refusal_and_a_log_line_never_a_bypass(lab: Lab, world: World):
     (answer,) = fetch(world.near, f"http://{world.service}/")
     assert answer["status"] == 200
+    asked = fetch(world.far, f"http://{world.web.address}:{HTTP}/counts")[0]["body"]
     lab.kill("node1", "l7proxy")
     try:
-        (answer,) = fetch(world.near, f"http://{world.service}/", timeout=30)
+        (answer,) = fetch(world.near, f"http://{world.service}/bypass", timeout=30)
         assert answer.get("status") in (None, 503), answer
-        assert eventually(lambda: "l7proxy" in lab.logs("node1", "agent", lines=200))
+        line = f"connection refused reason=no-listener client={world.near.address}:"
+        assert eventually(lambda: line in lab.logs("node1", "agent", lines=50))
     finally:
         lab.start("node1", "l7proxy")
+    assert eventually(
+        lambda: fetch(world.near, f"http://{world.service}/")[0].get("status") == 200, timeout=10
+    )
+    assert "/bypass" not in asked
+    assert "/bypass" not in fetch(world.far, f"http://{world.web.address}:{HTTP}/counts")[0]["body"]
+
+
+@pytest.mark.parametrize("component", ["agent", "nodeproxy", "l7proxy"])
+def test_sigterm_is_an_upgrade(lab: Lab, world: World, component: str):
+    """A process that is told to end does so at once and well; what does not pass through it goes on."""
+    with Talker(world.near) as talker:
+        assert talker.open(world.server.address, ECHO).ok
+        assert talker("read")["text"]
+        assert lab.stop("node1", component, timeout=15) == 0
+        try:
+            assert talker.exchange(times=5).ok
+            assert echoes(world.near, world.server.address, ECHO) == ""
+            assert echoes(world.denied_near, world.server.address, ECHO, timeout=1) != ""
+        finally:
+            lab.start("node1", component)
+        assert talker.exchange(times=5).ok
+    assert eventually(lambda: echoes(world.far, world.server.address, ECHO) == "", timeout=10)
     assert eventually(
         lambda: fetch(world.near, f"http://{world.service}/")[0].get("status") == 200, timeout=10
     )
