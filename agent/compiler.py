@@ -27,7 +27,7 @@ class Peer:
     """Who has an address."""
 
     uid: str
-    local: bool  #: on this node
+    local: bool  #: on this node, and judged by this agent if it is enrolled
     enrolled: bool
     identity: int
 
@@ -83,7 +83,10 @@ def _peers(
         for address in workload.addresses:
             if is_ipv4(address) and (address not in rank or order > rank[address]):
                 rank[address] = order
-                peers[address] = Peer(uid, workload.node == node, workload.enrolled, numbered[uid])
+                # An enrolled pod of this node that is not attached has nobody who would judge at its end: it counts
+                # as remote, and who dials it has to find a node proxy there.
+                local = workload.node == node and not workload.enrolled
+                peers[address] = Peer(uid, local, workload.enrolled, numbered[uid])
     # On this node the runtime knows first and for certain who has an address.
     for uid, addresses in attached.items():
         known = mesh.workloads.get(uid)

@@ -94,11 +94,7 @@ async def _alone(folder: Path) -> BinaryIO:
 
     :raises StartError: it does not end.
     """
-    try:
-        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-        file = (folder / LOCK).open("ab")
-    except OSError as error:
-        raise StartError(f"{error.filename}: {error.strerror}") from None
+    file = _lock_file(folder)
     attempts = int(_PREDECESSOR_TIMEOUT / 0.1)
     for attempt in range(attempts):
         try:
@@ -111,6 +107,14 @@ async def _alone(folder: Path) -> BinaryIO:
             return file
     file.close()
     raise StartError(f"another agent runs with {folder}, and did not end in {_PREDECESSOR_TIMEOUT:g} s")
+
+
+def _lock_file(folder: Path) -> BinaryIO:
+    try:
+        folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+        return (folder / LOCK).open("ab")
+    except OSError as error:
+        raise StartError(f"{error.filename}: {error.strerror}") from None
 
 
 async def _load(options: Options) -> None:

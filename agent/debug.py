@@ -28,6 +28,7 @@ def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mappi
             "controller": {"connected": stream.connected, "problem": stream.problem},
             "problem": node.problem,
             "proxies": proxies.connected(),
+            "unattached": node.unattached(),
             "limits": [
                 "UDP of enrolled pods passes as without a mesh",
                 "native IPv6 TCP of enrolled pods is refused",

@@ -38,6 +38,9 @@ WORKLOAD_TIMEOUT = 10.0
 #: Seconds until what failed is tried again.
 RETRY = 3.0
 
+#: Seconds between looks for what ended without a word.
+MAINTENANCE = 30.0
+
 MESH_FILE = "mesh.msgpack"
 IDENTITIES_FILE = "identities.json"
 PODS_FILE = "pods.json"
@@ -80,6 +83,8 @@ class Node:
         self._mesh_changed = asyncio.Event()
         self._dirty = asyncio.Event()
         self._waiting: list[asyncio.Future[Outcome]] = []
+        #: Pods that the kernel has and the book has not: nobody knows whose they are, so nobody may connect to them.
+        self._orphans: set[int] = set()
         self._told: dict[int, api.Enroll] = {}  # by netns cookie: what proxies were told
         self._unsaved = asyncio.Event()
         self._saved = self.mesh
@@ -93,6 +98,7 @@ class Node:
         await self._adopt()
         self._tasks.start(self._reconcile(), name="reconcile")
         self._tasks.start(self._save(), name="save mesh")
+        self._tasks.start(self._maintain(), name="maintain")
         await self._settled()
 
     async def stop(self) -> None:
@@ -218,6 +224,18 @@ class Node:
             raise Refusal(protocol.ERR_NOT_AVAILABLE, "not ready for pods", self.problem)
         if full := self._programmer.full():
             raise Refusal(protocol.ERR_NOT_AVAILABLE, "no room for another pod", f"full: {', '.join(full)}")
+
+    def unattached(self) -> list[str]:
+        """Ready pods of this node in the mesh that were never attached through the plugin (they ran before it)."""
+        attached = {attachment.pod_uid for attachment in self.pods}
+        return sorted(
+            f"{workload.namespace}/{workload.name}"
+            for workload in self.mesh.workloads.values()
+            if workload.node == self.name
+            and workload.enrolled
+            and workload.ready
+            and workload.uid not in attached
+        )
 
     # Proxies (agent.proxies.Enrolled)
 
@@ -345,8 +363,9 @@ class Node:
             for cookie, sandbox in sandboxes.items()
             if self._is_enrolled(mesh, sandbox)
         }
-        gone = {cookie for cookie, sandbox in sandboxes.items() if sandbox.uid not in mesh.workloads}
-        outcome = await self._programmer.program(tables, specs, sealed=gone)
+        unknown = {cookie for cookie, sandbox in sandboxes.items() if sandbox.uid not in mesh.workloads}
+        self._orphans -= sandboxes.keys()
+        outcome = await self._programmer.program(tables, specs, sealed=unknown | self._orphans)
         self.tables = tables
         if outcome.verdicts_changed:
             self._tasks.start(self._sweeper.sweep(), name="sweep")
@@ -417,18 +436,41 @@ class Node:
 
     async def _adopt(self) -> None:
         """Find the namespaces of the pods that a predecessor attached; forget the pods that have gone meanwhile."""
+        living = self._programmer.living()
         changed = False
         for attachment in self.pods:
-            if not await self._namespaces.find(
-                attachment.netns_cookie, attachment.netns_inode, Path(attachment.netns_path)
-            ):
-                _log.info(
-                    "pod has gone while no agent ran", pod=f"{attachment.pod_namespace}/{attachment.pod_name}"
+            name = f"{attachment.pod_namespace}/{attachment.pod_name}"
+            path = Path(attachment.netns_path)
+            if await self._namespaces.find(attachment.netns_cookie, attachment.netns_inode, path):
+                continue
+            if attachment.netns_cookie in living:
+                # It runs, captured and judged as it was, but no socket can be made in it.
+                _log.error(
+                    "namespace of a pod is not to be seen from here", pod=name, path=attachment.netns_path
                 )
-                self.pods.remove(attachment.key)
-                changed = True
+                continue
+            _log.info("pod has gone while no agent ran", pod=name)
+            self.pods.remove(attachment.key)
+            changed = True
         if changed:
             self._save_pods()
+        self._orphans = set(living - self.pods.sandboxes().keys())
+        if self._orphans:
+            _log.error(
+                "pods of an unknown attachment are sealed until they end", namespaces=sorted(self._orphans)
+            )
+
+    async def _maintain(self) -> None:
+        """From time to time look for what ended without a word: a runtime that was killed sends no DEL."""
+        while True:
+            await asyncio.sleep(MAINTENANCE)
+            try:
+                if self._orphans and (gone := self._orphans - self._programmer.living()):
+                    self._orphans -= gone
+                    self._dirty.set()
+                self._programmer.forget_accounts(set(self.tables.identities.values()))
+            except OSError as error:
+                _log.error("kernel cannot be looked at", reason=str(error))
 
     def _save_pods(self) -> None:
         self._storage.write(

@@ -15,10 +15,17 @@ from agent import kernel as facade
 from agent.compiler import PolicyTable, ServiceEntry, Tables
 from agent.kernel import Kernel, KernelError, MapFullError
 from agent.namespaces import Namespaces
+from bpf.wire import IDENTITY_FIRST
+from common import logs
 from controlplane.api import ResourceError
+
+_log = logs.get(__name__)
 
 #: Namespace operations and policy swaps at one time: each may wait for tens of milliseconds in the kernel.
 _PARALLEL = 8
+
+#: How full the map of accounts may be before those of the past are dropped.
+_FORGET_AT = 0.75
 
 _EMPTY_POLICY: PolicyTable = {}
 
@@ -75,9 +82,13 @@ class Programmer:
         }
 
     @property
-    def programmed(self) -> Collection[int]:
+    def programmed(self) -> frozenset[int]:
         """Netns cookies of the pods that the kernel has."""
-        return self._pods.keys()
+        return frozenset(self._pods)
+
+    def living(self) -> frozenset[int]:
+        """Of these, the ones whose namespace still exists."""
+        return self.programmed - self._kernel.gone()
 
     async def program(
         self, tables: Tables, specs: Mapping[int, PodSpec], *, sealed: Collection[int]
@@ -136,6 +147,25 @@ class Programmer:
     def full(self) -> list[str]:
         """The maps that have no room for another element."""
         return [name for name, pressure in self._kernel.pressure().items() if pressure.used >= pressure.size]
+
+    def forget_accounts(self, current: Collection[int]) -> None:
+        """When their map fills up, drop the accounts of identities that nobody has any more."""
+        pressure = self._kernel.pressure().get("flows")
+        if pressure is None or pressure.used < pressure.size * _FORGET_AT:
+            return
+
+        def is_current(number: int) -> bool:
+            return number < IDENTITY_FIRST or number in current
+
+        stale = [
+            key
+            for key in self._kernel.flows()
+            if not (is_current(key.source) and is_current(key.destination))
+        ]
+        self._kernel.forget_flows(stale)
+        _log.warning(
+            "accounts of identities that are gone were dropped", accounts=len(stale), room=pressure.size
+        )
 
     async def _program_pod(
         self,

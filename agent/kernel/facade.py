@@ -125,6 +125,11 @@ class Kernel:
         with self._lock, naming("pods"):
             return self._pods.all()
 
+    def gone(self) -> set[int]:
+        """Cookies of pods (of :meth:`pods`) whose namespace is no more, so that nothing is left to enforce."""
+        with self._lock, naming("pods"):
+            return self._pods.gone()
+
     def missing(self, netns_cookie: int, netns: int) -> list[str]:
         """What a pod lacks to be enforced, in words; empty when it is whole (CNI CHECK)."""
         with self._lock, naming(f"pod {netns_cookie}"):

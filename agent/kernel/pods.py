@@ -154,6 +154,22 @@ class Pods:
                 os.close(link)
         return found + namespace.lacks(netns)
 
+    def gone(self) -> set[int]:
+        """Cookies of pods whose namespace is no more."""
+        found: set[int] = set()
+        for cookie in self.all():
+            try:
+                link = links.open_pin(str(self._links / str(cookie)))
+            except links.LinkError:  # the loader found it gone
+                found.add(cookie)
+                continue
+            try:
+                if links.link_info(link).where == 0:
+                    found.add(cookie)
+            finally:
+                os.close(link)
+        return found
+
     # Peers
 
     def set_peer(self, address: str, peer: Peer) -> None:

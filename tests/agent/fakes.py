@@ -33,7 +33,8 @@ class FakeKernel(Kernel):
     def __init__(self, pins: Path = Path("/nowhere")) -> None:
         self.calls: list[str] = []
         self.broken: set[object] = set()
-        self.gone: dict[int, list[str]] = {}
+        self.lacking: dict[int, list[str]] = {}
+        self.ended: set[int] = set()
         self.open_connections: list[Connection] = []
         self.refused: list[Connection] = []
         self.accounts: dict[FlowKey, FlowCounters] = {}
@@ -85,8 +86,11 @@ class FakeKernel(Kernel):
     def pods(self) -> dict[int, Pod]:
         return dict(self.fake_pods)
 
+    def gone(self) -> set[int]:
+        return set(self.ended)
+
     def missing(self, netns_cookie: int, netns: int) -> list[str]:
-        return self.gone.get(netns_cookie, [])
+        return self.lacking.get(netns_cookie, [])
 
     def create_listener(self, netns: int, address: str, port: int) -> int:
         self._write(f"listener {address}:{port}", (address, port))

@@ -197,11 +197,22 @@ class TestPeersAndServices:
             workload("here", addresses=("10.0.1.1", "fd00::1")),
             workload("there", node="n2", addresses=("10.0.2.1",), enrolled=False),
         )
-        tables = compile_tables(state, node="n1", attached={}, numbers=Identities())
+        attached = {"uid-here": ("10.0.1.1",)}
+        tables = compile_tables(state, node="n1", attached=attached, numbers=Identities())
         assert tables.peers == {
             "10.0.1.1": Peer("uid-here", True, True, tables.identities["uid-here"]),
             "10.0.2.1": Peer("uid-there", False, False, tables.identities["uid-there"]),
         }
+
+    def test_nobody_dials_an_enrolled_pod_directly_that_is_not_attached(self):
+        state = mesh(
+            workload("early", addresses=("10.0.1.1",)),
+            workload("out", enrolled=False, addresses=("10.0.1.2",)),
+        )
+        tables = compile_tables(state, node="n1", attached={}, numbers=Identities())
+        assert not tables.peers["10.0.1.1"].local
+        assert tables.peers["10.0.1.1"].enrolled
+        assert tables.peers["10.0.1.2"].local
 
     def test_the_runtime_knows_better_who_has_an_address(self):
         state = mesh(workload("old", addresses=("10.0.1.1",)), workload("new"))

@@ -7,7 +7,7 @@ import pytest
 
 from agent import api
 from agent.identities import Label
-from agent.kernel import Connection
+from agent.kernel import Connection, Direction, FlowCounters, FlowKey, Pressure
 from agent.kernel.model import Via
 from agent.mesh import Mesh
 from agent.namespaces import Namespaces
@@ -365,6 +365,7 @@ class TestRestart:
     async def test_pods_that_went_meanwhile_are_forgotten(self, world):
         await world.node.apply(complete(workload("web")))
         await world.add("web")
+        world.kernel.ended.add(world.cookie("web"))
         os.unlink(world.netns("web"))
         assert [call.split()[0] for call in await world.restart()] == ["remove"]
         assert len(world.node.pods) == 0
@@ -373,8 +374,48 @@ class TestRestart:
         await world.node.apply(complete(workload("web")))
         await world.add("web")
         world.boot = "boot-2"
+        world.kernel.ended.add(world.cookie("web"))
         await world.restart()
         assert len(world.node.pods) == 0
+        assert world.kernel.pods() == {}
+
+    async def test_a_lost_book_lets_nobody_go_free(self, world, monkeypatch):
+        monkeypatch.setattr("agent.node.MAINTENANCE", 0.05)
+        await world.node.apply(complete(workload("web"), workload("client")))
+        await world.add("web")
+        await world.node.stop()
+        (world.folder / "state" / PODS_FILE).write_text("broken")
+        await world.restart()
+        assert list(world.kernel.pods()) == [world.cookie("web")]
+        assert world.pod_policy("web") == (2, {})
+        assert world.node.enrolled() == ()
+        # When it ends, its entry goes; or the runtime attaches it again.
+        world.kernel.ended.add(world.cookie("web"))
+        await asyncio.sleep(0.2)
+        assert world.kernel.pods() == {}
+
+    async def test_an_orphan_that_is_attached_again_is_itself_again(self, world):
+        await world.node.apply(complete(workload("web")))
+        await world.add("web")
+        await world.node.stop()
+        (world.folder / "state" / PODS_FILE).unlink()
+        await world.restart()
+        await world.add("web")
+        assert world.pod_policy("web")[1] != {}
+        assert [pod.name for pod in world.node.enrolled()] == ["web"]
+        await world.delete("web")
+        assert world.kernel.pods() == {}
+
+    async def test_a_namespace_that_is_not_to_be_seen_stays_judged(self, world):
+        await world.node.apply(complete(workload("web")))
+        await world.add("web")
+        cookie = world.cookie("web")
+        os.unlink(world.netns("web"))
+        await world.restart()
+        assert list(world.kernel.pods()) == [cookie]
+        await world.node.apply(Update(2, "v2", upserts=(workload("web", mtls=MtlsMode.STRICT),)))
+        assert (0, 0) not in world.kernel.policy(cookie)[1]
+        await world.delete("web")
         assert world.kernel.pods() == {}
 
     async def test_without_a_last_good_state_the_kernel_is_left_alone(self, world):
@@ -437,6 +478,32 @@ async def test_a_changed_label_does_not_cut_old_connections_off(world):
     _, table = world.pod_policy("web")
     assert table[old, 0]
     assert table[new, 0]
+
+
+async def test_accounts_of_the_past_go_when_there_is_no_room(world):
+    await world.node.apply(complete(workload("web")))
+    number = world.node.tables.identities["uid-web"]
+    zero = FlowCounters(1, 1, 0, 0, 0)
+    keys = [
+        FlowKey(a, b, 80, Direction.INBOUND)
+        for a, b in ((0, number), (number, number), (900, number), (number, 901))
+    ]
+    world.kernel.accounts = dict.fromkeys(keys, zero)
+    world.kernel.map_pressure["flows"] = Pressure(4, 100, 0)
+    world.node._programmer.forget_accounts({number})
+    assert list(world.kernel.accounts) == keys
+    world.kernel.map_pressure["flows"] = Pressure(75, 100, 0)
+    world.node._programmer.forget_accounts({number})
+    assert list(world.kernel.accounts) == keys[:2]
+
+
+async def test_pods_that_ran_before_the_plugin_are_named(world):
+    await world.node.apply(
+        complete(workload("web"), workload("far", node="n2"), workload("out", enrolled=False))
+    )
+    assert world.node.unattached() == ["default/web"]
+    await world.add("web")
+    assert world.node.unattached() == []
 
 
 async def test_many_changes_at_once_are_few_passes(world):
