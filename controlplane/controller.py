@@ -20,7 +20,7 @@ from controlplane.clients import Clients
 from controlplane.compiler import compile_snapshot, validate
 from controlplane.credentials import Credentials
 from controlplane.model.findings import Finding, from_fault
-from controlplane.model.snapshot import Snapshot, SnapshotError
+from controlplane.model.snapshot import Snapshot
 from controlplane.model.world import Settings
 from controlplane.publisher import Publisher
 from controlplane.server import ServerCertificate, make_server
@@ -68,11 +68,9 @@ class Controller:
         self._publisher = Publisher(self._compile(state))
         self.clients = Clients(self._registry)
         self._certificate = ServerCertificate(authority, options.server_names)
-        self._services = (
-            MeshService(self._publisher, credentials, self.clients),
-            CertificateService(authority, self._publisher, credentials, self._registry),
-            DiscoveryService(self._publisher, credentials, self.clients),
-        )
+        self._mesh = MeshService(self._publisher, credentials, self.clients)
+        self._certificates = CertificateService(authority, self._publisher, credentials, self._registry)
+        self._discovery = DiscoveryService(self._publisher, credentials, self.clients)
 
     @property
     def snapshot(self) -> Snapshot:
@@ -88,7 +86,9 @@ class Controller:
 
         :raises OSError: an address cannot be bound.
         """
-        self._server, self.port = make_server(self._options.listen, self._certificate, *self._services)
+        self._server, self.port = make_server(
+            self._options.listen, self._certificate, self._mesh, self._certificates, self._discovery
+        )
         host, _, port = self._options.admin.rpartition(":")
         self._admin = AdminServer(
             host.strip("[]"), int(port), registry=self._registry, ready=lambda: True, json=self._pages()
@@ -110,10 +110,11 @@ class Controller:
             started = time.monotonic()
             try:
                 snapshot = self._compile(state)
-            except SnapshotError as e:
-                # Ours, not the user's: what is served stays as it was.
+                self._discovery.prepare(snapshot)
+            except Exception as e:
+                # A bug of ours, not the user's fault: what is served stays as it was, and the next change is tried again.
                 self._rejected.inc()
-                _log.error("snapshot rejected; the last one stays in force", error=str(e))
+                _log.exception("snapshot rejected; the last one stays in force", e)
                 continue
             before = self.snapshot
             self._publisher.publish(snapshot)

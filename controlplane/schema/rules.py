@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 
 _DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)")
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+#: Go's longest duration (64 bits of nanoseconds).
+_LONGEST_S = 2**63 // 10**9
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _LABEL = re.compile(r"[a-zA-Z0-9](?:[-a-zA-Z0-9]*[a-zA-Z0-9])?")
 
@@ -28,7 +30,10 @@ def duration(text: str) -> float:
     parts = _DURATION.findall(rest)
     if not parts or "".join(n + u for n, u in parts) != rest:
         raise ValueError(f"{text!r} is no duration (like 5s, 100ms, 1h30m)")
-    return sign * sum(float(n) * _SECONDS[u] for n, u in parts)
+    seconds = sum(float(n) * _SECONDS[u] for n, u in parts)
+    if seconds > _LONGEST_S:
+        raise ValueError(f"{text!r} is no duration: longer than {_LONGEST_S} seconds")
+    return sign * seconds
 
 
 def _at_most_one(*names: str) -> Callable[[Any], bool]:

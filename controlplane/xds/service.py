@@ -20,6 +20,7 @@ from controlplane.publisher import Publisher
 from controlplane.xds.listeners import DEFAULT_SOCKET
 from controlplane.xds.resources import Resources
 from controlplane.xds.session import AdsSession
+from controlplane.xds.types import Type
 
 _log = logs.get(__name__)
 
@@ -99,7 +100,7 @@ class DiscoveryService:
                         if request is None:
                             return
                         self._request(session, request, client, log)
-                    resources = self._current(self._publisher.snapshot)
+                    resources = self.prepare(self._publisher.snapshot)
                     for response in session.responses(resources, clock()):
                         self._note_sent(session, response, client, log)
                         yield response
@@ -108,10 +109,13 @@ class DiscoveryService:
         finally:
             await tasks.cancel()
 
-    def _current(self, snapshot: Snapshot) -> Resources:
-        """The snapshot's resources: built once, shared by all streams."""
+    def prepare(self, snapshot: Snapshot) -> Resources:
+        """The snapshot's resources: built once, shared by all streams. Called before a snapshot is published too."""
         if self._resources is None or self._resources.version != snapshot.version:
-            self._resources = Resources(snapshot)
+            resources = Resources(snapshot)
+            for kind in Type:
+                resources.of(kind, DEFAULT_SOCKET)
+            self._resources = resources
         return self._resources
 
     def _request(

@@ -12,13 +12,15 @@ import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
 
 from controlplane.check import Severity, check
-from tests.controlplane.support import MeshClient, namespace, pod, two_versions, write
+from controlplane.compiler import compile_snapshot
+from tests.controlplane.support import Harness, MeshClient, namespace, pod, two_versions, write
 from tests.requirements import ROOT
 
 
@@ -153,3 +155,27 @@ def test_check(tmp_path: Path, shared: Path) -> None:
 def test_check_is_silent_where_all_is_well(tmp_path: Path) -> None:
     write(tmp_path, "web.yaml", namespace("one"), pod("a"))
     assert check(tmp_path) == []
+
+
+async def test_a_bug_of_ours_stops_nothing(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler raises for one state: the last snapshot stays, and the next state is served."""
+    real = compile_snapshot
+
+    def broken(objects: Any, settings: Any) -> Any:
+        if any(key.name == "poison" for key in objects):
+            raise KeyError("a bug")
+        return real(objects, settings)
+
+    monkeypatch.setattr("controlplane.controller.compile_snapshot", broken)
+    async with harness.serving() as controller, harness.channel() as channel:
+        client = MeshClient(channel)
+        await client.hello()
+        await client.take()
+        poison = write(harness.config, "poison.yaml", namespace("poison"), pod("a"))
+        await asyncio.sleep(0.3)
+        assert not controller.snapshot.workloads
+        assert "mycel_controlplane_snapshots_rejected_total 1.0" in await harness.page("/metrics")
+        poison.unlink()
+        write(harness.config, "b.yaml", pod("b"))
+        await client.take()
+        assert set(client.state) == {"mesh", "workload/uid-default-b"}
