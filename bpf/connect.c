@@ -57,7 +57,7 @@ inline_always bool draw(struct endpoint *key, struct service *service, struct en
 inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct dial *dial,
 			 struct socket_state *state)
 {
-	struct endpoint key = {.address = dial->address, .port = dial->port};
+	struct endpoint key = { .address = dial->address, .port = dial->port };
 	struct peer *peer;
 
 	if (is_loopback(dial->address))
@@ -171,7 +171,8 @@ judge_local:;
 
 	reason = judge(peer->netns, state->identity, key.port, &generation);
 	if (reason) {
-		refuse_dial(netns, reason, state->identity, peer->identity, key.address, key.port, DIRECTION_INBOUND);
+		refuse_dial(netns, reason, state->identity, peer->identity, key.address, key.port,
+			    DIRECTION_INBOUND);
 		return refuse(EPERM);
 	}
 	return PASS;
@@ -195,7 +196,8 @@ inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod,
 	/* What an earlier attempt with this socket left behind. */
 	storage_delete(MAP(SOCKETS), sk);
 	if (ctx->protocol != IPPROTO_TCP) {
-		if (pod && role == ROLE_NONE && ctx->protocol == IPPROTO_MPTCP && !is_loopback(dial->address)) {
+		if (pod && role == ROLE_NONE && ctx->protocol == IPPROTO_MPTCP &&
+		    !is_loopback(dial->address)) {
 			refuse_dial(netns, REASON_MPTCP, pod->identity, 0, dial->address, dial->port,
 				    DIRECTION_OUTBOUND);
 			return refuse(EPROTONOSUPPORT);
@@ -211,7 +213,8 @@ inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod,
 	stored = storage_get(MAP(SOCKETS), sk, &state, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!stored) {
 		count(COUNTER_FULL_SOCKETS);
-		refuse_dial(netns, REASON_MAP_FULL, state.identity, 0, dial->address, dial->port, DIRECTION_OUTBOUND);
+		refuse_dial(netns, REASON_MAP_FULL, state.identity, 0, dial->address, dial->port,
+			    DIRECTION_OUTBOUND);
 		return refuse(ENOMEM);
 	}
 	return PASS;
@@ -276,8 +279,8 @@ int connect6(struct bpf_sock_addr *ctx)
 	if (!pod || role != ROLE_NONE || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))
 		return PASS;
 
-	struct event event = {.netns = netns, .reason = REASON_IPV6, .source = pod->identity};
-	struct flow_key flow = {.source = pod->identity, .port = ctx->user_port};
+	struct event event = { .netns = netns, .reason = REASON_IPV6, .source = pod->identity };
+	struct flow_key flow = { .source = pod->identity, .port = ctx->user_port };
 
 	event.server_port = ctx->user_port;
 	__builtin_memcpy(event.server6, &a0, 4);

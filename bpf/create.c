@@ -15,7 +15,7 @@ int sock_create(struct bpf_sock *ctx)
 
 	if (!pod)
 		return 1;
-	struct event event = {.netns = netns, .reason = REASON_MPTCP, .source = pod->identity};
+	struct event event = { .netns = netns, .reason = REASON_MPTCP, .source = pod->identity };
 
 	count(REASON_MPTCP);
 	tell(&event);

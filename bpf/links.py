@@ -27,6 +27,9 @@ PROG_CGROUP_SOCK_ADDR = 18
 PROG_TRACING = 26
 PROG_SK_LOOKUP = 30
 
+# struct bpf_prog_info.btf_id
+_PROGRAM_INFO_BTF_ID = 128
+
 _lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
 _lib.bpf_obj_get.argtypes = (ctypes.c_char_p,)
 _lib.bpf_obj_pin.argtypes = (ctypes.c_int, ctypes.c_char_p)
@@ -154,6 +157,18 @@ def program_id(program: int) -> int:
     length = ctypes.c_uint32(256)
     _check(_lib.bpf_obj_get_info_by_fd(program, buffer, ctypes.byref(length)), "program info")
     return int(struct.unpack_from("=II", buffer)[1])
+
+
+def program_btf_id(number: int) -> int:
+    """The number of the types that the program of that number was loaded with; 0 for none."""
+    program = _check(_lib.bpf_prog_get_fd_by_id(number), f"program {number}")
+    try:
+        buffer = ctypes.create_string_buffer(256)
+        length = ctypes.c_uint32(256)
+        _check(_lib.bpf_obj_get_info_by_fd(program, buffer, ctypes.byref(length)), "program info")
+        return int(struct.unpack_from("=I", buffer, _PROGRAM_INFO_BTF_ID)[0])
+    finally:
+        os.close(program)
 
 
 def load_iterator(name: str, target: str, code: bytes) -> int:

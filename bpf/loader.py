@@ -25,7 +25,7 @@ from bpf import links, maps, schema, wire
 from bpf.btf import Btf, BtfError
 
 _HERE = Path(__file__).parent
-_SOURCES = ("connect.c", "create.c", "sockops.c", "lookup.c", "iterators.c")
+_SOURCES = ("connect.c", "create.c", "sockops.c", "lookup.c", "iterators.c", "types.c")
 _BPFFS_MAGIC = 0xCAFE4A11
 _ITERATOR = "bpf_sk_storage_map"
 

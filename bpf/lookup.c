@@ -11,7 +11,7 @@
 
 inline_always int to_listener(struct bpf_sk_lookup *ctx, struct tuple *tuple, u32 identity, u32 destination)
 {
-	struct endpoint key = {.address = tuple->server_address, .port = tuple->server_port};
+	struct endpoint key = { .address = tuple->server_address, .port = tuple->server_port };
 	void *listener = map_lookup(MAP(LISTENERS), &key);
 	long error;
 
@@ -36,8 +36,8 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
 		return SK_PASS;
 	if (ctx->family != AF_INET) {
 		/* ::1 alone, and only where it can come from. */
-		if (ctx->ingress_ifindex == IFINDEX_LOOPBACK && ctx->local_ip6[0] == 0 && ctx->local_ip6[1] == 0 &&
-		    ctx->local_ip6[2] == 0 && ctx->local_ip6[3] == bpf_htonl(1))
+		if (ctx->ingress_ifindex == IFINDEX_LOOPBACK && ctx->local_ip6[0] == 0 &&
+		    ctx->local_ip6[1] == 0 && ctx->local_ip6[2] == 0 && ctx->local_ip6[3] == bpf_htonl(1))
 			return SK_PASS;
 		count(REASON_IPV6);
 		return SK_DROP;
@@ -59,7 +59,8 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
 		identity = who->identity;
 		kind = who->kind;
 		/* These never leave their own namespace. */
-		if ((kind == VIA_TUNNEL || kind == VIA_SELF || kind == VIA_CAPTURED) && who->netns != peer->netns)
+		if ((kind == VIA_TUNNEL || kind == VIA_SELF || kind == VIA_CAPTURED) &&
+		    who->netns != peer->netns)
 			kind = 0;
 	}
 	if (tuple.server_port == bpf_htons(PORT_HBONE))

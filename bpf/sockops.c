@@ -13,7 +13,8 @@ inline_always bool tuple_of(struct bpf_sock_ops *ctx, bool active, struct tuple 
 	u32 local_address, remote_address, local_port_host, remote_port;
 
 	if (ctx->family == AF_INET6) {
-		if (ctx->remote_ip6[0] != 0 || ctx->remote_ip6[1] != 0 || ctx->remote_ip6[2] != bpf_htonl(0xffff))
+		if (ctx->remote_ip6[0] != 0 || ctx->remote_ip6[1] != 0 ||
+		    ctx->remote_ip6[2] != bpf_htonl(0xffff))
 			return false;
 	} else if (ctx->family != AF_INET) {
 		return false;
@@ -48,7 +49,7 @@ inline_always void dialling(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	/* Whoever dials from an address that is not the pod's stays unnamed: plain, and refused where that counts. */
 	if (state->source_address && state->source_address != tuple.client_address)
 		return;
-	struct who who = {.netns = state->netns, .identity = state->identity, .kind = state->kind};
+	struct who who = { .netns = state->netns, .identity = state->identity, .kind = state->kind };
 
 	if (state->kind == VIA_CAPTURED) {
 		struct captured_key key = {

@@ -50,18 +50,18 @@ enum direction {
 
 /* Why a connection was refused: event.reason, and the index into the map refusals_by_reason. */
 enum reason {
-	REASON_POLICY = 1,		/* the destination's policy has no entry that allows it */
-	REASON_NO_POLICY = 2,		/* the destination has no policy (yet) */
-	REASON_SPOOFED = 3,		/* plain, with the address of an enrolled workload */
-	REASON_NOT_CAPTURED = 4,	/* one of our ports, and connect() did not put it there */
-	REASON_NO_LISTENER = 5,		/* a dead or missing listener of ours */
-	REASON_NO_BACKEND = 6,		/* a service without backends */
-	REASON_OWN_PORT = 7,		/* an application dialled one of our ports */
-	REASON_IPV6 = 8,		/* native IPv6 TCP */
-	REASON_MPTCP = 9,		/* a socket that would leave connect() aside */
-	REASON_MAP_FULL = 10,		/* no room to write down who dials */
-	REASON_UNKNOWN_DESTINATION = 11, /* arrived in a pod's namespace for an address that is not the pod's */
-	REASON_REVOKED = 12,		/* admitted, and refused by a newer policy when it was established */
+	REASON_POLICY = 1,		 /* the destination's policy has no entry that allows it */
+	REASON_NO_POLICY = 2,		 /* the destination has no policy (yet) */
+	REASON_SPOOFED = 3,		 /* plain, with the address of an enrolled workload */
+	REASON_NOT_CAPTURED = 4,	 /* one of our ports, and connect() did not put it there */
+	REASON_NO_LISTENER = 5,		 /* a dead or missing listener of ours */
+	REASON_NO_BACKEND = 6,		 /* a service without backends */
+	REASON_OWN_PORT = 7,		 /* an application dialled one of our ports */
+	REASON_IPV6 = 8,		 /* native IPv6 TCP */
+	REASON_MPTCP = 9,		 /* a socket that would leave connect() aside */
+	REASON_MAP_FULL = 10,		 /* no room to write down who dials */
+	REASON_UNKNOWN_DESTINATION = 11, /* arrived in a pod's namespace, not for the pod's address */
+	REASON_REVOKED = 12,		 /* admitted, and refused by a newer policy when it was established */
 	REASON_COUNT = 16,
 };
 
@@ -186,11 +186,11 @@ struct flow {
 #define ACCOUNT_CLOSED 0xffffffffffffffffULL
 struct socket_state {
 	__u64 netns;
-	__u64 cookie; /* the socket's, of a server's end */
+	__u64 cookie;	/* the socket's, of a server's end */
 	__u64 sent;	/* already in the flow; ACCOUNT_CLOSED when that is all */
 	__u64 received; /* the same */
 	struct tuple tuple;
-	__u32 identity; /* the source's */
+	__u32 identity;	       /* the source's */
 	__be32 source_address; /* that it has to dial from, or 0 */
 	__be32 destination_address;
 	__be32 service_address;

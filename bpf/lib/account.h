@@ -13,9 +13,9 @@
 #include "lib/helpers.h"
 #include "lib/refusal.h"
 
-#define STATES_WITH_FIN_SENT                                                                                           \
-	((1 << BPF_TCP_FIN_WAIT1) | (1 << BPF_TCP_FIN_WAIT2) | (1 << BPF_TCP_CLOSING) | (1 << BPF_TCP_LAST_ACK) |      \
-	 (1 << BPF_TCP_TIME_WAIT))
+#define STATES_WITH_FIN_SENT                                                            \
+	((1 << BPF_TCP_FIN_WAIT1) | (1 << BPF_TCP_FIN_WAIT2) | (1 << BPF_TCP_CLOSING) | \
+	 (1 << BPF_TCP_LAST_ACK) | (1 << BPF_TCP_TIME_WAIT))
 
 /*
  * Bytes that the application wrote. bytes_acked is 64 bits wide and counts our SYN (when we dialled) and FIN, as
@@ -61,7 +61,7 @@ inline_always struct flow *flow_of(struct flow_key *key)
 		return flow;
 	/* Full: the loader put one there for the rest. */
 	count(COUNTER_FULL_FLOWS);
-	struct flow_key other = {.direction = key->direction};
+	struct flow_key other = { .direction = key->direction };
 
 	return map_lookup(MAP(FLOWS), &other);
 }

@@ -19,7 +19,8 @@
 #define MAP(name) ((void *)bpf_pseudo_fd(1, MAP_##name))
 
 static void *(*map_lookup)(void *map, const void *key) = (void *)BPF_FUNC_map_lookup_elem;
-static long (*map_update)(void *map, const void *key, const void *value, u64 flags) = (void *)BPF_FUNC_map_update_elem;
+static long (*map_update)(void *map, const void *key, const void *value,
+			  u64 flags) = (void *)BPF_FUNC_map_update_elem;
 static long (*map_delete)(void *map, const void *key) = (void *)BPF_FUNC_map_delete_elem;
 static void *(*storage_get)(void *map, void *sk, void *value, u64 flags) = (void *)BPF_FUNC_sk_storage_get;
 static long (*storage_delete)(void *map, void *sk) = (void *)BPF_FUNC_sk_storage_delete;
@@ -40,18 +41,18 @@ static long (*seq_write)(void *seq, const void *data, u32 size) = (void *)BPF_FU
  * A member of a kernel structure by an offset of the running kernel's BTF. Written in assembly because the verifier
  * wants a plain load at a constant offset, and the compiler knows no such structure.
  */
-#define LOAD(type, base, offset)                                                                                       \
-	({                                                                                                             \
-		type loaded;                                                                                           \
-		asm volatile("%0 = *(" #type " *)(%1 + %2)" : "=r"(loaded) : "r"(base), "i"(offset));                  \
-		loaded;                                                                                                \
+#define LOAD(type, base, offset)                                                                      \
+	({                                                                                            \
+		type loaded;                                                                          \
+		asm volatile("%0 = *(" #type " *)(%1 + %2)" : "=r"(loaded) : "r"(base), "i"(offset)); \
+		loaded;                                                                               \
 	})
 /* The same for a member that is a pointer. */
-#define LOAD_POINTER(base, offset)                                                                                     \
-	({                                                                                                             \
-		void *loaded;                                                                                          \
-		asm volatile("%0 = *(u64 *)(%1 + %2)" : "=r"(loaded) : "r"(base), "i"(offset));                        \
-		loaded;                                                                                                \
+#define LOAD_POINTER(base, offset)                                                              \
+	({                                                                                      \
+		void *loaded;                                                                   \
+		asm volatile("%0 = *(u64 *)(%1 + %2)" : "=r"(loaded) : "r"(base), "i"(offset)); \
+		loaded;                                                                         \
 	})
 
 inline_always bool is_loopback(__be32 address)
@@ -61,7 +62,8 @@ inline_always bool is_loopback(__be32 address)
 
 inline_always bool is_own_port(__be16 port)
 {
-	return port == bpf_htons(PORT_OUTBOUND) || port == bpf_htons(PORT_OUTBOUND_L7) || port == bpf_htons(PORT_HBONE);
+	return port == bpf_htons(PORT_OUTBOUND) || port == bpf_htons(PORT_OUTBOUND_L7) ||
+	       port == bpf_htons(PORT_HBONE);
 }
 
 #endif

@@ -8,8 +8,8 @@
 /* 0 when allowed, else the reason. The generation is that of the table that was asked. */
 inline_always u32 judge(u64 netns, u32 identity, __be16 port, u32 *generation)
 {
-	struct policy_key key = {.identity = identity, .port = port};
-	struct policy_key generation_key = {.identity = POLICY_GENERATION};
+	struct policy_key key = { .identity = identity, .port = port };
+	struct policy_key generation_key = { .identity = POLICY_GENERATION };
 	void *policy = map_lookup(MAP(POLICIES), &netns);
 	u32 *verdict;
 

@@ -25,7 +25,7 @@ inline_always void count_refused(struct flow_key *flow)
 		if (map_update(MAP(REFUSED), flow, &zero, BPF_NOEXIST) == -7 /* E2BIG */) {
 			/* Somebody scans ports: the rest is counted under port 0, which the loader put there. */
 			count(COUNTER_FULL_REFUSED);
-			struct flow_key other = {.direction = flow->direction};
+			struct flow_key other = { .direction = flow->direction };
 
 			value = map_lookup(MAP(REFUSED), &other);
 		} else {
@@ -43,10 +43,12 @@ inline_always void tell(struct event *event)
 }
 
 /* Refused at connect(): once per attempt. */
-inline_always void refuse_dial(u64 netns, u32 reason, u32 source, u32 destination, __be32 address, __be16 port,
-			       u32 direction)
+inline_always void refuse_dial(u64 netns, u32 reason, u32 source, u32 destination, __be32 address,
+			       __be16 port, u32 direction)
 {
-	struct flow_key flow = {.source = source, .destination = destination, .port = port, .direction = direction};
+	struct flow_key flow = {
+		.source = source, .destination = destination, .port = port, .direction = direction
+	};
 	struct event event = {
 		.netns = netns,
 		.reason = reason,
@@ -64,7 +66,7 @@ inline_always void refuse_dial(u64 netns, u32 reason, u32 source, u32 destinatio
 /* Refused on arrival: counted and told once for all SYNs of one attempt. */
 inline_always void refuse_arrival(struct tuple *tuple, u32 reason, u32 source, u32 destination)
 {
-	struct refusal refusal = {.tuple = *tuple, .reason = reason};
+	struct refusal refusal = { .tuple = *tuple, .reason = reason };
 	u64 now = now_ns();
 	u64 *told = map_lookup(MAP(RECENT), &refusal);
 

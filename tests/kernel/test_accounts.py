@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import socket
 import struct
@@ -333,6 +334,6 @@ def test_sum_is_right_while_connections_come_and_go(node, make_pod):
     for direction in (0, 1):
         column = [row[direction] for row in seen if row[direction] is not None]
         assert len(column) > 20
-        for earlier, later in zip(column, column[1:], strict=False):
+        for earlier, later in itertools.pairwise(column):
             assert all(a <= b for a, b in zip(earlier, later, strict=True)), (earlier, later)
     listener.close()

@@ -15,7 +15,10 @@ def test_allowed_connection_carries_data_and_is_counted(node, make_pod):
     client, server = make_pod(), make_pod()
     client.enrol({})
     server.enrol({(client.identity, 8080): True})
-    with server.app.listen(("0.0.0.0", 8080)) as listener, client.app.connect((server.address, 8080)) as dialled:
+    with (
+        server.app.listen(("0.0.0.0", 8080)) as listener,
+        client.app.connect((server.address, 8080)) as dialled,
+    ):
         accepted, peer = listener.accept()
         with accepted:
             assert peer == dialled.getsockname()
@@ -47,7 +50,9 @@ def test_refused_by_policy(node, make_pod):
         client.app.connect((server.address, 8081)).close()
     key = FlowKey(client.identity, server.identity, 8080, Direction.INBOUND)
     assert node.kernel.flows()[key].refused == 1
-    assert any(e.reason is Reason.POLICY and e.netns_cookie == client.cookie for e in node.kernel.read_events())
+    assert any(
+        e.reason is Reason.POLICY and e.netns_cookie == client.cookie for e in node.kernel.read_events()
+    )
 
 
 def test_mapped_ipv6(node, make_pod):

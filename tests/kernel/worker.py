@@ -77,9 +77,6 @@ def drop_capabilities():
     os.setresuid(65534, 65534, 65534)
 
 
-CALLS = {"connect": connect, "listen": listen, "dial_with": dial_with, "drop_capabilities": drop_capabilities}
-
-
 def main():
     channel = socket.socket(fileno=int(sys.argv[1]))
     enter(sys.argv[2], int(sys.argv[3]))
@@ -96,9 +93,11 @@ def main():
         if fds:
             arguments["fds"] = list(fds)
         try:
-            result = CALLS[request["call"]](**arguments)
+            result = globals()[request["call"]](**arguments)
         except OSError as error:
-            channel.send(json.dumps({"errno": error.errno, "timeout": isinstance(error, TimeoutError)}).encode())
+            channel.send(
+                json.dumps({"errno": error.errno, "timeout": isinstance(error, TimeoutError)}).encode()
+            )
             continue
         if isinstance(result, socket.socket):
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [result.fileno()]))]

@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/*
+ * Never loaded: names every type of the contract once, so that the compiler puts all of them into the programs' BTF, where a
+ * test finds them as the kernel does.
+ */
+#include "lib/helpers.h"
+
+struct wire_types {
+	struct pod pod;
+	struct peer peer;
+	struct endpoint endpoint;
+	struct service service;
+	struct backend_key backend_key;
+	struct policy_key policy_key;
+	struct tuple tuple;
+	struct who who;
+	struct captured_key captured_key;
+	struct captured captured;
+	struct flow_key flow_key;
+	struct flow flow;
+	struct socket_state socket_state;
+	struct connection connection;
+	struct event event;
+	struct refusal refusal;
+};
+
+int wire_types(struct wire_types *types)
+{
+	return 0;
+}

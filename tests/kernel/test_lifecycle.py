@@ -1,0 +1,483 @@
+"""Restarts under traffic, changes of policy under open connections, and what is left of a pod that is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import os
+import re
+import socket
+import struct
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from agent.kernel import Backend, Direction, FlowKey, Kernel, KernelError, Peer, Pod, Reason, namespace
+from bpf import links, wire
+from bpf.btf import Btf
+from bpf.maps import CapturedMap, Map, MapError
+from tests.kernel.mesh import new_namespace, run
+
+pytestmark = pytest.mark.privileged
+
+PORT = 8080
+
+
+class Echo:
+    """A server that answers what it is sent, until it is told to end."""
+
+    def __init__(self, listener):
+        self.listener = listener
+        self.listener.settimeout(0.1)
+        self.stop = threading.Event()
+        self.threads = [threading.Thread(target=self._accept)]
+        self.threads[0].start()
+
+    def _accept(self):
+        while not self.stop.is_set():
+            with contextlib.suppress(TimeoutError):
+                sock, _ = self.listener.accept()
+                thread = threading.Thread(target=self._serve, args=(sock,))
+                thread.start()
+                self.threads.append(thread)
+
+    def _serve(self, sock):
+        with sock, contextlib.suppress(OSError):
+            sock.settimeout(10)
+            while data := sock.recv(65536):
+                sock.sendall(data)
+
+    def close(self):
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(10)
+        self.listener.close()
+
+
+def test_loader_again_under_traffic(node, make_pod):
+    """Programs are replaced: no connection breaks, no verdict is wrong, nothing is counted twice or lost."""
+    client, stranger, server = make_pod().enrol({}), make_pod().enrol({}), make_pod()
+    server.enrol({(client.identity, 0): True})
+    echo = Echo(server.app.listen(("0.0.0.0", PORT)))
+    kept = client.app.connect((server.address, PORT))
+    kept.settimeout(5)
+    node.kernel.set_service("10.96.9.1", 80, [Backend(server.address, PORT)])
+    stop = threading.Event()
+    wrong: list[str] = []
+    done = {"allowed": 0, "refused": 0, "bytes": 0}
+
+    def dial():
+        while not stop.is_set():
+            try:
+                with client.app.connect(("10.96.9.1", 80)) as sock:
+                    if sock.getpeername() != ("10.96.9.1", 80):
+                        wrong.append(f"peer {sock.getpeername()}")
+                    sock.sendall(b"q" * 100)
+                    left = 100
+                    while left:
+                        left -= len(sock.recv(100))
+                    done["allowed"] += 1
+            except OSError as error:
+                wrong.append(f"client: {error}")
+            try:
+                stranger.app.connect((server.address, PORT)).close()
+                wrong.append("stranger came in")
+            except PermissionError:
+                done["refused"] += 1
+
+    def talk():
+        while not stop.is_set():
+            kept.sendall(b"k" * 1000)
+            left = 1000
+            while left:
+                left -= len(kept.recv(left))
+            done["bytes"] += 1000
+
+    threads = [threading.Thread(target=dial), threading.Thread(target=talk)]
+    for thread in threads:
+        thread.start()
+    try:
+        programs = set()
+        for _ in range(3):
+            assert node.load()["maps_made"] == []
+            link = links.open_pin(str(node.pins / f"v{wire.ABI}/link_connect4"))
+            programs.add(links.link_info(link).program)
+            os.close(link)
+            guard = links.open_pin(str(node.pins / f"v{wire.ABI}/netns/{server.cookie}"))
+            latest = links.open_pin(str(node.pins / f"v{wire.ABI}/program_sk_lookup"))
+            assert links.link_info(guard).program == links.program_id(latest)
+            os.close(guard)
+            os.close(latest)
+        assert len(programs) == 3
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+    assert wrong == []
+    assert done["allowed"] > 20
+    assert done["refused"] > 20
+    # A new agent: another facade over the same pins.
+    with Kernel(node.pins) as successor:
+        assert successor.pods()[server.cookie] == Pod(server.cookie, server.address, server.identity)
+        assert successor.policy(server.cookie) == (1, {(client.identity, 0): True})
+        assert successor.services()["10.96.9.1", 80] == (False, [Backend(server.address, PORT)])
+        key = FlowKey(client.identity, server.identity, PORT, Direction.OUTBOUND)
+        sent = done["allowed"] * 100 + done["bytes"]
+        deadline = time.monotonic() + 2
+        expected = (done["allowed"] + 1, done["allowed"], 0, sent, sent)
+        while successor.flows()[key] != expected and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert successor.flows()[key] == expected
+        inbound = successor.flows()[key._replace(direction=Direction.INBOUND)]
+        assert inbound == expected
+        stranger_key = FlowKey(stranger.identity, server.identity, PORT, Direction.INBOUND)
+        assert successor.flows()[stranger_key] == (0, 0, done["refused"], 0, 0)
+    kept.close()
+    echo.close()
+    node.kernel.remove_service("10.96.9.1", 80)
+
+
+def test_policy_change_names_what_has_to_end(node, make_pod):
+    first, second, server = make_pod().enrol({}), make_pod().enrol({}), make_pod()
+    server.enrol({(first.identity, 0): True, (second.identity, 0): True})
+    with (
+        server.app.listen(("0.0.0.0", PORT)) as listener,
+        first.app.connect((server.address, PORT)) as one,
+        second.app.connect((server.address, PORT)) as two,
+    ):
+        accepted = [listener.accept()[0] for _ in range(2)]
+        assert [c for c in node.kernel.refused_now() if c.netns_cookie == server.cookie] == []
+        node.kernel.set_policy(server.cookie, {(second.identity, 0): True}, 2)
+        [connection] = [c for c in node.kernel.refused_now() if c.netns_cookie == server.cookie]
+        assert (connection.source, connection.generation) == (first.identity, 1)
+        assert connection.client == one.getsockname()
+        assert node.kernel.destroy(connection, server.netns)
+        with pytest.raises(ConnectionResetError):
+            one.recv(1)
+        accepted[1].sendall(b"on")
+        assert two.recv(2) == b"on"
+        for sock in accepted:
+            sock.close()
+
+
+def test_admitted_under_the_old_policy_established_under_the_new(node, make_pod):
+    """The race: between the SYN's verdict and the handshake's end the policy changes."""
+    client, server = make_pod().enrol({}), make_pod()
+    server.enrol({(client.identity, 0): True})
+    node.kernel.read_events()
+    with server.app.listen(("0.0.0.0", PORT)) as listener:
+        # The client's ACKs are lost until the policy has changed.
+        run(server.netns, "nft", "add table ip t; add chain ip t c { type filter hook input priority 0; }")
+        run(server.netns, "nft", "add rule ip t c tcp flags & (syn | ack) == ack drop")
+        sock = client.app.connect((server.address, PORT))
+        assert [c for c in node.kernel.connections() if c.netns_cookie == server.cookie] == []
+        node.kernel.set_policy(server.cookie, {}, 2)
+        run(server.netns, "nft", "flush ruleset")
+        sock.sendall(b"late")
+        accepted, _ = listener.accept()
+        [connection] = [c for c in node.kernel.connections() if c.netns_cookie == server.cookie]
+        assert connection.revoked
+        assert connection.generation == 2
+        assert [c.cookie for c in node.kernel.refused_now()] == [connection.cookie]
+        events = [e for e in node.kernel.read_events() if e.destination == server.identity]
+        assert [e.reason for e in events] == [Reason.REVOKED]
+        assert events[0].client == sock.getsockname()
+        node.kernel.destroy(connection, server.netns)
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+        accepted.close()
+        sock.close()
+
+
+def test_changes_and_sweeps_under_load(node, make_pod):
+    """After set_policy and one walk, nothing is open that the policy refuses, however many come and go."""
+    clients = [make_pod().enrol({}) for _ in range(2)]
+    server = make_pod()
+    server.enrol({(client.identity, 0): True for client in clients})
+    echo = Echo(server.app.listen(("0.0.0.0", PORT)))
+    stop = threading.Event()
+
+    def dial(client):
+        mine = []
+        while not stop.is_set():
+            with contextlib.suppress(OSError):
+                mine.append(client.app.connect((server.address, PORT), timeout=1))
+            if len(mine) > 20:
+                mine.pop(0).close()
+        for sock in mine:
+            sock.close()
+
+    threads = [threading.Thread(target=dial, args=(client,)) for client in clients]
+    for thread in threads:
+        thread.start()
+    try:
+        for generation in range(2, 30):
+            allowed = clients[generation % 2]
+            node.kernel.set_policy(server.cookie, {(allowed.identity, 0): True}, generation)
+            for connection in node.kernel.refused_now():
+                if connection.netns_cookie == server.cookie:
+                    node.kernel.destroy(connection, server.netns)
+            time.sleep(0.02)
+            # What was in its handshake meanwhile says so itself.
+            for connection in node.kernel.connections():
+                if connection.netns_cookie == server.cookie and connection.source != allowed.identity:
+                    assert connection.revoked
+                    node.kernel.destroy(connection, server.netns)
+            left = [c for c in node.kernel.refused_now() if c.netns_cookie == server.cookie]
+            assert left == []
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+        echo.close()
+
+
+def everything_about(node, pod):
+    """Elements of any map that speak of a pod: its cookie, its address."""
+    cookie, address = struct.pack("=Q", pod.cookie), socket.inet_aton(pod.address)
+    found = []
+    for name, table in node.kernel._maps.items():
+        if name in ("sockets", "events", "counters", "flows", "refused"):
+            continue
+        for key in list(table.keys()):  # noqa: SIM118
+            value = b"" if name in ("listeners", "policies") else table.lookup(key) or b""
+            if cookie in key or address in key or cookie in value or address in value:
+                found.append((name, key))
+    return found
+
+
+def test_nothing_stays_of_a_removed_pod(node, make_pod):
+    client, server = make_pod().enrol({}), make_pod()
+    server.enrol({(client.identity, 0): True})
+    listeners = [
+        node.kernel.create_listener(server.netns, server.address, port)
+        for port in (wire.PORT_OUTBOUND, wire.PORT_OUTBOUND_L7, wire.PORT_HBONE)
+    ]
+    node.kernel.set_peer("10.88.0.9", Peer(False, True, 55))
+    captured = server.app.connect(("10.88.0.9", 1))
+    with server.app.listen(("0.0.0.0", PORT)) as listener:
+        sock = client.app.connect((server.address, PORT))
+        sock.sendall(b"12345")
+        accepted, _ = listener.accept()
+        assert accepted.recv(5) == b"12345"
+        with pytest.raises(ConnectionRefusedError):
+            node.worker("host").connect((server.address, 1))  # leaves a trace in `recent`
+        assert len(everything_about(node, server)) >= 7
+        node.kernel.remove_pod(server.cookie)
+        assert everything_about(node, server) == []
+        assert not (node.pins / f"v{wire.ABI}/netns/{server.cookie}").exists()
+        node.kernel.remove_pod(server.cookie)
+        # What is open is counted until it closes.
+        sock.close()
+        accepted.close()
+    key = FlowKey(client.identity, server.identity, PORT, Direction.INBOUND)
+    deadline = time.monotonic() + 2
+    while node.kernel.flows()[key].closed != 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert node.kernel.flows()[key] == (1, 1, 0, 0, 5)
+    node.kernel.forget_flows([key])
+    assert key not in node.kernel.flows()
+    captured.close()
+    for fd in listeners:
+        os.close(fd)
+    node.kernel.remove_peer("10.88.0.9")
+
+
+def test_nothing_of_ours_keeps_a_namespace_alive(node):
+    """Its own interface tells: when the last reference goes, the peer in the node's namespace vanishes."""
+    netns = new_namespace()
+    cookie = namespace.cookie(netns)
+    run_with = f"ip link add mkgone type veth peer name eth0 netns /proc/self/fd/{netns}"
+    import subprocess
+
+    subprocess.run(
+        ["nsenter", f"--net=/proc/self/fd/{node.netns}", "sh", "-c", run_with],
+        pass_fds=(netns, node.netns),
+        check=True,
+        timeout=10,
+    )
+    run(netns, "sh", "-c", "ip addr add 10.77.200.1/16 dev eth0 && ip link set eth0 up && ip link set lo up")
+    node.kernel.add_pod(Pod(cookie, "10.77.200.1", 9000), netns)
+    node.kernel.set_policy(cookie, {}, 1)
+    fds = [node.kernel.create_listener(netns, "10.77.200.1", wire.PORT_HBONE)]
+    fds += node.kernel.create_outbound(netns, 3) + node.kernel.create_delivery(netns, 3)
+    assert node.kernel.missing(cookie, netns) == []
+    node.kernel.connections()
+    node.kernel.flows()
+    for fd in fds:  # the proxies' part
+        os.close(fd)
+    node.kernel.remove_pod(cookie)
+    assert "mkgone" in run(node.netns, "ip", "-o", "link")
+    os.close(netns)
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while "mkgone" in run(node.netns, "ip", "-o", "link") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert "mkgone" not in run(node.netns, "ip", "-o", "link")
+
+
+def test_pod_can_be_removed_after_its_namespace(node):
+    netns = new_namespace()
+    cookie = namespace.cookie(netns)
+    run(netns, "ip", "link", "set", "lo", "up")
+    node.kernel.add_pod(Pod(cookie, "10.77.200.2", 9001), netns)
+    os.close(netns)
+    time.sleep(0.3)
+    node.load()  # drops links of namespaces that are gone
+    node.kernel.remove_pod(cookie)
+    assert cookie not in node.kernel.pods()
+
+
+def test_missing_says_what_is_missing(node, make_pod):
+    pod = make_pod()
+    assert node.kernel.missing(pod.cookie, pod.netns) == ["the pod is not in the kernel's tables"]
+    pod.enrol()
+    assert node.kernel.missing(pod.cookie, pod.netns) == ["no policy"]
+    node.kernel.set_policy(pod.cookie, {}, 1)
+    assert node.kernel.missing(pod.cookie, pod.netns) == []
+    run(pod.netns, "ip", "rule", "del", "priority", str(namespace.DELIVERY_PRIORITY))
+    run(pod.netns, "sh", "-c", "echo 0 >/proc/sys/net/ipv4/tcp_fwmark_accept")
+    (node.pins / f"v{wire.ABI}/netns/{pod.cookie}").unlink()
+    found = node.kernel.missing(pod.cookie, pod.netns)
+    assert len(found) == 3
+    assert "tcp_fwmark_accept" in " ".join(found)
+    pod.enrol()  # again: whole
+    assert node.kernel.missing(pod.cookie, pod.netns) == []
+
+
+def test_wrong_namespace_is_not_enrolled(node, make_pod):
+    pod = make_pod()
+    with pytest.raises(KernelError, match="cookie"):
+        node.kernel.add_pod(Pod(pod.cookie + 1, pod.address, pod.identity), pod.netns)
+    assert node.kernel.pods().get(pod.cookie + 1) is None
+    with pytest.raises(ValueError, match="identity 1"):
+        node.kernel.add_pod(Pod(pod.cookie, pod.address, 1), pod.netns)
+    with pytest.raises(ValueError, match=r"10\.77"):
+        node.kernel.add_pod(Pod(pod.cookie, "10.77", pod.identity), pod.netns)
+    assert pod.cookie not in node.kernel.pods()
+    with pytest.raises(KernelError, match="no such pod"):
+        node.kernel.set_policy(pod.cookie, {}, 1)
+
+
+def test_proxies_read_captured_without_capabilities(node):
+    """``unprivileged_bpf_disabled`` forbids making maps, not using what was handed over; and read-only is read-only."""
+    fd = node.kernel.captured_fd()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            table = CapturedMap(fd)
+            assert "CapEff:\t0000000000000000" in Path("/proc/self/status").read_text()
+            assert table.find(1, "10.0.0.1", 1, wire.PORT_OUTBOUND) is None
+            try:
+                table.update(bytes(table.key_size), bytes(table.value_size))
+            except MapError as error:
+                status = 0 if error.errno == errno.EPERM else 2
+        finally:
+            os._exit(status)
+    os.close(fd)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+RECORDS = [value for value in vars(wire).values() if isinstance(value, type) and hasattr(value, "LAYOUT")]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.LAYOUT.tag)
+def test_layout_is_that_of_the_loaded_programs(programs_btf, record):
+    """Every member, by name, offset and size, as the kernel has the programs' types."""
+    layout = record.LAYOUT
+    compiled = [
+        (m.name.removeprefix("tuple."), (m.offset, m.size))
+        for btf in programs_btf
+        for m in members(btf, layout.tag)
+    ]
+    assert compiled, f"no program has struct {layout.tag}"
+    assert dict(compiled) == layout.offsets
+    assert {size for btf in programs_btf if (size := size_of(btf, layout.tag))} == {layout.size}
+
+
+def members(btf, tag):
+    try:
+        return btf.members(tag)
+    except Exception:
+        return []
+
+
+def size_of(btf, tag):
+    try:
+        return btf.size(tag)
+    except Exception:
+        return None
+
+
+@pytest.fixture(scope="module")
+def programs_btf(node):
+    with contextlib.ExitStack() as stack:
+        found = []
+        for name in ("link_connect4", "link_sock_ops", "link_sock_create"):
+            link = links.open_pin(str(node.pins / f"v{wire.ABI}" / name))
+            number = links.program_btf_id(links.link_info(link).program)
+            os.close(link)
+            found.append(stack.enter_context(Btf.of_id(number)))
+        yield found
+
+
+def test_private_layout_and_constants(programs_btf):
+    assert size_of(programs_btf[0], "socket_state") == wire.SOCKET_STATE_SIZE
+    header = Path(wire.__file__).with_name("wire.h").read_text()
+    defined = dict(re.findall(r"#define (\w+) (\w+)", header))
+    for name in (
+        "PORT_OUTBOUND",
+        "PORT_OUTBOUND_L7",
+        "PORT_HBONE",
+        "PEER_LOCAL",
+        "PEER_ENROLLED",
+        "SERVICE_L7",
+        "SOCKET_REVOKED",
+        "POLICY_GENERATION",
+        "IDENTITY_PLAIN",
+        "IDENTITY_PROBE",
+        "IDENTITY_TUNNEL",
+        "IDENTITY_FIRST",
+    ):
+        assert getattr(wire, name) == int(defined[name], 0), name
+    assert int(defined["MYCEL_ABI"]) == wire.ABI
+    for prefix, values in (
+        ("ROLE", wire.Role),
+        ("VIA", wire.Via),
+        ("REASON", wire.Reason),
+        ("DIRECTION", wire.Direction),
+    ):
+        in_header = {
+            name: int(value)
+            for name, value in re.findall(rf"\b{prefix}_(\w+) = (\d+),", header)
+            if name != "COUNT"
+        }
+        assert in_header == {value.name: value.value for value in values}
+    counters = re.search(r"enum counter {(.*?)}", header, re.S)
+    assert counters
+    names = re.findall(r"COUNTER_(\w+)", counters[1])
+    [reason_count] = map(int, re.findall(r"REASON_COUNT = (\d+)", header))
+    expected = {f"FULL_{name.upper()}": slot for name, slot in wire.COUNTER_FULL.items()}
+    expected["COUNT"] = wire.COUNTERS
+    assert {name: reason_count + index for index, name in enumerate(names)} == expected
+
+
+def test_map_elements_come_back_as_they_went(node):
+    with Map.create(1, "round", 8, wire.Peer.LAYOUT.size, 3000, flags=1) as table:
+        written = {struct.pack("=Q", n): wire.Peer(n, n + 1, 3).pack() for n in range(2500)}
+        for key, value in written.items():
+            table.update(key, value)
+        assert dict(table.items()) == written
+        assert len(table.items()) == len(table) == 2500
+        assert set(table.keys()) == set(written)
+        assert table.delete(struct.pack("=Q", 7)) and not table.delete(struct.pack("=Q", 7))
+        assert table.lookup(struct.pack("=Q", 7)) is None
+        with pytest.raises(ValueError, match="key of 3 bytes"):
+            table.lookup(b"abc")
