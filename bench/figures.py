@@ -41,14 +41,7 @@ def measure(testbed: Testbed, *, say: Callable[[str], None]) -> Json:
     say("memory")
     memory = pss(testbed.mesh)
     say("bytes between nodes")
-    if testbed.plain is not None and testbed.plain_pods is not None:
-        target = f"{testbed.plain_pods.far.address}:{nginx.PORT}"
-        if plain_bytes(testbed.plain, testbed.plain_pods, target) == 0:
-            raise FigureError(
-                "the capture sees nothing where there is no mesh: it would prove nothing about Mycel"
-            )
-    address = testbed.service_address("far")
-    plain = plain_bytes(testbed.mesh, testbed.mesh_pods, f"{address}:80")
+    plain = _plain_bytes(testbed)
     times = policy_changes(testbed, say=say)
     return {
         "policy_change_p99_ms": round(percentile(times, 99), 1),
@@ -82,11 +75,37 @@ def _pss_of(pids: list[int]) -> int:
 # -- bytes on the wire
 
 
-def plain_bytes(lab: Lab, pods: Pods, target: str) -> int:
-    """Requests from client to the other node's server, under a capture: the bytes of TCP payload that went in the clear."""
+def _plain_bytes(testbed: Testbed) -> int:
+    """In the mesh, by service and by pod address, at L4 and through l7proxy; the control is the lab without a mesh."""
+    lab, pods = testbed.mesh, testbed.mesh_pods
+    assert lab is not None
+    assert pods is not None
+    if testbed.plain is not None and testbed.plain_pods is not None:
+        control, _ = payload_bytes(
+            testbed.plain, testbed.plain_pods, [f"{testbed.plain_pods.far.address}:{nginx.PORT}"]
+        )
+        if control == 0:
+            raise FigureError(
+                "the capture sees nothing where there is no mesh: it would prove nothing about Mycel"
+            )
+    lab.apply([*base(), *changing(allowed=True, to="far")], name=CHANGING)
+    lab.settle()
+    targets = [f"{testbed.service_address(name)}:80" for name in ("far", "routed")]
+    plain, tunnelled = payload_bytes(lab, pods, [*targets, f"{pods.far.address}:{nginx.PORT}"])
+    if tunnelled == 0:
+        raise FigureError(
+            "the capture saw no HBONE, though the requests were answered: they went another way"
+        )
+    lab.apply([*base(), *changing(allowed=True, to="near")], name=CHANGING)
+    lab.settle()
+    return plain
+
+
+def payload_bytes(lab: Lab, pods: Pods, targets: list[str]) -> tuple[int, int]:
+    """Requests from client to the other node's server, under a capture: as :func:`count_payload`."""
     marker = secrets.token_hex(16)
     with lab.capture("node1") as capture:
-        for _ in range(20):
+        for target in targets * 10:
             answered = pods.client.run(
                 [
                     "/usr/bin/curl",
@@ -99,14 +118,17 @@ def plain_bytes(lab: Lab, pods: Pods, target: str) -> int:
                 ]
             ).stdout
             if answered != nginx.body("far"):
-                raise FigureError(f"the server on the other node answers {answered!r}")
+                raise FigureError(f"{target} is to be the server on the other node, and answers {answered!r}")
         time.sleep(0.2)  # what is still under way
-    return count_plain(capture, {pods.client.address, pods.far.address}, marker.encode())
+    return count_payload(capture, {pods.client.address, pods.far.address}, marker.encode())
 
 
-def count_plain(capture: Capture, pods: set[str], marker: bytes) -> int:
-    """Payload between these pods that is not HBONE, and payload of HBONE's port that is not TLS or holds the marker."""
-    plain = 0
+def count_payload(capture: Capture, pods: set[str], marker: bytes) -> tuple[int, int]:
+    """Bytes of TCP payload between these pods: those in the clear, and those of HBONE.
+
+    In the clear is whatever is not on HBONE's port, or is no TLS there, or holds the marker.
+    """
+    plain = tunnelled = 0
     tls: dict[tuple[str, int, str, int], bool] = {}
     for source, source_port, destination, destination_port, payload in capture.segments():
         if not payload or not {source, destination} <= pods:
@@ -120,7 +142,9 @@ def count_plain(capture: Capture, pods: set[str], marker: bytes) -> int:
         is_tls = tls.setdefault(flow, payload[0] in (20, 21, 22, 23) and payload[1:2] == b"\x03")
         if not is_tls or marker in payload:
             plain += len(payload)
-    return plain
+        else:
+            tunnelled += len(payload)
+    return plain, tunnelled
 
 
 # -- how long a change takes

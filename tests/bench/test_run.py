@@ -60,17 +60,18 @@ RECORD = b"\x17\x03\x03\x00\x05hello"
 
 
 @pytest.mark.parametrize(
-    ("segment", "plain"),
+    ("segment", "plain", "tunnelled"),
     [
-        ((CLIENT, 4000, SERVER, 15008, b"\x16\x03\x01\x00\x01x"), 0),
-        ((SERVER, 15008, CLIENT, 4000, RECORD), 0),
-        ((CLIENT, 4000, SERVER, 8080, b"GET"), 3),
-        ((SERVER, 8080, CLIENT, 4000, b"HTTP"), 4),
-        ((CLIENT, 4000, SERVER, 15008, b"GET"), 3),
-        ((CLIENT, 4000, SERVER, 15008, b"\x17\x03\x03\x00\x06MARKER"), 11),
-        ((CLIENT, 4000, STRANGER, 8080, b"GET"), 0),
-        ((CLIENT, 4000, SERVER, 8080, b""), 0),
+        ((CLIENT, 4000, SERVER, 15008, b"\x16\x03\x01\x00\x01x"), 0, 6),
+        ((SERVER, 15008, CLIENT, 4000, RECORD), 0, 10),
+        ((CLIENT, 4000, SERVER, 8080, b"GET"), 3, 0),
+        ((SERVER, 8080, CLIENT, 4000, b"HTTP"), 4, 0),
+        ((CLIENT, 4000, SERVER, 15008, b"GET"), 3, 0),
+        ((CLIENT, 4000, SERVER, 15008, b"\x17\x03\x03\x00\x06MARKER"), 11, 0),
+        ((CLIENT, 4000, STRANGER, 8080, b"GET"), 0, 0),
+        ((CLIENT, 4000, SERVER, 8080, b""), 0, 0),
     ],
 )
-def test_plain_payload_is_told_from_hbone(segment: tuple[Any, ...], plain: int) -> None:
-    assert figures.count_plain(capture_of(cast(Any, segment)), {CLIENT, SERVER}, b"MARKER") == plain
+def test_plain_payload_is_told_from_hbone(segment: tuple[Any, ...], plain: int, tunnelled: int) -> None:
+    capture = capture_of(cast(Any, segment))
+    assert figures.count_payload(capture, {CLIENT, SERVER}, b"MARKER") == (plain, tunnelled)
