@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import http.client
 import itertools
-import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -20,29 +17,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from lab import cgroups, namespaces
+from lab import cgroups
 from lab import state as states
 from lab.capture import Capture
 from lab.cluster import Cluster, PodRecord
 from lab.errors import LabError
+from lab.mesh import ADMIN_PORTS, COMPONENTS, CONTROL_ADDRESS, CONTROLLER, MeshProcesses
 from lab.metrics import Metrics
-from lab.node import RUN, Node, hold, python_module
+from lab.node import Node, hold
 from lab.place import Place
 from lab.pod import Pod
 from lab.processes import Process, wait_until
 
-CONTROL_ADDRESS = "10.99.0.1"
-COMPONENTS = ("agent", "nodeproxy", "l7proxy")
-ADMIN_PORTS = {"controlplane": 15014, "agent": 15020, "nodeproxy": 15021, "l7proxy": 15090}
-#: The agent's short list (see ARCHITECTURE.md); everything else of the mesh runs without any.
-AGENT_CAPABILITIES = ("bpf", "net_admin", "sys_admin", "perfmon")
-#: Seconds for all of the mesh's processes to be ready; compiling the kernel programs is most of it.
-START_TIMEOUT = 60.0
+__all__ = ["COMPONENTS", "CONTROL_ADDRESS", "Lab"]
 
 
 class Lab:
@@ -70,7 +61,7 @@ class Lab:
         self._log_level = log_level
         self._outsiders = itertools.count(100)
         self._barriers = itertools.count(1)
-        self._stack = contextlib.ExitStack()
+        self._mesh: MeshProcesses | None = None
         self._holders: list[subprocess.Popen[str]] = []
         self._nodes: dict[str, Node] = {}
         self._pods: list[Pod] = []
@@ -105,7 +96,14 @@ class Lab:
             #: Seconds until nodes and fabric stood, and until the mesh's processes were ready too.
             self.fabric_seconds = time.monotonic() - began
             if self.mesh:
-                self._start_mesh()
+                self._mesh = MeshProcesses(
+                    self.folder,
+                    self.control,
+                    self.nodes,
+                    arguments=self._arguments,
+                    log_level=self._log_level,
+                )
+                self._mesh.start_all(self._components)
             self.start_seconds = time.monotonic() - began
         except BaseException as error:
             logs = self.logs()
@@ -120,7 +118,6 @@ class Lab:
             return
         self.started = False
         with _uninterrupted():
-            self._stack.close()
             states.reap(self.state)
             for holder in self._holders:
                 holder.wait()
@@ -206,104 +203,18 @@ class Lab:
         place.ip(f"link set eth0 up\naddr add {address}/24 dev eth0\n{routes}")
         states.note(self.state, place.name, net=place.net, cgroup=place.cgroup, mount=place.mount)
 
-    def _start_mesh(self) -> None:
-        credentials = self.folder / "credentials"
-        credentials.mkdir()
-        control_state = self.folder / "control"
-        control_state.mkdir(mode=0o700)
-        for node in self._nodes.values():
-            token = secrets.token_urlsafe(32)
-            path = node.folder / "credential"
-            path.touch(mode=0o600)
-            path.write_text(token)
-            (credentials / node.name).write_text(sha256(token.encode()).hexdigest())
-        self._controlplane = self._process(
-            "controlplane",
-            self.control,
-            self.control.cgroup,
-            [
-                *("--config", str(self.folder / "config"), "--state", str(control_state)),
-                *("--listen", f"{CONTROL_ADDRESS}:15012", "--admin", f"{CONTROL_ADDRESS}:15014"),
-                *("--credentials", str(credentials), "--server-name", CONTROL_ADDRESS),
-            ],
-        )
-        self._controlplane.start()
-        wait_until(
-            lambda: self._alive(self._controlplane) and self.roots.exists(),
-            START_TIMEOUT,
-            f"{self.roots} exists",
-        )
-        for node in self._nodes.values():
-            for component in COMPONENTS:
-                node.processes[component] = self._process(
-                    component, node, node.top / "mycel" / component, self._node_arguments(node, component)
-                )
-                if component in self._components:
-                    node.processes[component].start()
-        self.wait_ready()
-
-    def _node_arguments(self, node: Node, component: str) -> list[str]:
-        common = [
-            *("--node", node.name, "--run", str(RUN), "--controller", f"{CONTROL_ADDRESS}:15012"),
-            *("--roots", str(self.roots), "--credential", str(node.folder / "credential")),
-            *("--admin", f"{node.address_on_fabric}:{ADMIN_PORTS[component]}"),
-        ]
-        if component == "agent":
-            common += [
-                *("--state", "/var/lib/mycel", "--pins", "/sys/fs/bpf/mycel", "--cgroup", str(node.top)),
-                *("--prober-cgroup", str(node.kubelet), "--envoy-cgroup", str(node.top / "envoy")),
-            ]
-        if component == "l7proxy":
-            common += ["--access-log", "-"]
-        return common
-
-    def _process(self, component: str, place: Place, cgroup: Path, arguments: Sequence[str]) -> Process:
-        kept = "".join(f",+{name}" for name in AGENT_CAPABILITIES) if component == "agent" else ""
-        capabilities = ["/usr/bin/setpriv", f"--bounding-set=-all{kept}", "--inh-caps=-all", "--"]
-        command = [
-            *capabilities,
-            *python_module(component),
-            *arguments,
-            *("--log-format", "text", "--log-level", self._log_level),
-            *self._arguments.get(component, ()),
-        ]
-        name = component if place is self.control else f"{place.name} {component}"
-        log = self.folder / "logs" / f"{name.replace(' ', '-')}.log"
-        cache = os.environ.get("MYCEL_CACHE") or os.path.join(
-            os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mycel"
-        )
-        environment = {"BCC_KERNEL_SOURCE": f"{cache}/headers/current", **os.environ}
-        return Process(name, place.command(command, cgroup=cgroup), log, environment)
-
-    def wait_ready(self, timeout: float = START_TIMEOUT) -> None:
-        """Wait until every process that runs says that it is ready. :raises LabError: one ended, or is not in time."""
-        for process in self.all_processes():
-            if not process.running and process.exit_status is None:
-                continue
-            place, component = self._place_of(process.name)
-
-            def ready(process: Process = process, place: Place = place, component: str = component) -> bool:
-                return self._alive(process) and self._answers(place, component, "/healthz/ready")
-
-            wait_until(ready, timeout, f"{process.name} is ready")
-
-    def _alive(self, process: Process) -> bool:
-        if not process.running:
-            raise LabError(f"{process.name} ended with status {process.exit_status}:\n{process.tail()}")
-        return True
-
-    def _answers(self, place: Place, component: str, path: str) -> bool:
-        try:
-            return self._get(place, component, path, timeout=2.0)[0] == 200
-        except OSError:
-            return False
-
     # -- what is there
+
+    @property
+    def _running(self) -> MeshProcesses:
+        if self._mesh is None:
+            raise LabError("this lab runs without the mesh")
+        return self._mesh
 
     @property
     def roots(self) -> Path:
         """The mesh's public bundle, as the controller writes it."""
-        return self.folder / "control" / "roots.pem"
+        return self._running.roots
 
     @property
     def nodes(self) -> list[Node]:
@@ -417,9 +328,14 @@ class Lab:
 
     def process(self, node: str, component: str = "") -> Process:
         """The process of a node's component; ``process("controlplane")`` is the controller's."""
-        if node == "controlplane":
-            return self._controlplane
-        return self.node(node).processes[component]
+        return self._running.process(node, component)
+
+    def all_processes(self) -> list[Process]:
+        return self._mesh.all() if self._mesh is not None else []
+
+    def processes_of(self, node: str, component: str) -> list[int]:
+        """Process ids of a component and its children."""
+        return cgroups.processes(self.node(node).top / "mycel" / component)
 
     def kill(self, node: str, component: str = "") -> None:
         """SIGKILL."""
@@ -430,74 +346,36 @@ class Lab:
         return self.process(node, component).stop(timeout)
 
     def start(self, node: str, component: str = "", *, ready: bool = True) -> None:
-        process = self.process(node, component)
-        process.start()
+        self.process(node, component).start()
         if ready:
-            place, name = self._place_of(process.name)
-            wait_until(
-                lambda: self._alive(process) and self._answers(place, name, "/healthz/ready"),
-                START_TIMEOUT,
-                f"{process.name} is ready",
-                explain=process.tail,
-            )
-
-    def all_processes(self) -> list[Process]:
-        controller = [self._controlplane] if hasattr(self, "_controlplane") else []
-        return controller + [process for node in self._nodes.values() for process in node.processes.values()]
-
-    def _place_of(self, name: str) -> tuple[Place, str]:
-        if name == "controlplane":
-            return self.control, name
-        node, component = name.split()
-        return self.node(node), component
+            self._running.wait_ready(node, component)
 
     def mycel(
         self, *arguments: str, timeout: float = 30.0, check: bool = True
     ) -> subprocess.CompletedProcess[str]:
         """Run the ``mycel`` command beside the controller."""
-        controller = f"MYCEL_CONTROLLER={CONTROL_ADDRESS}:{ADMIN_PORTS['controlplane']}"
+        controller = f"MYCEL_CONTROLLER={CONTROL_ADDRESS}:{ADMIN_PORTS[CONTROLLER]}"
         command = ["/usr/bin/env", controller, str(Path(sys.executable).parent / "mycel"), *arguments]
         return self.control.run(command, timeout=timeout, check=check)
 
     # -- looking
 
-    def _get(self, place: Place, component: str, path: str, timeout: float = 5.0) -> tuple[int, bytes]:
-        address = CONTROL_ADDRESS if place is self.control else self.node(place.name).address_on_fabric
-        connection = http.client.HTTPConnection(address, ADMIN_PORTS[component], timeout=timeout)
-        try:
-            connection.sock = namespaces.connect(place.net, (address, ADMIN_PORTS[component]), timeout)
-            connection.request("GET", path)
-            response = connection.getresponse()
-            return response.status, response.read()
-        except http.client.HTTPException as error:
-            raise LabError(f"{place.name} {component} {path}: {error!r}") from error
-        finally:
-            connection.close()
-
     def get(self, node: str, component: str = "", path: str = "/") -> bytes:
-        """A page of a component's admin server. :raises LabError: another status than 200."""
-        place, name = (self.control, node) if node == "controlplane" else (self.node(node), component)
-        try:
-            status, body = self._get(place, name, path)
-        except OSError as error:
-            raise LabError(f"{place.name} {name} {path}: {error}") from error
-        if status != 200:
-            raise LabError(f"{place.name} {name} {path}: status {status}: {body[:500]!r}")
-        return body
+        """A page of a component's admin server. :raises LabError: no answer, or another status than 200."""
+        return self._running.get(node, component, path)
 
     def get_json(self, node: str, component: str = "", path: str = "/") -> Any:
-        return json.loads(self.get(node, component, path))
+        return self._running.get_json(node, component, path)
 
     def metrics(self, node: str, component: str = "") -> Metrics:
         """What a component's ``/metrics`` says at this moment."""
-        return Metrics(self.get(node, component, "/metrics").decode())
+        return self._running.metrics(node, component)
 
     def logs(self, node: str = "", component: str = "", lines: int = 60) -> str:
         """The end of one component's log, or of all of them."""
         if node:
             return self.process(node, component).tail(lines)
-        parts = [f"--- {process.name}\n{process.tail(lines)}" for process in self.all_processes()]
-        return "\n".join(parts)
+        return self._mesh.logs(lines) if self._mesh is not None else ""
 
     def capture(self, node: str | None = None) -> Capture:
         """Record every packet on the fabric (as one node's cable carries it, if a node is named)."""
@@ -544,35 +422,19 @@ class Lab:
             address="10.96.255.254",
         )
 
+        mesh = self._running
+
         def compiled() -> bool:
-            for resource in self.get_json("controlplane", path="/debug/snapshot")["resources"]:
+            for resource in mesh.get_json(CONTROLLER, path="/debug/snapshot")["resources"]:
                 if resource.get("type") == "service" and resource["name"] == "lab-barrier":
                     return bool(resource["ports"][0]["port"] == number)
             return False
 
-        wait_until(compiled, timeout, "the controller has read what was written")
-
         def behind() -> list[str]:
-            return self._behind(components)
+            return mesh.behind(components)
 
+        wait_until(compiled, timeout, "the controller has read what was written")
         wait_until(lambda: not behind(), timeout, "every node has what was written", explain=behind)
-
-    def _behind(self, components: Sequence[str]) -> list[str]:
-        """Processes that do not have what the controller serves."""
-        page = self.get_json("controlplane", path="/debug/clients")
-        acked = {(client["node"], client["component"]): client["version_acked"] for client in page["clients"]}
-        return [
-            f"{process.name} has {acked.get((node.name, component), 'no stream')[:12]}, not {page['version'][:12]}"
-            for node in self.nodes
-            for component, process in node.processes.items()
-            if component in components
-            and process.running
-            and acked.get((node.name, component)) != page["version"]
-        ]
-
-    def processes_of(self, node: str, component: str) -> list[int]:
-        """Process ids of a component and its children."""
-        return cgroups.processes(self.node(node).top / "mycel" / component)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from cni.install import install as install_plugin
 from lab import cgroups
 from lab.errors import LabError
 from lab.place import Place
-from lab.processes import Process
 from lab.runtime import Runtime
 
 #: Debian's containernetworking-plugins.
@@ -86,7 +85,6 @@ class Node(Place):
         self.top = cgroup
         self.address_on_fabric = f"10.99.0.{10 + number}"
         self.subnet = f"10.244.{number}.0/24"
-        self.processes: dict[str, Process] = {}
         for part in (
             "pods",
             "runtime",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
 from types import TracebackType
 from typing import Any, Self
@@ -46,9 +47,15 @@ class Traffic:
         self._process.wait(timeout)
         return self.end()
 
-    def end(self) -> list[dict[str, Any]]:
-        """End it, and give back one record per connection or request; one that was under way is not among them."""
-        if self._process.poll() is None:
+    def end(self, patience: float = 20.0) -> list[dict[str, Any]]:
+        """End it, and give back one record per connection or request.
+
+        An echo client ends what is under way first, so that its records are all that it did.
+        """
+        self._process.terminate()
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._file.seek(0)

@@ -1,7 +1,7 @@
 """Steady traffic that writes down every outcome: a new TCP connection each time, one echo, one line of JSON.
 
-Each line holds the time (``time.time()``), the outcome (``ok``, or what failed and how) and, when the server greets (see
-``tcp_server.py --greet``), who the client was to it. Ends on SIGTERM or after ``--count`` connections.
+SIGTERM ends it when the connection under way is done and written down. Each line holds the time (``time.time()``), the
+outcome (``ok``, or what failed and how) and, when the server greets (see ``tcp_server.py --greet``), who the client was to it.
 """
 
 import argparse
@@ -12,9 +12,12 @@ import sys
 import time
 from types import FrameType
 
+ending = False
+
 
 def stop(number: int, frame: FrameType | None) -> None:
-    sys.exit(0)
+    global ending
+    ending = True
 
 
 signal.signal(signal.SIGTERM, stop)
@@ -28,7 +31,7 @@ parser.add_argument("--greeted", action="store_true")
 options = parser.parse_args()
 
 number = 0
-while not options.count or number < options.count:
+while not ending and (not options.count or number < options.count):
     number += 1
     record: dict[str, object] = {"at": time.time()}
     marker = b"%016d" % number

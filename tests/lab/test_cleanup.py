@@ -35,6 +35,10 @@ with Lab(nodes=2, mesh=False) as lab:
 """
 
 
+#: Where nodes mount something of their own. Other tests on the machine may mount elsewhere at the same time.
+PLACES = ("/run", "/var/lib", "/etc/cni/net.d", "/sys/fs/bpf", "/mnt")
+
+
 @dataclass(frozen=True)
 class Machine:
     """All of the machine's own that a lab could leave something in. Other labs may run at the same time."""
@@ -85,7 +89,11 @@ def look() -> Machine:
         return subprocess.check_output(["/usr/sbin/ip", *arguments], text=True)
 
     return Machine(
-        mounts=frozenset(Path("/proc/self/mounts").read_text().splitlines()),
+        mounts=frozenset(
+            line
+            for line in Path("/proc/self/mounts").read_text().splitlines()
+            if line.split()[1] in PLACES or state.PREFIX in line
+        ),
         links=ip("-o", "-br", "link"),
         addresses=ip("-o", "-br", "address"),
         routes=ip("route", "show", "table", "all"),
