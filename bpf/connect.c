@@ -66,8 +66,8 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 	if (dial->address == 0) {
 		if (!pod || role != ROLE_NONE || !is_own_port(dial->port))
 			return PASS;
-		refuse_dial(netns, REASON_OWN_PORT, pod->identity, pod->identity, pod->address, dial->port,
-			    DIRECTION_OUTBOUND);
+		refuse_dial(netns, pod->address, REASON_OWN_PORT, pod->identity, pod->identity, pod->address,
+			    dial->port, DIRECTION_OUTBOUND);
 		return refuse(ECONNREFUSED);
 	}
 	peer = map_lookup(MAP(PEERS), &key.address);
@@ -108,8 +108,8 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 
 	/* An application. */
 	if (is_own_port(dial->port) && peer && (peer->flags & PEER_ENROLLED)) {
-		refuse_dial(netns, REASON_OWN_PORT, pod->identity, peer->identity, dial->address, dial->port,
-			    DIRECTION_OUTBOUND);
+		refuse_dial(netns, pod->address, REASON_OWN_PORT, pod->identity, peer->identity,
+			    dial->address, dial->port, DIRECTION_OUTBOUND);
 		return refuse(ECONNREFUSED);
 	}
 	struct service *service = map_lookup(MAP(SERVICES), &key);
@@ -125,8 +125,8 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 		struct endpoint drawn = {};
 
 		if (!draw(&key, service, &drawn)) {
-			refuse_dial(netns, REASON_NO_BACKEND, pod->identity, 0, dial->address, dial->port,
-				    DIRECTION_OUTBOUND);
+			refuse_dial(netns, pod->address, REASON_NO_BACKEND, pod->identity, 0, dial->address,
+				    dial->port, DIRECTION_OUTBOUND);
 			return refuse(ECONNREFUSED);
 		}
 		key.address = drawn.address;
@@ -171,8 +171,8 @@ judge_local:;
 
 	reason = judge(peer->netns, state->identity, key.port, &generation);
 	if (reason) {
-		refuse_dial(netns, reason, state->identity, peer->identity, key.address, key.port,
-			    DIRECTION_INBOUND);
+		refuse_dial(netns, pod->address, reason, state->identity, peer->identity, key.address,
+			    key.port, DIRECTION_INBOUND);
 		return refuse(EPERM);
 	}
 	return PASS;
@@ -198,8 +198,8 @@ inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod,
 	if (ctx->protocol != IPPROTO_TCP) {
 		if (pod && role == ROLE_NONE && ctx->protocol == IPPROTO_MPTCP &&
 		    !is_loopback(dial->address)) {
-			refuse_dial(netns, REASON_MPTCP, pod->identity, 0, dial->address, dial->port,
-				    DIRECTION_OUTBOUND);
+			refuse_dial(netns, pod->address, REASON_MPTCP, pod->identity, 0, dial->address,
+				    dial->port, DIRECTION_OUTBOUND);
 			return refuse(EPROTONOSUPPORT);
 		}
 		return PASS;
@@ -213,8 +213,8 @@ inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod,
 	stored = storage_get(MAP(SOCKETS), sk, &state, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!stored) {
 		count(COUNTER_FULL_SOCKETS);
-		refuse_dial(netns, REASON_MAP_FULL, state.identity, 0, dial->address, dial->port,
-			    DIRECTION_OUTBOUND);
+		refuse_dial(netns, pod ? pod->address : 0, REASON_MAP_FULL, state.identity, 0, dial->address,
+			    dial->port, DIRECTION_OUTBOUND);
 		return refuse(ENOMEM);
 	}
 	return PASS;
@@ -279,7 +279,20 @@ int connect6(struct bpf_sock_addr *ctx)
 	if (!pod || role != ROLE_NONE || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))
 		return PASS;
 
-	struct event event = { .netns = netns, .reason = REASON_IPV6, .source = pod->identity };
+	struct event event = {
+		.netns = netns,
+		.reason = REASON_IPV6,
+		.source = pod->identity,
+		.client_address = pod->address,
+	};
+	struct refusal refusal = {
+		.tuple = {
+			.client_address = pod->address,
+			.server_address = a0 ^ a1 ^ a2 ^ a3,
+			.server_port = ctx->user_port,
+		},
+		.reason = REASON_IPV6,
+	};
 	struct flow_key flow = { .source = pod->identity, .port = ctx->user_port };
 
 	event.server_port = ctx->user_port;
@@ -289,7 +302,8 @@ int connect6(struct bpf_sock_addr *ctx)
 	__builtin_memcpy(event.server6 + 12, &a3, 4);
 	count(REASON_IPV6);
 	count_refused(&flow);
-	tell(&event);
+	if (!was_told(&refusal, DIAL_NS))
+		tell(&event);
 	return refuse(ENETUNREACH);
 }
 

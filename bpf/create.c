@@ -15,10 +15,17 @@ int sock_create(struct bpf_sock *ctx)
 
 	if (!pod)
 		return 1;
-	struct event event = { .netns = netns, .reason = REASON_MPTCP, .source = pod->identity };
+	struct event event = {
+		.netns = netns,
+		.reason = REASON_MPTCP,
+		.source = pod->identity,
+		.client_address = pod->address,
+	};
+	struct refusal refusal = { .tuple = { .client_address = pod->address }, .reason = REASON_MPTCP };
 
 	count(REASON_MPTCP);
-	tell(&event);
+	if (!was_told(&refusal, DIAL_NS))
+		tell(&event);
 	set_retval(-EPROTONOSUPPORT);
 	return 0;
 }

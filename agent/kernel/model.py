@@ -90,7 +90,10 @@ class Pressure(NamedTuple):
 
 
 class Event(NamedTuple):
-    """A connection that the kernel refused, and why. A refused client's retries are told once in a while only."""
+    """A connection that the kernel refused, and why. A refused client's retries are told once in a while only.
+
+    REVOKED is told each time: such a connection is open, and has to be ended.
+    """
 
     reason: Reason
     netns_cookie: int  #: of the pod that dialled, or 0 when it was refused at the destination

@@ -5,8 +5,11 @@
 
 #include "lib/helpers.h"
 
+#define SECOND_NS 1000000000ULL
 /* A client sends its SYN again for about two minutes; told once in that time. */
-#define TOLD_AGAIN_NS (130ULL * 1000000000ULL)
+#define ATTEMPT_NS (130 * SECOND_NS)
+/* An application that dials again and again is told of once in a while. */
+#define DIAL_NS (5 * SECOND_NS)
 
 inline_always void count(u32 counter)
 {
@@ -42,37 +45,52 @@ inline_always void tell(struct event *event)
 		count(COUNTER_FULL_EVENTS);
 }
 
-/* Refused at connect(): once per attempt. */
-inline_always void refuse_dial(u64 netns, u32 reason, u32 source, u32 destination, __be32 address,
-			       __be16 port, u32 direction)
+/* Whether it was told within the period already; if not, it is from now on. */
+inline_always bool was_told(struct refusal *refusal, u64 period)
+{
+	u64 now = now_ns();
+	u64 *told = map_lookup(MAP(RECENT), refusal);
+
+	if (told && now - *told < period)
+		return true;
+	map_update(MAP(RECENT), refusal, &now, BPF_ANY);
+	return false;
+}
+
+/* Refused at connect(): each attempt is counted. The client is the pod's address; it has no port yet. */
+inline_always void refuse_dial(u64 netns, __be32 client, u32 reason, u32 source, u32 destination,
+			       __be32 address, __be16 port, u32 direction)
 {
 	struct flow_key flow = {
 		.source = source, .destination = destination, .port = port, .direction = direction
+	};
+	struct refusal refusal = {
+		.tuple = { .client_address = client, .server_address = address, .server_port = port },
+		.reason = reason,
 	};
 	struct event event = {
 		.netns = netns,
 		.reason = reason,
 		.source = source,
 		.destination = destination,
+		.client_address = client,
 		.server_address = address,
 		.server_port = port,
 	};
 
 	count(reason);
 	count_refused(&flow);
-	tell(&event);
+	if (!was_told(&refusal, DIAL_NS))
+		tell(&event);
 }
 
 /* Refused on arrival: counted and told once for all SYNs of one attempt. */
 inline_always void refuse_arrival(struct tuple *tuple, u32 reason, u32 source, u32 destination)
 {
 	struct refusal refusal = { .tuple = *tuple, .reason = reason };
-	u64 now = now_ns();
-	u64 *told = map_lookup(MAP(RECENT), &refusal);
 
-	if (told && now - *told < TOLD_AGAIN_NS)
+	if (was_told(&refusal, ATTEMPT_NS))
 		return;
-	map_update(MAP(RECENT), &refusal, &now, BPF_ANY);
 
 	struct flow_key flow = {
 		.source = source,

@@ -282,6 +282,16 @@ def test_refusal_is_told_once_for_repeated_syns(node, server, make_pod):
     assert node.kernel.flows()[key].refused == 1
 
 
+def test_client_that_dials_again_and_again_is_told_of_once(node, server, make_pod):
+    client = make_pod().enrol({})
+    for _ in range(50):
+        with pytest.raises(PermissionError):
+            client.app.connect((server.address, PORT))
+    assert told(node, server) == [Reason.POLICY]
+    key = FlowKey(client.identity, server.identity, PORT, Direction.INBOUND)
+    assert node.kernel.flows()[key].refused == 50
+
+
 def test_address_that_is_not_the_pods(node, server, host):
     run(server.netns, "ip", "addr", "add", "10.77.240.1/32", "dev", "lo")
     node.kernel.set_policy(server.cookie, {(IDENTITY_PLAIN, 0): True}, 2)

@@ -242,7 +242,7 @@ def everything_about(node, pod):
     for name, table in node.kernel._maps.items():
         if name in ("sockets", "events", "counters", "flows", "refused"):
             continue
-        for key in list(table.keys()):  # noqa: SIM118
+        for key in list(table.keys()):
             value = b"" if name in ("listeners", "policies") else table.lookup(key) or b""
             if cookie in key or address in key or cookie in value or address in value:
                 found.append((name, key))
