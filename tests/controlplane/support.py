@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import urllib.request
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,11 @@ class Harness:
             options=[("grpc.max_receive_message_length", -1)],
         )
 
+    async def clients(self) -> list[dict[str, Any]]:
+        """The clients that the controller shows."""
+        page = await self.page("/debug/clients")
+        return list(page["clients"])
+
     async def page(self, path: str) -> Any:
         url = f"http://127.0.0.1:{self.controller.admin_port}{path}"
 
@@ -201,6 +206,15 @@ class Harness:
 
         body = await asyncio.to_thread(get)
         return json.loads(body) if path.startswith("/debug") else body.decode()
+
+
+async def eventually(probe: Callable[[], Awaitable[bool]], timeout: float = 10.0) -> None:
+    """Wait until something holds; how soon depends on what else the machine does."""
+    async with asyncio.timeout(timeout):
+        while True:
+            if await probe():
+                return
+            await asyncio.sleep(0.02)
 
 
 def bearer(node: str) -> tuple[tuple[str, str], ...]:

@@ -16,6 +16,7 @@ import yaml
 from tests.controlplane.support import (
     TOKENS,
     Harness,
+    eventually,
     istio,
     pod,
     service,
@@ -153,16 +154,16 @@ class Envoy:
         return self._log.read_text()
 
 
-async def settled(harness: Harness, timeout: float = 20.0) -> dict[str, Any]:
-    """Wait until the client has taken the newest snapshot; its entry."""
-    async with asyncio.timeout(timeout):
-        while True:
-            page = await harness.page("/debug/clients")
-            for client in page["clients"]:
-                if client["version_acked"] == page["version"]:
-                    assert isinstance(client, dict)
-                    return client
-            await asyncio.sleep(0.05)
+async def settled(harness: Harness, after: str = "", timeout: float = 20.0) -> dict[str, Any]:
+    """Wait until the client has taken the newest snapshot, which is another than ``after``; its entry."""
+
+    async def probe() -> bool:
+        version = harness.controller.snapshot.version
+        return version != after and any(c["version_acked"] == version for c in await harness.clients())
+
+    await eventually(probe, timeout)
+    (client,) = await harness.clients()
+    return client
 
 
 class Application:
@@ -277,15 +278,15 @@ async def test_envoy_takes_all_and_routes(harness: Harness, tmp_path: Path) -> N
             }
 
             # Endpoints come and go without anything else changing.
+            version = harness.controller.snapshot.version
             write(harness.config, "web.yaml", *web[:3], subsets("web-app", "v1", "v2"))
-            await asyncio.sleep(0.1)
-            await settled(harness)
+            await settled(harness, version)
             assert b" 503 " in (await envoy.request(vip, GET % (b"/", b""))).splitlines()[0]
 
             # Everything goes: the listener too.
+            version = harness.controller.snapshot.version
             (harness.config / "vs.yaml").unlink()
-            await asyncio.sleep(0.1)
-            client = await settled(harness)
+            client = await settled(harness, version)
             assert client["nacks"] == 0
             assert (await envoy.get("/listeners?format=json")).get("listener_statuses", []) == []
         assert "rejected" not in envoy.log()

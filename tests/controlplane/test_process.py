@@ -20,7 +20,7 @@ import pytest
 
 from controlplane.check import Severity, check
 from controlplane.compiler import compile_snapshot
-from tests.controlplane.support import Harness, MeshClient, namespace, pod, two_versions, write
+from tests.controlplane.support import Harness, MeshClient, eventually, namespace, pod, two_versions, write
 from tests.requirements import ROOT
 
 
@@ -172,9 +172,12 @@ async def test_a_bug_of_ours_stops_nothing(harness: Harness, monkeypatch: pytest
         await client.hello()
         await client.take()
         poison = write(harness.config, "poison.yaml", namespace("poison"), pod("a"))
-        await asyncio.sleep(0.3)
+
+        async def rejected() -> bool:
+            return "mycel_controlplane_snapshots_rejected_total 1.0" in await harness.page("/metrics")
+
+        await eventually(rejected)
         assert not controller.snapshot.workloads
-        assert "mycel_controlplane_snapshots_rejected_total 1.0" in await harness.page("/metrics")
         poison.unlink()
         write(harness.config, "b.yaml", pod("b"))
         await client.take()

@@ -20,6 +20,7 @@ from tests.controlplane.support import (
     Harness,
     MeshClient,
     compile_all,
+    eventually,
     istio,
     mesh_namespace,
     pod,
@@ -182,14 +183,25 @@ async def test_agents_and_node_proxies_follow(harness: Harness) -> None:
             assert not update.complete
             assert "authorization/default/deny" in client.state
             assert client.state == dict(controller.snapshot.resources)
-        page = await harness.page("/debug/clients")
-        assert [(c["node"], c["component"], c["admin"], c["version_acked"]) for c in page["clients"]] == [
-            ("node-a", "agent", "10.0.0.1:15020", page["version"]),
-            ("node-b", "nodeproxy", "", page["version"]),
+        expected = [
+            ("node-a", "agent", "10.0.0.1:15020", controller.snapshot.version),
+            ("node-b", "nodeproxy", "", controller.snapshot.version),
         ]
+
+        async def shown() -> list[tuple[str, ...]]:
+            return [
+                (c["node"], c["component"], c["admin"], c["version_acked"]) for c in await harness.clients()
+            ]
+
+        async def both() -> bool:
+            return await shown() == expected
+
+        async def one() -> bool:
+            return await shown() == expected[1:]
+
+        await eventually(both)
         agent.stream.cancel()
-        await asyncio.sleep(0.2)
-        assert len((await harness.page("/debug/clients"))["clients"]) == 1
+        await eventually(one)
 
 
 async def test_reconnecting_with_the_same_state(harness: Harness) -> None:
@@ -208,8 +220,12 @@ async def test_a_refusal_is_shown(harness: Harness) -> None:
         await client.hello()
         update = await client.receive()
         await client.nack(update, **{"service/default/web-app": "the map is full"})
-        await asyncio.sleep(0.2)
-        (entry,) = (await harness.page("/debug/clients"))["clients"]
+
+        async def refused() -> bool:
+            return bool((await harness.clients())[0]["nacks"])
+
+        await eventually(refused)
+        (entry,) = await harness.clients()
         assert entry["errors"] == {"service/default/web-app": "the map is full"}
         assert entry["nacks"] == 1
         metrics = await harness.page("/metrics")

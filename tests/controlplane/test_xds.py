@@ -26,6 +26,7 @@ from tests.controlplane.support import (
     Manifest,
     bearer,
     compile_all,
+    eventually,
     istio,
     service,
     subsets,
@@ -452,8 +453,15 @@ async def test_a_stream(harness: Harness) -> None:
         first = await stream.receive()
         assert [_name(Type.ROUTES, r) for r in first.resources] == [TABLE]
         await stream.ask(Type.ROUTES, TABLE, nonce=first.nonce)
-        await asyncio.sleep(0.2)
-        (entry,) = (await harness.page("/debug/clients"))["clients"]
+
+        async def acked() -> bool:
+            return "acked" in (await harness.clients())[0]["types"].get("RDS", {})
+
+        async def refused() -> bool:
+            return bool((await harness.clients())[0]["nacks"])
+
+        await eventually(acked)
+        (entry,) = await harness.clients()
         assert (entry["node"], entry["component"], entry["admin"]) == ("node-a", "l7proxy", "10.0.0.1:15090")
         assert entry["version_acked"] == controller.snapshot.version
         assert entry["types"] == {"RDS": {"sent": first.version_info, "acked": first.version_info}}
@@ -461,8 +469,8 @@ async def test_a_stream(harness: Harness) -> None:
         write(harness.config, "web.yaml", *two_versions(), subsets("web-app", "v1"), virtual("v1", "v2"))
         second = await stream.receive()
         await stream.ask(Type.ROUTES, TABLE, nonce=second.nonce, error="route 1: no")
-        await asyncio.sleep(0.2)
-        (entry,) = (await harness.page("/debug/clients"))["clients"]
+        await eventually(refused)
+        (entry,) = await harness.clients()
         assert entry["errors"] == {"RDS": "route 1: no"}
         assert entry["nacks"] == 1
         assert entry["types"]["RDS"] == {"sent": second.version_info, "acked": first.version_info}
