@@ -6,17 +6,14 @@ import json
 import socket
 import subprocess
 import threading
-import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from bench import envoy
 from tests.peers import envoy_hbone
 from tests.peers.envoy_hbone import Address
+from tests.peers.waiting import wait_until_live
 
 
 def test_bytes_go_both_ways_and_the_server_sees_who_came(tmp_path: Path) -> None:
@@ -104,18 +101,3 @@ def _free_ports(count: int) -> list[int]:
     for s in sockets:
         s.close()
     return ports
-
-
-def wait_until_live(admin: Address) -> None:
-    """Until Envoy's admin server says that its listeners are up."""
-    deadline = time.monotonic() + 15
-    while True:
-        try:
-            with urllib.request.urlopen(f"http://{admin}/ready", timeout=1) as response:
-                if response.status == 200:
-                    return
-        except OSError:
-            pass
-        if time.monotonic() > deadline:
-            pytest.fail(f"Envoy with its admin server at {admin} did not start")
-        time.sleep(0.05)

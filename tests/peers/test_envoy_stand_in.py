@@ -14,6 +14,7 @@ from bench import envoy
 from lab.lab import CONTROL_ADDRESS, Lab
 from lab.pod import Pod
 from lab.processes import wait_until
+from tests.peers.waiting import accepts
 
 pytestmark = pytest.mark.privileged
 
@@ -66,7 +67,7 @@ def running(lab: Lab, service: str, client: Pod) -> Iterator[Path]:
 
     def listening() -> bool:
         assert process.poll() is None, log.read_text()[-3000:]
-        return (node.root / SOCKET.removeprefix("/")).exists()
+        return accepts(node.root / SOCKET.removeprefix("/"))
 
     try:
         wait_until(listening, 20, "Envoy listens on its socket", explain=lambda: log.read_text()[-3000:])

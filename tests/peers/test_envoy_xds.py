@@ -29,6 +29,7 @@ from nodeproxy import api
 from nodeproxy.api import Handoff
 from tests.peers import controller as controllers
 from tests.peers.controller import Controller
+from tests.peers.waiting import accepts
 
 VIP = "10.96.0.10"
 CLIENT = ("10.244.1.7", 40123)
@@ -108,7 +109,7 @@ def envoy_of(controller: Controller) -> Iterator[tuple[Path, str]]:
     ):
         try:
             wait_until(
-                lambda: listen.exists() or process.poll() is not None,
+                lambda: accepts(listen) or process.poll() is not None,
                 15,
                 "Envoy listens",
                 explain=log.read_text,
