@@ -21,7 +21,7 @@ from nodeproxy import api
 from nodeproxy.accounting import Outcome
 from nodeproxy.agent_client import AgentClient, Pod
 from nodeproxy.api import Handoff, HeaderError, Status, Tlv
-from nodeproxy.loop import IN, OUT, Loop, prepare, reset
+from nodeproxy.loop import IN, OUT, Loop, reset
 from nodeproxy.mesh import Mesh
 from nodeproxy.pair import Pair
 from nodeproxy.tunnel import STATUS, Tunnel, Tunnels
@@ -31,7 +31,6 @@ _log = logs.get(__name__)
 #: Seconds for the header, and for a direct connection.
 HEADER_TIMEOUT = 5.0
 CONNECT_TIMEOUT = 10.0
-_ACCEPTS = 64
 _SO_NETNS_COOKIE = 71
 #: Bytes of a PROXY v2 header that tell its length.
 _PREFIX = 16
@@ -96,20 +95,7 @@ class Handoffs:
     ) -> None:
         listener.setblocking(False)
         self._listeners.append(listener)
-
-        def accept(_events: int) -> None:
-            for _ in range(_ACCEPTS):
-                try:
-                    sock, peer = listener.accept()
-                except BlockingIOError:
-                    return
-                except OSError as error:
-                    _log.warning("cannot accept a stream", reason=str(error))
-                    return
-                prepare(sock)
-                arrived(sock, peer)
-
-        self.loop.add(listener.fileno(), IN, accept)
+        self.loop.listen(listener, arrived)
 
     def stop(self) -> None:
         """Take no more."""

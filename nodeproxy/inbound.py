@@ -24,7 +24,7 @@ from nodeproxy.h2frames import Code
 from nodeproxy.h2headers import Request, authority_of, forwarded_for, split_authority
 from nodeproxy.h2sending import Stream
 from nodeproxy.link import Link
-from nodeproxy.loop import OUT, Loop, prepare, reset
+from nodeproxy.loop import OUT, Loop, reset
 from nodeproxy.mesh import Mesh
 from nodeproxy.relay import Relay
 from nodeproxy.tls import Credentials, PeerIdentityError
@@ -38,7 +38,6 @@ SOURCE_PATIENCE = 2.0
 CONNECT_TIMEOUT = 10.0
 _OWN_PORTS = frozenset(kind.port for kind in ListenerKind)
 _IP_BIND_ADDRESS_NO_PORT = 24
-_ACCEPTS = 64
 
 
 class Inbound:
@@ -58,19 +57,10 @@ class Inbound:
         self._verified_by: object = None
 
     def listen(self, pod: Pod, listener: socket.socket) -> None:
-        def accept(_events: int) -> None:
-            for _ in range(_ACCEPTS):
-                try:
-                    sock, remote = listener.accept()
-                except BlockingIOError:
-                    return
-                except OSError as error:
-                    _log.warning("cannot accept HBONE", pod=pod.uid, reason=str(error))
-                    return
-                prepare(sock)
-                self.certificates.wait(pod.uid, functools.partial(self._serve, pod, sock, remote))
+        def arrived(sock: socket.socket, remote: tuple[str, int]) -> None:
+            self.certificates.wait(pod.uid, functools.partial(self._serve, pod, sock, remote))
 
-        self.loop.add(listener.fileno(), 1, accept)
+        self.loop.listen(listener, arrived)
 
     def _serve(self, pod: Pod, sock: socket.socket, remote: tuple[str, int], tls: Credentials | None) -> None:
         if tls is None or pod.withdrawn:

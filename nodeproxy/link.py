@@ -93,7 +93,7 @@ class Link:
         self.client = client
         self.remote = remote
         self.peer: Peer | None = None
-        self.core = Connection(client=client, now=loop.now)
+        self.core: Connection  #: once it is open: a handshake that goes nowhere gets no buffers
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in _KEEPALIVE:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
@@ -138,6 +138,7 @@ class Link:
             return
         try:
             self.peer = peer_of(self._tls, self.credentials.trust)
+            self.core = Connection(client=self.client, now=self.loop.now)
             self.owner.on_open(self)
         except PeerIdentityError as error:
             self.close(f"peer: {error}")
@@ -292,7 +293,7 @@ class Link:
         if self.closed:
             return
         self.closed = True
-        self.open = False
+        was_open, self.open = self.open, False
         self._deadline.cancel()
         self.paused.clear()
         try:
@@ -300,11 +301,12 @@ class Link:
         except (SSL.Error, OSError):
             pass
         self.loop.close(self.sock)
-        streams = list(self.core.streams.values())
-        self.core.streams.clear()
-        for stream in streams:
-            if stream.owner is not None:
-                stream.owner.on_reset(Code.CONNECT_ERROR)
+        if was_open:
+            streams = list(self.core.streams.values())
+            self.core.streams.clear()
+            for stream in streams:
+                if stream.owner is not None:
+                    stream.owner.on_reset(Code.CONNECT_ERROR)
         self.owner.on_closed(self, reason)
 
 

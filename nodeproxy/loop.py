@@ -18,7 +18,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from common import logs
 
@@ -26,6 +26,9 @@ _log = logs.get(__name__)
 
 Handler = Callable[[int], None]
 IN = select.EPOLLIN
+#: Connections accepted in one turn from one listener, and seconds without after an error.
+_ACCEPTS = 64
+_ACCEPT_PAUSE = 0.1
 #: Size of the buffer that all handlers receive into.
 BUFFER = 64 * 1024
 OUT = select.EPOLLOUT
@@ -87,6 +90,32 @@ class Loop:
         if fd >= 0:
             self.remove(fd)
             self._closing.append(sock)
+
+    def listen(self, listener: socket.socket, arrived: Callable[[socket.socket, Any], None]) -> None:
+        """Accept from a non-blocking listener until it is closed; ``arrived`` owns the socket, and gets the peer's address."""
+
+        def accept(_events: int) -> None:
+            for _ in range(_ACCEPTS):
+                try:
+                    sock, peer = listener.accept()
+                except BlockingIOError:
+                    return
+                except ConnectionAbortedError:
+                    continue
+                except OSError as error:
+                    # Out of descriptors, most likely: it would be told again at once, and for ever.
+                    _log.error("cannot accept", listener=listener.getsockname(), reason=str(error))
+                    self.remove(listener.fileno())
+                    self.later(_ACCEPT_PAUSE, again)
+                    return
+                prepare(sock)
+                arrived(sock, peer)
+
+        def again() -> None:
+            if listener.fileno() >= 0:
+                self.add(listener.fileno(), IN, accept)
+
+        again()
 
     def later(self, delay: float, callback: Callable[[], None]) -> Timer:
         """Call back in ``delay`` seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from pathlib import Path
 
@@ -14,14 +15,12 @@ from nodeproxy.agent_client import AgentClient, Pod
 from nodeproxy.certificates import Certificates, Signer
 from nodeproxy.handoff import Handoffs
 from nodeproxy.inbound import Inbound
-from nodeproxy.loop import IN, Loop, prepare, reset
+from nodeproxy.loop import Loop, reset
 from nodeproxy.mesh import Mesh
 from nodeproxy.pool import Pool
 from nodeproxy.tunnel import Tunnel, Tunnels
 
 _log = logs.get(__name__)
-
-_ACCEPTS = 64
 
 
 class NodeProxy:
@@ -96,20 +95,7 @@ class NodeProxy:
 
     def _capture(self, pod: Pod, kind: ListenerKind, listener: socket.socket) -> None:
         """Take what the kernel turned to a listener in the pod's namespace."""
-
-        def accept(_events: int) -> None:
-            for _ in range(_ACCEPTS):
-                try:
-                    sock, client = listener.accept()
-                except BlockingIOError:
-                    return
-                except OSError as error:
-                    _log.warning("cannot accept a captured connection", pod=pod.uid, reason=str(error))
-                    return
-                prepare(sock)
-                self._captured(pod, kind, sock, client)
-
-        self.loop.add(listener.fileno(), IN, accept)
+        self.loop.listen(listener, functools.partial(self._captured, pod, kind))
 
     def _captured(self, pod: Pod, kind: ListenerKind, sock: socket.socket, client: tuple[str, int]) -> None:
         captured = self.agent.captured
