@@ -109,11 +109,12 @@ class Story:
         print(f"{mark} {claim}\n       {seen}  ({time.monotonic() - started:.1f} s)", flush=True)
 
     def summary(self) -> int:
+        """Print what held and what did not; the process' exit status."""
         held = sum(result[0] for result in self._results)
-        print(f"\n{held} of {len(self._results)} claims held, in {time.monotonic() - self._began:.0f} s.")
-        for good, claim, seen in self._results:
-            if not good:
-                print(f"  FAILED: {claim}: {seen}")
+        print("\nSummary")
+        for good, claim, _ in self._results:
+            print(f"  {'ok    ' if good else 'FAILED'} {claim}")
+        print(f"{held} of {len(self._results)} claims held, in {time.monotonic() - self._began:.0f} s.")
         return 0 if held == len(self._results) else 1
 
 
@@ -143,6 +144,8 @@ class Demo:
                 labels={"app": "web-app", "version": version},
             )
             pod.serve(pod.app("http_server", HTTP, "--version", version), HTTP)
+            #: v2, on the other node than the client.
+            self.web_far = pod
         self.ledger_pod = self._echo("ledger", node="node1")
         self.client = lab.pod("client", node="node1", service_account="client")
         self.far = lab.pod("teller", node="node2", service_account="teller")
@@ -155,7 +158,8 @@ class Demo:
         pod.serve(pod.app("tcp_server", ECHO), ECHO)
         return pod
 
-    def fetch(self, client: Pod, count: int, **values: int) -> list[dict[str, Any]]:
+    def fetch(self, client: Pod, count: int, **values: object) -> list[dict[str, Any]]:
+        """Answers of ``web-app``; ``values`` are options of the client's (``lab/apps/http_client.py``)."""
         options = [
             part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))
         ]
@@ -196,12 +200,20 @@ class Demo:
         marker = secrets.token_hex(16)
         with self.lab.capture() as capture:
             self._send(self.far, self.ledger, 7000, marker)
+            answers = self.fetch(self.client, 50, header=f"x-marker: {marker}")
+        versions = {answer["body"]["version"] for answer in answers}
+        require(versions == {"v1", "v2"}, f"requests went to {versions} only")
+        require(
+            all(answer["body"]["headers"]["x-marker"] == marker for answer in answers),
+            "a server did not get the marker",
+        )
         found = capture.holds(marker.encode())
         require(found == 0, f"{found} packets between the nodes hold the payload in plain text")
+        senders = {self.far.address: self.ledger_pod.address, self.client.address: self.web_far.address}
         ports = {
             port
             for source, _, destination, port, payload in capture.segments()
-            if payload and (source, destination) == (self.far.address, self.ledger_pod.address)
+            if payload and senders.get(source) == destination
         }
         require(ports == {15008}, f"payload went to ports {ports}, not to 15008 alone")
         sealed = len(capture.packets())
