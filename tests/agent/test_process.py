@@ -89,9 +89,10 @@ def test_memory_and_no_compiler_in_it(tmp_path):
         )
         print(f"agent with 2000 workloads: PSS {pss:.1f} MB, RSS {rss:.1f} MB")
         assert pss <= 60
-        mapped = Path(f"/proc/{agent.pid}/maps").read_text()
-        assert "LLVM" not in mapped
-        assert "bcc" not in mapped
+        # The sixth column: an address may spell anything.
+        maps = Path(f"/proc/{agent.pid}/maps").read_text().splitlines()
+        files = {fields[5] for fields in (line.split(maxsplit=5) for line in maps) if len(fields) > 5}
+        assert [file for file in files if "LLVM" in file or "bcc" in file] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
