@@ -50,7 +50,7 @@ MAPS = (
     MapSpec("listeners", maps.SOCKHASH, wire.Endpoint.LAYOUT.size, 8, 4096),
     MapSpec("flows", maps.HASH, wire.FlowKey.LAYOUT.size, wire.Flow.LAYOUT.size, 131072, maps.F_NO_PREALLOC),
     MapSpec("refused", maps.HASH, wire.FlowKey.LAYOUT.size, 8, 16384, maps.F_NO_PREALLOC),
-    MapSpec("recent", maps.LRU_HASH, wire.Refusal.LAYOUT.size, 8, 4096),
+    MapSpec("recent", maps.LRU_HASH, wire.Refusal.LAYOUT.size, 8, 8192),
     MapSpec("counters", maps.ARRAY, 4, 8, wire.COUNTERS),
     MapSpec("events", maps.RINGBUF, 0, 0, 1 << 18),
     MapSpec("sockets", maps.SK_STORAGE, 4, wire.SOCKET_STATE_SIZE, 0, maps.F_NO_PREALLOC),

@@ -189,6 +189,11 @@ inline_always void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u32 old
 		if (tcp)
 			account_close(state, tcp, old_state);
 	}
+	if (state->flags & SOCKET_OPEN) {
+		struct tuple tuple = state->tuple;
+
+		note_closed(&tuple);
+	}
 	storage_delete(MAP(SOCKETS), sk);
 }
 

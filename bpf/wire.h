@@ -229,7 +229,7 @@ struct event {
 	__u8 server6[16]; /* for REASON_IPV6 */
 };
 
-/* recent: refusal -> when it was told last, nanoseconds; clients repeat their SYNs. */
+/* recent: refusal -> when it was told last, nanoseconds (clients repeat their SYNs); reason 0: when it was closed. */
 struct refusal {
 	struct tuple tuple;
 	__u32 reason;

@@ -378,7 +378,7 @@ class Event(Record):
 
 @dataclass(frozen=True, slots=True)
 class Refusal(Record):
-    """Key of ``recent``, whose value is when it was told last (nanoseconds)."""
+    """Key of ``recent``; its value is when that was told last, or (reason 0) when it was closed, in nanoseconds."""
 
     LAYOUT = Layout(
         "refusal",

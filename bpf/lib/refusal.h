@@ -8,6 +8,9 @@
 #define SECOND_NS 1000000000ULL
 /* A client sends its SYN again for about two minutes; told once in that time. */
 #define ATTEMPT_NS (130 * SECOND_NS)
+/* How long after its end a connection's stragglers (data, FIN, RST) are known as such. */
+#define STRAGGLER_NS (10 * SECOND_NS)
+#define REASON_CLOSED 0
 /* An application that dials again and again is told of once in a while. */
 #define DIAL_NS (5 * SECOND_NS)
 
@@ -84,11 +87,38 @@ inline_always void refuse_dial(u64 netns, __be32 client, u32 reason, u32 source,
 		tell(&event);
 }
 
+/* A connection has ended: what still comes of it belongs to no socket, and is no attempt to connect. */
+inline_always void note_closed(struct tuple *tuple)
+{
+	struct refusal closed = { .tuple = *tuple, .reason = REASON_CLOSED };
+	u64 now = now_ns();
+
+	map_update(MAP(RECENT), &closed, &now, BPF_ANY);
+}
+
+/* Either end may be the one that lingers. */
+inline_always bool is_straggler(struct tuple *tuple)
+{
+	struct refusal closed = { .tuple = *tuple, .reason = REASON_CLOSED };
+	u64 *when = map_lookup(MAP(RECENT), &closed);
+
+	if (!when) {
+		closed.tuple.client_address = tuple->server_address;
+		closed.tuple.client_port = tuple->server_port;
+		closed.tuple.server_address = tuple->client_address;
+		closed.tuple.server_port = tuple->client_port;
+		when = map_lookup(MAP(RECENT), &closed);
+	}
+	return when && now_ns() - *when < STRAGGLER_NS;
+}
+
 /* Refused on arrival: counted and told once for all SYNs of one attempt. */
 inline_always void refuse_arrival(struct tuple *tuple, u32 reason, u32 source, u32 destination)
 {
 	struct refusal refusal = { .tuple = *tuple, .reason = reason };
 
+	if (is_straggler(tuple))
+		return;
 	if (was_told(&refusal, ATTEMPT_NS))
 		return;
 

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from agent.kernel import Direction, FlowCounters, FlowKey
+from tests.kernel.mesh import Node, TestPod, run
 
 pytestmark = pytest.mark.privileged
 
@@ -256,6 +257,73 @@ def test_peek_and_truncation(pair):
     pair.check()
     pair.receive(pair.server, 40)
     pair.check()
+
+
+def test_fast_open(node, make_pod):
+    """Data in the SYN is written before the connection is established."""
+    client, server = make_pod(), make_pod()
+    client.enrol({})
+    server.enrol({(client.identity, 0): True})
+    for pod in (client, server):
+        run(pod.netns, "sh", "-c", "echo 3 >/proc/sys/net/ipv4/tcp_fastopen")
+    fast_open_connect, fast_open = 30, 23
+    listener = server.app.listen(("0.0.0.0", PORT), options=((socket.IPPROTO_TCP, fast_open, 16),))
+    for _ in range(3):  # the first gets the cookie
+        sock = client.app.connect(
+            (server.address, PORT), options=((socket.IPPROTO_TCP, fast_open_connect, 1),)
+        )
+        sock.sendall(b"in the SYN")
+        accepted, _ = listener.accept()
+        assert accepted.recv(100) == b"in the SYN"
+        accepted.sendall(b"and back")
+        assert sock.recv(100) == b"and back"
+        sock.close()
+        assert accepted.recv(1) == b""
+        accepted.close()
+    listener.close()
+    used = run(client.netns, "nstat", "-asz", "TcpExtTCPFastOpenActive")
+    assert int(used.split()[-2]) == 2, used
+    key = FlowKey(client.identity, server.identity, PORT, Direction.OUTBOUND)
+    deadline = time.monotonic() + 2
+    while node.kernel.flows()[key].closed != 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert node.kernel.flows()[key] == (3, 3, 0, 30, 24)
+    assert node.kernel.flows()[key._replace(direction=Direction.INBOUND)] == (3, 3, 0, 24, 30)
+
+
+def test_accounts_without_room(tmp_path):
+    """What no longer fits is counted all the same, under nobody's name."""
+    node = Node(tmp_path, sizes=("flows=3", "refused=3"))
+    try:
+        client, server = TestPod(node, "10.77.0.10", 20), TestPod(node, "10.77.0.11", 21)
+        client.enrol({})
+        server.enrol({(20, PORT): True, (20, PORT + 1): True})
+        for port in (PORT, PORT + 1):
+            with server.app.listen(("0.0.0.0", port)) as listener:
+                sock = client.app.connect((server.address, port))
+                accepted, _ = listener.accept()
+                sock.sendall(b"12345")
+                assert accepted.recv(5) == b"12345"
+                sock.close()
+                assert accepted.recv(1) == b""
+                accepted.close()
+        for port in (1, 2, 3):
+            with pytest.raises(PermissionError):
+                client.app.connect((server.address, port))
+        time.sleep(0.2)
+        flows = node.kernel.flows()
+        assert sum(f.opened for f in flows.values()) == 4
+        assert sum(f.closed for f in flows.values()) == 4
+        assert sum(f.sent + f.received for f in flows.values()) == 20
+        assert sum(f.refused for f in flows.values()) == 3
+        assert flows[FlowKey(0, 0, 0, Direction.INBOUND)].refused == 2
+        pressure = node.kernel.pressure()
+        assert pressure["flows"].used == 3 and pressure["flows"].refused > 0
+        assert pressure["refused"] == (3, 3, 2)
+        client.close()
+        server.close()
+    finally:
+        node.close()
 
 
 def test_more_than_32_bits(pair):

@@ -282,6 +282,33 @@ def test_refusal_is_told_once_for_repeated_syns(node, server, make_pod):
     assert node.kernel.flows()[key].refused == 1
 
 
+@pytest.mark.parametrize("end", ["client", "server"])
+def test_stragglers_of_a_connection_are_no_refusals(node, server, make_pod, end):
+    """One end is gone with a reset while the other's data is under way: dropped, and nobody is accused."""
+    client = make_pod().enrol({})
+    node.kernel.set_policy(server.cookie, {(client.identity, 0): True}, 2)
+    node.kernel.read_events()
+    pods = {"client": client, "server": server}
+    dialled = client.app.connect((server.address, PORT))
+    accepted, _ = server.listener.accept()
+    gone, stays = (dialled, accepted) if end == "client" else (accepted, dialled)
+    # The reset does not arrive.
+    run(pods[end].netns, "nft", "add table ip t; add chain ip t c { type filter hook output priority 0; }")
+    run(pods[end].netns, "nft", "add rule ip t c tcp flags rst drop")
+    gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    gone.close()
+    run(pods[end].netns, "nft", "flush ruleset")
+    stays.sendall(b"anybody there?")
+    with pytest.raises(ConnectionResetError):
+        stays.recv(1)
+    stays.close()
+    assert [
+        e for e in node.kernel.read_events() if {client.address, server.address} & {e.client[0], e.server[0]}
+    ] == []
+    plain = FlowKey(IDENTITY_PLAIN, pods[end].identity, PORT, Direction.INBOUND)
+    assert not [k for k in node.kernel.flows() if k._replace(port=0) == plain._replace(port=0)]
+
+
 def test_client_that_dials_again_and_again_is_told_of_once(node, server, make_pod):
     client = make_pod().enrol({})
     for _ in range(50):

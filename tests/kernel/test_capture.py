@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from agent.kernel import Backend, Direction, FlowKey, Peer, Reason, namespace
+from agent.kernel import Backend, Direction, FlowKey, MapFullError, Peer, Reason, namespace
 from bpf.maps import CapturedMap
 from bpf.wire import PORT_HBONE, PORT_OUTBOUND, PORT_OUTBOUND_L7, Captured
-from tests.kernel.mesh import MPTCP, run
+from tests.kernel.mesh import MPTCP, Node, TestPod, run
 
 pytestmark = pytest.mark.privileged
 
@@ -390,3 +390,31 @@ def test_endpoints_swap_at_once(node, client, make_pod, service):
     assert len(node.kernel._maps["backends"]) == 1
     for listener in listeners:
         listener.close()
+
+
+def test_full_table_of_captured_refuses(tmp_path):
+    """Nobody could tell where it was to go: it does not get to the listener, nor anywhere else."""
+    node = Node(tmp_path, sizes=("captured=1", "services=1", "backends=2"))
+    try:
+        pod = TestPod(node, "10.77.0.10", 20).enrol({})
+        node.kernel.set_peer(REMOTE, Peer(local=False, enrolled=True, identity=77))
+        with listen(node, pod, PORT_OUTBOUND) as listener:
+            first = pod.app.connect((REMOTE, 1))
+            listener.accept()[0].close()
+            with pytest.raises(ConnectionRefusedError):
+                pod.app.connect((REMOTE, 1))
+            first.close()
+            time.sleep(0.1)
+            pod.app.connect((REMOTE, 1)).close()
+        assert node.kernel.pressure()["captured"].refused == 1
+        # A table that is full leaves what was there as it was.
+        node.kernel.set_service(VIP, 80, [Backend("10.77.0.10", 1)])
+        with pytest.raises(MapFullError):
+            node.kernel.set_service(VIP, 81, [Backend("10.77.0.10", 1)])
+        with pytest.raises(MapFullError):
+            node.kernel.set_service(VIP, 80, [Backend("10.77.0.10", n) for n in (1, 2, 3)])
+        assert node.kernel.services() == {(VIP, 80): (False, [Backend("10.77.0.10", 1)])}
+        assert len(node.kernel._maps["backends"]) == 1
+        pod.close()
+    finally:
+        node.close()
