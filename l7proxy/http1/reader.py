@@ -55,11 +55,14 @@ ResponseEvent = ResponseHead | bytes | End
 class _Reader:
     """What both directions share: buffer, body states, trailers."""
 
-    __slots__ = ("_buffer", "_scanned", "_state", "_left", "failed")
+    __slots__ = ("_at", "_buffer", "_scanned", "_state", "_left", "failed")
 
     def __init__(self) -> None:
         self._buffer = b""
-        self._scanned = 0  # of the buffer's front, how much is known to hold no end of head
+        self._at = (
+            0  # what was taken of the buffer; it is cut when more is fed, not for each of many small chunks
+        )
+        self._scanned = 0  # up to where the buffer is known to hold no end of head
         self._left = 0
         self._state: Callable[[], object | None] = self._head
         self.failed = False
@@ -67,52 +70,62 @@ class _Reader:
     @property
     def buffered(self) -> int:
         """Bytes fed and not yet taken."""
-        return len(self._buffer)
+        return len(self._buffer) - self._at
 
     @property
     def at_start(self) -> bool:
         """True between two messages, before the first byte of the next."""
-        return not self._buffer and self._state == self._head
+        return self._at == len(self._buffer) and self._state == self._head
 
     def feed(self, data: bytes) -> None:
-        self._buffer = self._buffer + data if self._buffer else data
+        self._buffer = self._buffer[self._at :] + data if self._buffer else data
+        self._scanned = max(self._scanned - self._at, 0)
+        self._at = 0
 
     def take_rest(self) -> bytes:
         """Everything fed and not taken: what follows the head of an upgrade is no HTTP."""
-        rest, self._buffer = self._buffer, b""
-        return rest
+        return self._take(len(self._buffer) - self._at)
+
+    def _take(self, count: int) -> bytes:
+        """The next ``count`` bytes, or as many as there are."""
+        start = self._at
+        self._at = min(start + count, len(self._buffer))
+        return self._buffer[start : self._at]
 
     def _next(self) -> object | None:
         if self.failed:
             return None
         try:
-            return self._state()
+            event = self._state()
         except ProtocolError:
             # Nothing after a defect is a message (RFC 9112, section 11.2).
             self.failed = True
-            self._buffer = b""
+            self._buffer, self._at = b"", 0
             raise
+        if self._at == len(self._buffer):
+            # An idle connection holds no memory for what it has read.
+            self._buffer, self._at, self._scanned = b"", 0, 0
+        return event
 
     def _head(self) -> object | None:
         raise NotImplementedError
 
     def _take_head(self) -> bytes | None:
         """The bytes of a head with its empty line, or None while it is not complete."""
-        buffer = self._buffer
-        end = buffer.find(b"\r\n\r\n", self._scanned)
+        buffer, start = self._buffer, self._at
+        scanned = max(self._scanned, start)
+        end = buffer.find(b"\r\n\r\n", scanned)
         if end >= 0:
-            end += 4
-            if end > MAX_HEAD:
-                raise ProtocolError(f"head of {end} bytes, at most {MAX_HEAD}", 431)
-            self._scanned = 0
-            self._buffer = buffer[end:]
-            return buffer[:end]
+            size = end + 4 - start
+            if size > MAX_HEAD:
+                raise ProtocolError(f"head of {size} bytes, at most {MAX_HEAD}", 431)
+            return self._take(size)
         # A defect that can be seen is answered now: the end may never come.
-        if _BARE_LF.search(buffer, max(self._scanned - 1, 0)) or _BARE_CR.search(buffer, self._scanned):
+        if _BARE_LF.search(buffer, max(scanned - 1, start)) or _BARE_CR.search(buffer, scanned):
             raise ProtocolError("bare CR or LF")
-        if len(buffer) > MAX_HEAD:
+        if len(buffer) - start > MAX_HEAD:
             raise ProtocolError(f"head of more than {MAX_HEAD} bytes", 431)
-        self._scanned = max(len(buffer) - 3, 0)
+        self._scanned = max(len(buffer) - 3, start)
         return None
 
     def _begin_body(self, length: int) -> None:
@@ -131,68 +144,56 @@ class _Reader:
         return END
 
     def _counted(self) -> bytes | None:
-        data = self._buffer
-        if not data:
-            return None
-        if len(data) < self._left:
-            self._left -= len(data)
-            self._buffer = b""
-            return data
-        if len(data) > self._left:
-            self._buffer = data[self._left :]
-            data = data[: self._left]
-        else:
-            self._buffer = b""
-        self._state = self._end
-        return data
+        data = self._take(self._left)
+        self._left -= len(data)
+        if not self._left:
+            self._state = self._end
+        return data or None
 
     def _until_close(self) -> bytes | None:
         return self.take_rest() or None
 
     def _chunk_size(self) -> object | None:
-        end = self._buffer.find(b"\n")
+        buffer, start = self._buffer, self._at
+        end = buffer.find(b"\n", start)
         if end < 0:
-            if len(self._buffer) > _MAX_CHUNK_LINE:
+            if len(buffer) - start > _MAX_CHUNK_LINE:
                 raise ProtocolError("chunk-size line too long")
-            if _BARE_CR.search(self._buffer):
+            if _BARE_CR.search(buffer, start):
                 raise ProtocolError("bare CR in a chunk-size line")
             return None
-        if end > _MAX_CHUNK_LINE or end < 1 or self._buffer[end - 1] != 13:
+        if end - start > _MAX_CHUNK_LINE or end == start or buffer[end - 1] != 13:
             raise ProtocolError("invalid chunk-size line")
-        match = _CHUNK_LINE.fullmatch(self._buffer, 0, end - 1)
+        match = _CHUNK_LINE.fullmatch(buffer, start, end - 1)
         if match is None:
             raise ProtocolError("invalid chunk size")
         self._left = int(match[1], 16)
-        self._buffer = self._buffer[end + 1 :]
+        self._at = end + 1
         self._state = self._chunk_data if self._left else self._trailers
         return self._state()
 
     def _chunk_data(self) -> bytes | None:
-        data = self._buffer
-        if not data:
-            return None
-        if len(data) < self._left:
-            self._left -= len(data)
-            self._buffer = b""
-            return data
-        self._buffer = data[self._left :]
-        self._state = self._chunk_end
-        return data[: self._left]
+        data = self._take(self._left)
+        self._left -= len(data)
+        if not self._left:
+            self._state = self._chunk_end
+        return data or None
 
     def _chunk_end(self) -> object | None:
-        if self._buffer[:2] == b"\r\n":
-            self._buffer = self._buffer[2:]
+        found = self._buffer[self._at : self._at + 2]
+        if found == b"\r\n":
+            self._at += 2
             self._state = self._chunk_size
             return self._chunk_size()
-        if b"\r\n".startswith(self._buffer):
+        if b"\r\n".startswith(found):
             return None
         raise ProtocolError("no CRLF after a chunk")
 
     def _trailers(self) -> object | None:
-        if self._buffer[:2] == b"\r\n":
-            self._buffer = self._buffer[2:]
+        if self._buffer.startswith(b"\r\n", self._at):
+            self._at += 2
             return self._end()
-        block = self._take_head() if len(self._buffer) > 1 else None
+        block = self._take_head() if self.buffered > 1 else None
         if block is None:
             return None
         trailers = parse_fields(block, 0)
@@ -215,7 +216,7 @@ class RequestReader(_Reader):
 
         :raises ProtocolError: as :meth:`next`.
         """
-        if self._buffer or self._state != self._head or self.failed:
+        if self._at != len(self._buffer) or self._state != self._head or self.failed:
             return None
         # Only what may be in the cache is looked up: hashing a body that came along would cost more than it saves.
         head = _requests.get(data) if len(data) <= _MAX_CACHED_SIZE else None
@@ -245,11 +246,11 @@ class RequestReader(_Reader):
 
     def _head(self) -> RequestHead | None:
         # RFC 9112, section 2.2: an empty line before the request line is ignored.
-        if self._buffer[:2] == b"\r\n" and not self._scanned:
-            self._buffer = self._buffer[2:]
-            if self._buffer[:1] in b"\r\n" and self._buffer:
+        if self._buffer.startswith(b"\r\n", self._at) and self._scanned <= self._at:
+            self._at += 2
+            if self._buffer[self._at : self._at + 1] in (b"\r", b"\n"):
                 raise ProtocolError("more than one empty line before the request line")
-        if not self._buffer:
+        if not self.buffered:
             return None
         data = self._take_head()
         if data is None:
@@ -276,7 +277,7 @@ class ResponseReader(_Reader):
 
         Only for a counted body and a head seen before.
         """
-        if self._buffer or self._state != self._head or self._method == b"HEAD":
+        if self._at != len(self._buffer) or self._state != self._head or self._method == b"HEAD":
             return None
         end = data.find(b"\r\n\r\n") + 4
         head = _responses.get(data[:end])
@@ -293,7 +294,7 @@ class ResponseReader(_Reader):
 
         :raises ProtocolError: in the middle of a message.
         """
-        if self._state == self._until_close and not self._buffer:
+        if self._state == self._until_close and not self.buffered:
             self._state = self._head
             return END
         if self.at_start:
@@ -301,7 +302,7 @@ class ResponseReader(_Reader):
         raise ProtocolError("connection closed inside a message")
 
     def _head(self) -> ResponseHead | None:
-        if not self._buffer:
+        if not self.buffered:
             return None
         data = self._take_head()
         if data is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import httptools
 import pytest
 from hypothesis import given, settings
@@ -91,6 +93,18 @@ REFUSED = {
         b"POST / HTTP/1.1\nhost: a\ntransfer-encoding: chunked", b"0\r\nhost: b\r\n\r\n"
     ),
 }
+
+
+def test_many_small_chunks_cost_no_more_than_their_bytes() -> None:
+    """One read's worth of one-byte chunks: to copy the rest of the buffer for each would stop the whole node's traffic."""
+    reader = RequestReader()
+    reader.feed(b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
+    reader.next()
+    started = time.process_time()
+    reader.feed(b"1\r\nx\r\n" * 42_000)
+    assert sum(1 for _ in iter(reader.next, None)) == 42_000
+    assert time.process_time() - started < 1.0
+    assert reader.buffered == 0
 
 
 @pytest.mark.parametrize("name", REFUSED)
