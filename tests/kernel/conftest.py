@@ -13,9 +13,12 @@ _hosts = itertools.count(10)
 _identities = itertools.count(100)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    """Programs loaded once; what tests do to it they undo, or it is told by addresses and identities of their own."""
+    """Programs loaded once; what tests do to it they undo, or it is told by addresses and identities of their own.
+
+    This process is in the cgroup of its agent meanwhile: for the tests of this folder only.
+    """
     require_root()
     node = Node(Path(tmp_path_factory.mktemp("kernel")))
     yield node
