@@ -89,7 +89,9 @@ class AccessLog:
         """Open the file again (after it was rotated away)."""
         if self._path != "-":
             self.flush()
-            fd, self._fd = self._fd, self._open()
+            # The writer may be about to write: its descriptor must never be closed, or be another file's, in between.
+            fd = self._open()
+            os.dup2(fd, self._fd, inheritable=False)
             os.close(fd)
 
     def close(self) -> None:

@@ -209,6 +209,7 @@ class DownstreamConnection(asyncio.Protocol):
     def begin_tunnel(self) -> None:
         """After 101: what follows is no HTTP."""
         self._tunnel = True
+        self.release("pipeline")
         rest = self._reader.take_rest()
         if rest and self.stream is not None:
             self.stream.from_tunnel_client(rest)

@@ -45,7 +45,7 @@ class HostPool:
         self.tunnelled = tunnelled  #: by the node proxy to another node
         self._connect = connect
         self._idle: list[tuple[UpstreamConnection, float]] = []
-        self._waiters: deque[Waiter] = deque()
+        self._waiters: deque[tuple[Waiter, Cluster, int]] = deque()  #: with its cluster and its client's port
         self.connections: set[UpstreamConnection] = set()
         self.connecting = 0
         self.series: dict[tuple[str, int, str], Series] = {}
@@ -63,16 +63,16 @@ class HostPool:
                 return connection
         if len(self._waiters) >= cluster.max_pending_requests:
             return Failure.OVERFLOW
-        self._waiters.append(waiter)
-        if len(self.connections) + self.connecting < cluster.max_connections:
-            self.connecting += 1
-            self._connect(self, cluster.connect_timeout, client_port)
+        self._waiters.append((waiter, cluster, client_port))
+        self._connect_for(cluster, client_port)
         return None
 
     def forget(self, waiter: Waiter) -> None:
         """The request no longer waits."""
-        if waiter in self._waiters:
-            self._waiters.remove(waiter)
+        for item in self._waiters:
+            if item[0] is waiter:
+                self._waiters.remove(item)
+                return
 
     def connected(self, connection: UpstreamConnection) -> None:
         self.connecting -= 1
@@ -86,7 +86,8 @@ class HostPool:
         """A connection attempt failed: the request that has waited longest hears it."""
         self.connecting -= 1
         if self._waiters:
-            self._waiters.popleft().on_connection_failure(failure, detail)
+            self._waiters.popleft()[0].on_connection_failure(failure, detail)
+        self._connect_for_waiting()
 
     def release(self, connection: UpstreamConnection) -> None:
         """The connection's exchange is complete and it may carry another."""
@@ -99,6 +100,7 @@ class HostPool:
         self.connections.discard(connection)
         if self._idle:
             self._idle = [item for item in self._idle if item[0] is not connection]
+        self._connect_for_waiting()
 
     def sweep(self, now: float, *, wanted: bool) -> bool:
         """Close what has been idle too long, or everything idle if no configuration wants this endpoint. True: empty."""
@@ -112,13 +114,25 @@ class HostPool:
     def close(self) -> None:
         self.closed = True
         while self._waiters:
-            self._waiters.popleft().on_connection_failure(Failure.CONNECTION_FAILURE, "the pod was withdrawn")
+            waiter = self._waiters.popleft()[0]
+            waiter.on_connection_failure(Failure.CONNECTION_FAILURE, "the pod was withdrawn")
         for connection in list(self.connections):
             connection.abort()
         self._idle.clear()
 
+    def _connect_for(self, cluster: Cluster, client_port: int) -> None:
+        if len(self.connections) + self.connecting < cluster.max_connections:
+            self.connecting += 1
+            self._connect(self, cluster.connect_timeout, client_port)
+
+    def _connect_for_waiting(self) -> None:
+        """A place is free: requests that waited for the connection that had it want another."""
+        if not self.closed and len(self._waiters) > self.connecting:
+            _, cluster, client_port = self._waiters[self.connecting]
+            self._connect_for(cluster, client_port)
+
     def _offer(self, connection: UpstreamConnection) -> None:
         if self._waiters:
-            self._waiters.popleft().on_connection(connection)
+            self._waiters.popleft()[0].on_connection(connection)
         else:
             self._idle.append((connection, monotonic()))

@@ -73,6 +73,7 @@ class Proxy:
         self._find_captured = captured
         self._captured: CapturedMap | None = None
         self._unconfirmed: set[PodKey] = set()
+        self._confirm_by: asyncio.TimerHandle | None = None
         self._wanted: frozenset[str] = frozenset()
         self._connection_gone = asyncio.Event()
         self._logged: dict[tuple[str, str], float] = {}
@@ -166,7 +167,9 @@ class Proxy:
             if previous is not None:
                 previous.close()
         self._unconfirmed = set(self.pods)
-        self.loop.call_later(_CONFIRM_LIMIT, self._drop_unconfirmed)
+        if self._confirm_by is not None:
+            self._confirm_by.cancel()  # an earlier agent's time is not this one's
+        self._confirm_by = self.loop.call_later(_CONFIRM_LIMIT, self._drop_unconfirmed)
 
     def _drop_unconfirmed(self) -> None:
         if not self.agent.connected:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from common import logs
+
+_log = logs.get(__name__)
+
 _TICK = 0.010
 
 
@@ -50,7 +54,11 @@ class Wheel:
             slot = self._slots.pop(at)
             while slot:
                 timer, _ = slot.popitem()
-                timer.callback()
+                try:
+                    timer.callback()
+                except Exception as error:
+                    # A defect of one request must not stop every other's timeouts.
+                    _log.exception("timer failed", error)
         self._handle = self._loop.call_later(_TICK, self._turn) if self._slots else None
 
     def close(self) -> None:

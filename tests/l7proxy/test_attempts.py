@@ -341,3 +341,54 @@ async def test_many_clients_at_once(mesh: Mesh) -> None:
     await asyncio.gather(*(one(i) for i in range(50)))
     await eventually(lambda: not any(pod.downstream for pod in mesh.proxy.pods.values()))
     assert len(await mesh.lines(1000)) == 1000
+
+
+async def test_who_waits_for_a_place_gets_it_when_connections_end(mesh: Mesh) -> None:
+    """As many connections as the cluster may have, none of which can be used again."""
+
+    async def script(request: Request, writer: asyncio.StreamWriter, number: int) -> None:
+        await asyncio.sleep(0.01)
+        writer.write(respond(200, b"ok", connection="close"))
+        writer.close()
+
+    backend = await mesh.backend(script=script)
+    mesh.configure(
+        xds.listener(),
+        xds.routes(),
+        xds.cluster(circuit_breakers={"thresholds": [{"max_connections": 2}]}),
+        xds.assignment(xds.endpoint(backend.port)),
+    )
+    clients = [await mesh.client() for _ in range(10)]
+    assert [found[0] for found in await asyncio.gather(*(client.get() for client in clients))] == [200] * 10
+    pool = next(iter(next(iter(mesh.proxy.pods.values())).pools.values()))
+    await eventually(lambda: not pool.connections)
+    assert pool.connecting == 0
+
+
+async def test_what_waits_behind_an_upgrade_is_read_on(mesh: Mesh) -> None:
+    sent = 600_000
+
+    async def script(request: Request, writer: asyncio.StreamWriter, number: int) -> None:
+        await asyncio.sleep(0.2)
+        writer.write(b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n")
+
+    backend = await mesh.serve(backend=await mesh.backend(script=script))
+    received = asyncio.Event()
+
+    async def swallow(request: Request, reader: asyncio.StreamReader) -> bytes:
+        if request.header("upgrade"):
+            asyncio.get_running_loop().create_task(rest(reader))
+        return b""
+
+    async def rest(reader: asyncio.StreamReader) -> None:
+        await asyncio.sleep(0.3)
+        await reader.readexactly(sent)
+        received.set()
+
+    backend._body = swallow  # type: ignore[method-assign]
+    client = await mesh.client()
+    client.send(
+        b"GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n" + bytes(sent)
+    )
+    async with asyncio.timeout(5):
+        await received.wait()

@@ -19,7 +19,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from agent import api
-from l7proxy import pods
+from l7proxy import pods, server
+from l7proxy.accesslog import AccessLog
 from l7proxy.metrics import LABELS
 from l7proxy.resources import Resources
 from nodeproxy import api as nodeproxy
@@ -95,6 +96,35 @@ async def test_the_agent_away(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> No
     again.enroll("client", listen=False)
     await eventually(lambda: len(pod.sockets._ready) >= pods.STOCK)
     assert (await (await mesh.client()).get())[0] == 200
+
+
+async def test_each_agent_has_its_own_time_to_speak_of_a_pod(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that comes back twice: the first one's deadline takes nothing away from the second."""
+    monkeypatch.setattr(server, "_CONFIRM_LIMIT", 1.0)
+    for _ in range(2):
+        mesh.agent.stop()
+        await eventually(lambda: not mesh.proxy.agent.connected)
+        mesh.agent = FakeAgent(mesh.run)
+        mesh.agent.start()
+        await mesh.agent.connected()
+        await asyncio.sleep(0.6)
+    assert mesh.proxy.pods
+    await eventually(lambda: not mesh.proxy.pods)
+
+
+async def test_the_access_log_is_reopened_under_its_descriptor(tmp_path: Path) -> None:
+    """The writer thread may hold the number: were it closed, its next line could go into somebody's connection."""
+    path = tmp_path / "log"
+    log = AccessLog(str(path))
+    number = log._fd
+    path.rename(tmp_path / "old")
+    log.reopen()
+    assert log._fd == number
+    assert os.fstat(number).st_ino == path.stat().st_ino
+    assert not os.get_inheritable(number)
+    log.close()
 
 
 async def test_an_agent_that_refuses_sockets(mesh: Mesh) -> None:
