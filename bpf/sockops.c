@@ -34,6 +34,18 @@ inline_always bool tuple_of(struct bpf_sock_ops *ctx, bool active, struct tuple 
 	return true;
 }
 
+inline_always void forget_captured(u64 netns, struct tuple *tuple)
+{
+	struct captured_key key = {
+		.netns = netns,
+		.client_address = tuple->client_address,
+		.client_port = tuple->client_port,
+		.listener_port = tuple->server_port,
+	};
+
+	map_delete(MAP(CAPTURED), &key);
+}
+
 /* SYN goes out: the client's port is known now. */
 inline_always void dialling(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
@@ -75,6 +87,22 @@ inline_always void dialling(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 		count(COUNTER_FULL_CONNECTING);
 }
 
+/*
+ * What was captured is known until the listener's end closes: a client may say all it has and be gone before the proxy has
+ * accepted. An entry without that end (never established, or of Envoy, in a namespace that is no pod's) goes with the client.
+ */
+inline_always void keep_captured(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u64 netns,
+				 struct tuple *tuple)
+{
+	struct socket_state state = { .netns = netns, .tuple = *tuple, .kind = VIA_CAPTURED };
+
+	set_cb_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+	if (storage_get(MAP(SOCKETS), sk, &state, BPF_SK_STORAGE_GET_F_CREATE))
+		return;
+	count(COUNTER_FULL_SOCKETS);
+	forget_captured(netns, tuple);
+}
+
 /* The server's end is established: its connector is taken up, and judged by the policy of now. */
 inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
@@ -105,8 +133,11 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 			state.identity = peer->identity;
 		}
 	}
-	if (tuple.server_address == pod->address && is_own_port(tuple.server_port))
+	if (tuple.server_address == pod->address && is_own_port(tuple.server_port)) {
+		if (state.kind == VIA_CAPTURED)
+			keep_captured(ctx, sk, netns, &tuple);
 		return;
+	}
 	state.netns = netns;
 	state.cookie = socket_cookie(ctx);
 	state.tuple = tuple;
@@ -167,33 +198,21 @@ inline_always void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u32 old
 
 	if (!state)
 		return;
-	if (state->flags & SOCKET_ACTIVE) {
-		struct tuple tuple = state->tuple;
+	struct tuple tuple = state->tuple;
 
-		if (state->kind == VIA_CAPTURED) {
-			struct captured_key key = {
-				.netns = state->netns,
-				.client_address = tuple.client_address,
-				.client_port = tuple.client_port,
-				.listener_port = tuple.server_port,
-			};
-
-			map_delete(MAP(CAPTURED), &key);
-		}
-		if (state->kind == VIA_CAPTURED || (state->flags & SOCKET_RECORD))
-			map_delete(MAP(CONNECTING), &tuple);
-	}
+	if (state->kind == VIA_CAPTURED && (!(state->flags & SOCKET_ACTIVE) || !state->source_address ||
+					    map_lookup(MAP(CONNECTING), &tuple)))
+		forget_captured(state->netns, &tuple);
+	if ((state->flags & SOCKET_ACTIVE) && (state->kind == VIA_CAPTURED || (state->flags & SOCKET_RECORD)))
+		map_delete(MAP(CONNECTING), &tuple);
 	if ((state->flags & SOCKET_COUNTED) && (state->flags & SOCKET_OPEN)) {
 		void *tcp = to_tcp_sock(sk);
 
 		if (tcp)
 			account_close(state, tcp, old_state);
 	}
-	if (state->flags & SOCKET_OPEN) {
-		struct tuple tuple = state->tuple;
-
+	if (state->flags & SOCKET_OPEN)
 		note_closed(&tuple);
-	}
 	storage_delete(MAP(SOCKETS), sk);
 }
 

@@ -143,7 +143,7 @@ struct who {
 
 /*
  * captured: what an application dialled before connect() was turned to a listener of ours. Written by sock_ops when the
- * client's port is known, removed when the client's socket closes. Proxies read it after accept(): netns is the cookie
+ * client's port is known, removed when the listener's end of the connection closes. Proxies read it after accept(): netns is the cookie
  * of the listener's namespace, the rest is getpeername() and the listener's port.
  */
 struct captured_key {

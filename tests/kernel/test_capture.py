@@ -132,7 +132,7 @@ def test_endpoint_on_another_node_is_captured(node, client, service, remote, cap
                 found = captured.find(client.cookie, *peer, PORT_OUTBOUND)
                 assert found == Captured(remote, VIP, 8080, 80, client.identity)
                 assert captured.find(client.cookie + 1, *peer, PORT_OUTBOUND) is None
-        # Gone with the client's socket, which waits for nothing here.
+        # Gone with the listener's end.
         accepted.close()
         assert gone(lambda: captured.find(client.cookie, *peer, PORT_OUTBOUND))
     # The node proxy counts these.
@@ -144,6 +144,20 @@ def gone(look):
     while look() is not None and time.monotonic() < deadline:
         time.sleep(0.01)
     return look() is None
+
+
+def test_client_that_is_gone_before_the_proxy_accepts(node, client, remote, captured):
+    with listen(node, client, PORT_OUTBOUND) as listener:
+        with client.app.connect((remote, 80)) as sock:
+            sock.sendall(b"all there is")
+        time.sleep(0.2)  # the client's end has closed by now, in an orderly way
+        accepted, peer = listener.accept()
+        with accepted:
+            found = captured.find(client.cookie, *peer, PORT_OUTBOUND)
+            assert found is not None
+            assert (found.destination_address, found.destination_port) == (remote, 80)
+            assert accepted.recv(64) == b"all there is"
+        assert gone(lambda: captured.find(client.cookie, *peer, PORT_OUTBOUND))
 
 
 def test_address_on_another_node_is_captured(node, client, remote, captured):

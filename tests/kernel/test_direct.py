@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 
 import pytest
 
@@ -35,7 +36,12 @@ def test_allowed_connection_carries_data_and_is_counted(node, make_pod):
             key = FlowKey(client.identity, server.identity, 8080, Direction.OUTBOUND)
             assert flows[key] == (1, 0, 0, 1000, 300)
             assert flows[key._replace(direction=Direction.INBOUND)] == (1, 0, 0, 300, 1000)
-    flows = node.kernel.flows()
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        flows = node.kernel.flows()
+        if all(flows[key._replace(direction=direction)].closed for direction in Direction):
+            break
+        time.sleep(0.01)
     assert flows[key] == (1, 1, 0, 1000, 300)
     assert flows[key._replace(direction=Direction.INBOUND)] == (1, 1, 0, 300, 1000)
 
