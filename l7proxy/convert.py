@@ -15,10 +15,10 @@ from envoy.config.core.v3 import base_pb2, health_check_pb2
 from envoy.config.endpoint.v3 import endpoint_pb2
 from envoy.config.listener.v3 import listener_components_pb2, listener_pb2
 from envoy.extensions.filters.network.http_connection_manager.v3 import http_connection_manager_pb2
-from google.protobuf import duration_pb2, struct_pb2
+from google.protobuf import struct_pb2
 
 from l7proxy import model
-from l7proxy.convert_routes import route_table
+from l7proxy.convert_routes import route_table, seconds
 from l7proxy.errors import ConversionError
 
 HCM_TYPE = (
@@ -34,10 +34,6 @@ _POLICIES = {
     cluster_pb2.Cluster.LEAST_REQUEST: model.LbPolicy.LEAST_REQUEST,
 }
 _HEALTHY = frozenset({health_check_pb2.UNKNOWN, health_check_pb2.HEALTHY, health_check_pb2.DEGRADED})
-
-
-def seconds(duration: duration_pb2.Duration) -> float:
-    return duration.seconds + duration.nanos / 1e9
 
 
 def listener(message: listener_pb2.Listener) -> model.Listener:

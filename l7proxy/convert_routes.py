@@ -41,6 +41,8 @@ RETRY_ON = frozenset(
 #: Accepted and without effect here: HTTP/3, and response headers that policies name elsewhere.
 _RETRY_ON_IGNORED = frozenset({"http3-post-connect-failure", "retriable-headers"})
 _PREVIOUS_HOSTS = "envoy.retry_host_predicates.previous_hosts"
+#: Headers that say where a message goes and where it ends: this proxy's own to write.
+_FRAMING = frozenset({"host", "content-length", "transfer-encoding", "connection"})
 _REDIRECTS = {0: 301, 1: 302, 2: 303, 3: 307, 4: 308}
 
 
@@ -146,10 +148,13 @@ def _route(
         data = body.inline_bytes or body.inline_string.encode()
         if body.WhichOneof("specifier") not in (None, "inline_bytes", "inline_string"):
             raise ConversionError(f"{at}.direct_response.body: only inline bodies are supported")
+        status = message.direct_response.status
+        if not 200 <= status < 600:
+            raise ConversionError(f"{at}.direct_response.status: {status} is not from 200 to 599")
         return model.Route(
             message.name,
             match,
-            direct=model.DirectResponse(message.direct_response.status, data),
+            direct=model.DirectResponse(status, data),
             response_headers=response_headers,
         )
     if kind != "route":
@@ -164,7 +169,12 @@ def _route(
     regex_rewrite = None
     if action.HasField("regex_rewrite"):
         pattern = _regex(action.regex_rewrite.pattern, f"{at}.route.regex_rewrite.pattern")
-        regex_rewrite = (pattern, re.sub(r"\\(\d)", r"\\g<\1>", action.regex_rewrite.substitution))
+        regex_rewrite = (
+            pattern,
+            _substitution(
+                action.regex_rewrite.substitution, pattern, f"{at}.route.regex_rewrite.substitution"
+            ),
+        )
     rewrite = action.WhichOneof("host_rewrite_specifier")
     if rewrite not in (None, "host_rewrite_literal", "auto_host_rewrite"):
         raise ConversionError(f"{at}.route.{rewrite}: not supported")
@@ -182,9 +192,9 @@ def _route(
         cluster_not_found=not_found,
         timeout=seconds(action.timeout) if action.HasField("timeout") else 15.0,
         retry=retry,
-        prefix_rewrite=action.prefix_rewrite,
+        prefix_rewrite=_visible(action.prefix_rewrite, f"{at}.route.prefix_rewrite"),
         regex_rewrite=regex_rewrite,
-        host_rewrite=action.host_rewrite_literal,
+        host_rewrite=_visible(action.host_rewrite_literal, f"{at}.route.host_rewrite_literal"),
         auto_host_rewrite=action.auto_host_rewrite.value,
         request_headers=request_headers,
         response_headers=response_headers,
@@ -339,6 +349,21 @@ def _regex(message: regex_pb2.RegexMatcher, at: str) -> re.Pattern[str]:
         raise ConversionError(f"{at}: {message.regex!r}: {error}") from None
 
 
+def _substitution(text: str, pattern: re.Pattern[str], at: str) -> str:
+    r"""RE2's substitution (``\0`` to ``\9`` and a doubled backslash) in Python's syntax."""
+    for escaped in re.findall(r"\\(.?)", _visible(text, at)):
+        if escaped != "\\" and not (escaped.isdigit() and int(escaped) <= pattern.groups):
+            raise ConversionError(f"{at}: {text!r}: no group or escape \\{escaped}")
+    return re.sub(r"\\(.)", lambda m: rf"\g<{m[1]}>" if m[1].isdigit() else r"\\", text)
+
+
+def _visible(text: str, at: str) -> str:
+    """What becomes part of a start line, a Host or a Location: a space or a line's end would begin something else."""
+    if re.search(r"[^\x21-\x7e]", text):
+        raise ConversionError(f"{at}: {text!r}: only visible ASCII characters are allowed")
+    return text
+
+
 def _retry(message: route_components_pb2.RetryPolicy, at: str) -> model.RetryPolicy | None:
     codes = set(message.retriable_status_codes)
     retry_on: set[str] = set()
@@ -379,6 +404,10 @@ def _redirect(message: route_components_pb2.RedirectAction, at: str) -> model.Re
     scheme = message.scheme_redirect
     if message.https_redirect:
         scheme = "https"
+    for name in ("scheme_redirect", "host_redirect", "path_redirect", "prefix_rewrite"):
+        _visible(getattr(message, name), f"{at}.{name}")
+    if message.response_code not in _REDIRECTS:
+        raise ConversionError(f"{at}.response_code: {message.response_code} is not known")
     return model.Redirect(
         status=_REDIRECTS[message.response_code],
         scheme=scheme,
@@ -400,7 +429,7 @@ def _mutation(add: Iterable[base_pb2.HeaderValueOption], remove: Iterable[str]) 
         text = text.replace(b"%%", b"%")
         if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9a-z]+", name) or re.search(rb"[\r\n\x00]", text):
             raise ConversionError(f"headers_to_add: {name!r}: invalid header")
-        if name in ("host", "content-length", "transfer-encoding", "connection"):
+        if name in _FRAMING:
             raise ConversionError(f"headers_to_add: {name}: may not be set")
         actions = base_pb2.HeaderValueOption
         append = option.append_action == actions.APPEND_IF_EXISTS_OR_ADD
@@ -409,7 +438,11 @@ def _mutation(add: Iterable[base_pb2.HeaderValueOption], remove: Iterable[str]) 
         values.append(
             model.HeaderValue(name.encode(), text, append, option.append_action == actions.ADD_IF_ABSENT)
         )
-    return model.HeaderMutation(tuple(values), tuple(name.lower().encode() for name in remove))
+    removed = tuple(name.lower() for name in remove)
+    for name in removed:
+        if name in _FRAMING:
+            raise ConversionError(f"headers_to_remove: {name}: may not be removed")
+    return model.HeaderMutation(tuple(values), tuple(name.encode() for name in removed))
 
 
 def _join(first: model.HeaderMutation, then: model.HeaderMutation) -> model.HeaderMutation:

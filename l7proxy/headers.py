@@ -19,6 +19,8 @@ from l7proxy.model import HeaderMutation, HttpManager, Route, WeightedCluster
 
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 SERVER = b"mycel"
+#: What :func:`attempt_lines` writes.
+_ATTEMPT = frozenset({b"x-envoy-attempt-count", b"x-envoy-expected-rq-timeout-ms"})
 
 
 class RequestIds:
@@ -63,6 +65,11 @@ def request_prefix(
     if cacheable and head.cached_upstream[0] is route:
         return head.cached_upstream[1]
     path, authority, forwarded = head.path, head.host, head.forwarded
+    if b"x-forwarded-proto" not in head.values:
+        forwarded += b"x-forwarded-proto: http\r\n"
+    if (route.attempt_count or route.timeout) and not _ATTEMPT.isdisjoint(head.values):
+        # An application may pass on what an earlier proxy told it.
+        forwarded = mutate(forwarded, (HeaderMutation(remove=tuple(_ATTEMPT)),))
     if not route.plain:
         path = rewritten_path(route, path)
         authority = route.host_rewrite or (auto_host if route.auto_host_rewrite else "") or authority
@@ -78,8 +85,6 @@ def request_prefix(
     lines.append(forwarded)
     if path != head.path and b"x-envoy-original-path" not in head.values:
         lines.append(f"x-envoy-original-path: {head.path}\r\n".encode("latin-1"))
-    if b"x-forwarded-proto" not in head.values:
-        lines.append(b"x-forwarded-proto: http\r\n")
     if head.upgrade:
         lines.append(f"connection: upgrade\r\nupgrade: {head.upgrade}\r\n".encode("latin-1"))
     prefix = b"".join(lines)
@@ -165,6 +170,8 @@ def local_reply(
     mutation: HeaderMutation | None = None,
 ) -> bytes:
     """A complete response of this proxy's own. ``bodyless``: the request was a HEAD."""
+    if status in (204, 304):
+        body = b""  # RFC 9110, section 6.4.1: there is none, what follows would be the next response
     reason = _REASONS.get(status, b"Unknown")
     content = b"content-type: text/plain\r\n" if body else b""
     fields = b"%b%bdate: %b\r\nserver: %b\r\n" % (content, extra, formatdate(usegmt=True).encode(), SERVER)

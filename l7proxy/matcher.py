@@ -73,13 +73,13 @@ def find_in(
 def matches(match: RouteMatch, head: RequestHead, random: int) -> bool:
     kind = match.path_kind
     path = head.path
+    if (head.method == b"CONNECT") != (kind is PathKind.CONNECT):
+        # A CONNECT has no path: Envoy matches it by connect_matcher only, and that matches nothing else.
+        return False
     if kind is PathKind.PREFIX:
         if not (path.lower() if match.ignore_case else path).startswith(match.path):
             return False
-    elif kind is PathKind.CONNECT:
-        if head.method != b"CONNECT":
-            return False
-    else:
+    elif kind is not PathKind.CONNECT:
         bare = path.partition("?")[0]
         if match.ignore_case:
             bare = bare.lower()
@@ -132,7 +132,7 @@ def header_matches(matcher: HeaderMatcher, head: RequestHead) -> bool:
         result = True
     elif kind is MatchKind.RANGE:
         try:
-            result = matcher.range[0] <= int(value) < matcher.range[1]
+            result = "_" not in value and matcher.range[0] <= int(value) < matcher.range[1]
         except ValueError:
             result = False
     else:
@@ -194,7 +194,7 @@ def rewritten_path(route: Route, path: str) -> str:
     """The path that goes upstream."""
     if route.prefix_rewrite:
         if route.match.path_kind is PathKind.REGEX:
-            return route.prefix_rewrite
+            return "".join((route.prefix_rewrite, *path.partition("?")[1:]))
         return route.prefix_rewrite + path[len(route.match.path) :]
     if route.regex_rewrite is not None:
         bare, mark, query = path.partition("?")

@@ -102,7 +102,7 @@ class Stream:
             proxy.no_cluster(downstream, choice.name if choice is not None else "")
             self.fail(Failure.NO_CLUSTER, status=route.cluster_not_found)
             return
-        if head.upgrade and head.upgrade not in self.manager.upgrades:
+        if head.method == b"CONNECT" or (head.upgrade and head.upgrade not in self.manager.upgrades):
             self.fail(Failure.UPGRADE_REFUSED)
             return
         self.choice = choice
@@ -472,7 +472,7 @@ class Stream:
             self._leave_upstream(abort=True)
             self._break(Failure.IDLE_TIMEOUT)
         else:
-            self.fail(Failure.IDLE_TIMEOUT)
+            self.fail(Failure.IDLE_TIMEOUT, status=504 if self.request_complete else 0)
 
     def _cancel_timers(self) -> None:
         if self._timer is not None:

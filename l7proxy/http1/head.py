@@ -51,6 +51,8 @@ HOP_BY_HOP = frozenset(
 )
 #: Fields that say something about this message's framing or connection: a request without any of them is a plain one.
 _CONNECTION_FIELDS = HOP_BY_HOP | {b"expect", b"content-length"}
+#: What an upstream's response loses: another proxy's service time is not the one that the client is told.
+_RESPONSE_DROPPED = HOP_BY_HOP | {b"x-envoy-upstream-service-time"}
 #: Fields that must not come twice (RFC 9112, sections 3.2 and 6.3).
 _SINGLE = frozenset({b"host", b"content-length"})
 #: A Connection field that names one of these does not make it hop-by-hop: an attacker would take away what others rely on.
@@ -162,7 +164,7 @@ class ResponseHead:
         self.keep_alive = b"close" not in options if minor else b"keep-alive" in options
         if self.length == UNTIL_CLOSE:
             self.keep_alive = False
-        drop = HOP_BY_HOP | (options - _NEVER_NOMINATED)
+        drop = _RESPONSE_DROPPED | (options - _NEVER_NOMINATED)
         if b"transfer-encoding" in self.values:
             drop |= {b"content-length"}
         self.forwarded = b"".join([b"%b: %b\r\n" % pair for pair in fields if pair[0] not in drop])

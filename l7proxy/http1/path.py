@@ -23,10 +23,10 @@ def normalize(target: str, *, merge_slashes: bool = False) -> str:
         return target
     path, mark, query = target.partition("?")
     path = _ESCAPE.sub(_decode, path).replace("\\", "/")
-    if merge_slashes:
-        path = re.sub("/{2,}", "/", path)
     if "/." in path:
         path = _remove_dot_segments(path)
+    if merge_slashes:
+        path = re.sub("/{2,}", "/", path)
     return path + mark + query
 
 

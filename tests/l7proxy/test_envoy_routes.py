@@ -17,6 +17,7 @@ from l7proxy.errors import ConversionError
 from l7proxy.headers import local_reply
 from l7proxy.http1.head import RequestHead, parse_request_head
 from l7proxy.model import Route, RouteTable
+from tests.l7proxy.fakes import xds
 
 Count = Callable[[str, int, int, int], None]
 
@@ -201,3 +202,71 @@ def test_domains_by_envoys_order() -> None:
         found = matcher.virtual_host(table, authority)
         assert found is not None
         assert found.name == name, authority
+
+
+def _one(action: dict[str, Any], match: dict[str, Any] | None = None) -> RouteTable:
+    return convert_routes.route_table(xds.routes({"match": match or {"prefix": "/"}, **action}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("action", "field"),
+    [
+        ({"redirect": {"host_redirect": "a\r\nset-cookie: b"}}, "host_redirect"),
+        ({"redirect": {"path_redirect": "/a b"}}, "path_redirect"),
+        ({"route": {"cluster": "a", "prefix_rewrite": "/x HTTP/1.1\r\nhost: b"}}, "prefix_rewrite"),
+        ({"route": {"cluster": "a", "host_rewrite_literal": "a b"}}, "host_rewrite_literal"),
+        (
+            {
+                "route": {
+                    "cluster": "a",
+                    "regex_rewrite": {"pattern": {"regex": "(a)"}, "substitution": "\\2"},
+                }
+            },
+            "substitution",
+        ),
+        (
+            {"route": {"cluster": "a", "regex_rewrite": {"pattern": {"regex": "a"}, "substitution": "\\g"}}},
+            "substitution",
+        ),
+        ({"direct_response": {"status": 101}}, "direct_response.status"),
+        ({"direct_response": {}}, "direct_response.status"),
+        ({"route": {"cluster": "a"}, "response_headers_to_remove": ["Content-Length"]}, "content-length"),
+    ],
+)
+def test_what_would_break_a_message_is_refused(action: dict[str, Any], field: str) -> None:
+    with pytest.raises(ConversionError, match=field):
+        _one(action)
+
+
+@pytest.mark.parametrize(
+    ("match", "rewrite", "path", "rewritten"),
+    [
+        ({"safe_regex": {"regex": "/a.*"}}, {"prefix_rewrite": "/b"}, "/axx?q=1", "/b?q=1"),
+        (
+            {"prefix": "/"},
+            {"regex_rewrite": {"pattern": {"regex": "/(\\w+)/(\\w+)"}, "substitution": "/\\2\\\\\\1"}},
+            "/a/b?c",
+            "/b\\a?c",
+        ),
+    ],
+)
+def test_rewritten_paths(match: dict[str, Any], rewrite: dict[str, Any], path: str, rewritten: str) -> None:
+    (route,) = _one({"route": {"cluster": "a", **rewrite}}, match).virtual_hosts[0].routes
+    assert matcher.rewritten_path(route, path) == rewritten
+
+
+def test_connect_is_matched_by_connect_matcher_only() -> None:
+    head = parse_request_head(b"CONNECT a:80 HTTP/1.1\r\nhost: a:80\r\n\r\n")
+    assert (
+        matcher.find_route(_one({"route": {"cluster": "a"}}, {"safe_regex": {"regex": ".*"}}), head, 0)
+        is None
+    )
+    assert matcher.find_route(_one({"route": {"cluster": "a"}}, {"connect_matcher": {}}), head, 0) is not None
+
+
+def test_a_range_of_plain_numbers() -> None:
+    ranged = {"prefix": "/", "headers": [{"name": "n", "range_match": {"start": 5, "end": 20}}]}
+    table = _one({"route": {"cluster": "a"}}, ranged)
+    for value, matched in ((b"10", True), (b"1_0", False), (b"20", False), (b"x", False)):
+        head = parse_request_head(b"GET / HTTP/1.1\r\nhost: a\r\nn: %b\r\n\r\n" % value)
+        assert (matcher.find_route(table, head, 0) is not None) == matched, value

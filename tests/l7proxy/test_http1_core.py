@@ -278,6 +278,11 @@ def test_paths_in_their_normal_form(path: str, normal: str) -> None:
     assert normalize(normal) == normal
 
 
+def test_slashes_are_merged_after_dot_segments() -> None:
+    """In Envoy's order: an empty segment is what ``..`` takes away."""
+    assert normalize("/a//../b//c", merge_slashes=True) == "/a/b/c"
+
+
 def test_responses_are_not_mixed_up_by_the_cache() -> None:
     data = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nhi"
     reader = ResponseReader()

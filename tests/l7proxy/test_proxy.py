@@ -313,3 +313,53 @@ async def test_a_request_keeps_the_configuration_it_began_with(mesh: Mesh) -> No
     wait.set()
     assert (await pending)[2] == b"old"
     assert (await client.get())[2] == b"new\n"
+
+
+async def test_what_an_earlier_proxy_told_is_told_anew(mesh: Mesh) -> None:
+    """Applications pass headers on, and upstreams may be proxies: each of these says one thing, this hop's."""
+
+    async def script(request: Request, writer: asyncio.StreamWriter, number: int) -> None:
+        writer.write(respond(200, b"ok", x_envoy_upstream_service_time="12345"))
+
+    backend = await mesh.serve(
+        {
+            "match": {"prefix": "/"},
+            "route": {"cluster": xds.cluster_name(), "timeout": "3s"},
+            "request_headers_to_add": [
+                {
+                    "header": {"key": "x-forwarded-proto", "value": "https"},
+                    "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+                }
+            ],
+        },
+        backend=await mesh.backend(script=script),
+        include_request_attempt_count=True,
+    )
+    client = await mesh.client()
+    client.send(
+        b"GET / HTTP/1.1\r\nhost: a\r\nx-envoy-attempt-count: 7\r\nx-envoy-expected-rq-timeout-ms: 99\r\n\r\n"
+    )
+    head = await client.reader.readuntil(b"\r\n\r\n")
+    assert head.lower().count(b"x-envoy-upstream-service-time") == 1
+    assert b"12345" not in head
+    seen = backend.requests[0]
+    assert seen.header("x-envoy-attempt-count") == "1"
+    assert seen.header("x-envoy-expected-rq-timeout-ms") == "3000"
+    assert seen.header("x-forwarded-proto") == "https"
+
+
+async def test_connect_is_not_served(mesh: Mesh) -> None:
+    backend = await mesh.serve({"match": {"connect_matcher": {}}, "route": {"cluster": xds.cluster_name()}})
+    client = await mesh.client()
+    client.send(b"CONNECT a:80 HTTP/1.1\r\nhost: a:80\r\n\r\n")
+    assert (await client.response())[0] == 403
+    assert backend.requests == []
+
+
+async def test_a_direct_response_without_content_has_none(mesh: Mesh) -> None:
+    await mesh.serve(
+        {"match": {"prefix": "/"}, "direct_response": {"status": 204, "body": {"inline_string": "x"}}}
+    )
+    client = await mesh.client()
+    for _ in range(2):
+        assert (await client.get())[0] == 204
