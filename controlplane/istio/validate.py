@@ -14,6 +14,9 @@ Problem = tuple[str, str]
 #: What Python's regular expressions know and RE2 (Envoy's and Istio's) does not, and the reverse.
 _NOT_RE2 = re.compile(r"\(\?(?:=|!|<[=!]|#|\(|P[=>])|\\[1-9]")
 _ONLY_RE2 = re.compile(r"\\[pPzQEC]|\[\[:")
+#: RE2 refuses a larger bound in ``x{n,m}``.
+_RE2_REPEAT = 1000
+_BOUNDS = re.compile(r"(?<!\\)\{(\d+)(?:,(\d*))?\}")
 #: Envoy's retry conditions (router filter, x-envoy-retry-on and x-envoy-retry-grpc-on).
 _RETRY_ON = frozenset(
     (
@@ -117,9 +120,11 @@ def _regex(regex: str, path: str) -> Iterator[Problem]:
     try:
         if _NOT_RE2.search(regex):
             raise re.error("it has a look-around or a back reference")
+        if any(int(n) > _RE2_REPEAT for bounds in _BOUNDS.findall(regex) for n in bounds if n):
+            raise re.error(f"it repeats more than {_RE2_REPEAT} times")
         if not _ONLY_RE2.search(regex):
             re.compile(regex)
-    except re.error as e:
+    except (re.error, ValueError, OverflowError, RecursionError) as e:
         yield path, f"is no RE2 expression: {e}"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -106,10 +107,16 @@ def _limits(value: Any, schema: Schema, path: str) -> Iterator[Problem]:
         if high is not None and value > high:
             yield path, f"Invalid value: {value}, should be at most {high}"
     if isinstance(value, str):
-        if "pattern" in schema and not re.search(schema["pattern"], value):
+        if "pattern" in schema and not _pattern(schema["pattern"]).search(value):
             yield path, f"Invalid value: {_show(value)} does not match {schema['pattern']}"
         if schema.get("format") == "byte" and not _is_base64(value):
             yield path, "is not base64"
+
+
+@functools.cache
+def _pattern(text: str) -> re.Pattern[str]:
+    """``$`` is the end of the text, as in ECMA 262 and RE2; Python's own would let a line end follow."""
+    return re.compile(re.sub(r"(?<!\\)\$(?=$|[|)])", r"\\Z", text))
 
 
 def _combinations(value: Any, schema: Schema, path: str) -> Iterator[Problem]:
@@ -155,7 +162,7 @@ def _holds(rule: str, value: Any) -> bool:
     check = RULES[" ".join(rule.split())]
     try:
         return check(value)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, LookupError):
         return False  # CEL: an evaluation error fails the rule
 
 

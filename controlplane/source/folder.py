@@ -15,12 +15,15 @@ import stat
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from common import logs
 from controlplane.source.lastgood import LastGood
 from controlplane.source.manifests import MAX_BYTES, ManifestError, parse
 from controlplane.source.objects import Fault, Key, Object, State, Validator, key_of
 from controlplane.source.watch import Batch, watch
 
+_log = logs.get(__name__)
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -107,7 +110,7 @@ class Folder:
                     )
                     continue
                 key = key_of(document.manifest)
-                problems = list(self._validate(document.manifest))
+                problems = self._problems(document.manifest, key)
                 if problems:
                     refused.add(key)
                     faults += [
@@ -123,6 +126,14 @@ class Folder:
             fault = Fault(name, "", "", reason, "correct it; what the file held before stays in force")
             return _File(signature, unknown=True, faults=(fault,))
         return _File(signature, tuple(objects), frozenset(refused), unknown, tuple(faults))
+
+    def _problems(self, manifest: dict[str, Any], key: Key) -> list[tuple[str, str]]:
+        try:
+            return list(self._validate(manifest))
+        except Exception as e:
+            # A bug of the validator's: it costs this object only.
+            _log.exception("object cannot be judged", e, object=str(key))
+            return [("", f"cannot be judged: {type(e).__name__}: {e}")]
 
 
 def resolve(

@@ -1,12 +1,15 @@
 """A file's bytes to manifests: YAML or JSON, many documents, Lists taken apart.
 
-YAML is read as Kubernetes reads it: time stamps and sexagesimal numbers are strings, and a key that stands twice in one
-mapping is an error (whoever wrote it meant one of the two, and nobody knows which).
+YAML is read as Kubernetes reads it: time stamps and sexagesimal numbers are strings, whole numbers are integers however
+they are written (``80.0``), and a key that stands twice in one mapping is an error (whoever wrote it meant one of the two,
+and nobody knows which). What comes out is JSON: anything else (a tag that makes bytes or a date, a number that is none,
+text that is no Unicode) is refused with its object, so that nothing behind this module can stumble over it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +21,8 @@ import yaml
 MAX_BYTES = 16 << 20
 MAX_VALUES = 500_000
 MAX_DEPTH = 64
+#: One that is no version would make another object of it, and the one that it was would be gone.
+_API_VERSION = re.compile(r"([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?v[0-9][a-z0-9]*")
 
 
 class ManifestError(Exception):
@@ -49,10 +54,17 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    result: dict[Any, Any] = {}
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for key_node, value_node in node.value:
+        if key_node.tag == _MERGE:
+            # PyYAML's own way copies pairs of pairs: a merge of merges grows without end before anyone can count it.
+            merged = {**_merged(loader, value_node), **merged}
+            continue
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             key = _text(key, key_node)
@@ -61,6 +73,18 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
                 None, None, f"key {key!r} stands twice", key_node.start_mark
             )
         result[key] = loader.construct_object(value_node, deep=True)
+    return {**merged, **result}
+
+
+def _merged(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
+    """What ``<<`` stands for: a mapping, or several of which the first that has a key is right."""
+    value = loader.construct_object(node, deep=True)
+    mappings = value if isinstance(value, list) else [value]
+    result: dict[str, Any] = {}
+    for mapping in mappings:
+        if not isinstance(mapping, dict):
+            raise yaml.constructor.ConstructorError(None, None, "<< takes mappings only", node.start_mark)
+        result = {**mapping, **result}
     return result
 
 
@@ -71,7 +95,15 @@ def _text(key: object, node: yaml.Node) -> str:
     raise yaml.constructor.ConstructorError(None, None, f"{key!r} cannot be a key", node.start_mark)
 
 
+def _number(value: float) -> int | float:
+    """JSON has one kind of number: what has no fraction is an integer."""
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+_Loader.add_constructor(
+    "tag:yaml.org,2002:float", lambda loader, node: _number(loader.construct_yaml_float(node))
+)
 
 
 def parse(data: bytes, is_json: bool = False) -> Iterator[Document]:
@@ -93,7 +125,11 @@ def parse(data: bytes, is_json: bool = False) -> Iterator[Document]:
 def _values(text: str, is_json: bool) -> Iterator[Any]:
     try:
         if is_json:
-            yield json.loads(text, object_pairs_hook=_pairs) if text.strip() else None
+            yield (
+                json.loads(text, object_pairs_hook=_pairs, parse_float=lambda t: _number(float(t)))
+                if text.strip()
+                else None
+            )
         else:
             yield from yaml.load_all(text, _Loader)
     except yaml.MarkedYAMLError as e:
@@ -135,7 +171,7 @@ def _objects(value: Any, where: str) -> Iterator[Document]:
     elif not isinstance(value["metadata"].get("namespace", ""), (str, type(None))):
         yield Document(None, where, "metadata.namespace: no string")
     else:
-        error = _too_much(value)
+        error = _no_json(value)
         yield Document(None if error else value, where, error)
 
 
@@ -145,11 +181,13 @@ def _check_head(value: dict[str, Any]) -> str:
             return f"{name}: required, but missing"
         if not isinstance(value[name], str) or not value[name]:
             return f"{name}: no string"
+    if not _API_VERSION.fullmatch(value["apiVersion"]):
+        return f"apiVersion: {value['apiVersion']!r} is none (like v1, or security.istio.io/v1)"
     return ""
 
 
-def _too_much(value: Any) -> str:
-    """A reason if a value is nested too deep or grows too large once its YAML aliases are followed."""
+def _no_json(value: Any) -> str:
+    """A reason if a value is nested too deep, grows too large once its YAML aliases are followed, or is no JSON."""
     left = MAX_VALUES
     stack = [(value, 1)]
     while stack:
@@ -161,6 +199,24 @@ def _too_much(value: Any) -> str:
             return f"nested deeper than {MAX_DEPTH} levels"
         if isinstance(item, dict):
             stack.extend((v, depth + 1) for v in item.values())
+            stack.extend((k, depth) for k in item if not k.isascii())
         elif isinstance(item, list):
             stack.extend((v, depth + 1) for v in item)
+        elif isinstance(item, str):
+            if not item.isascii() and not _is_unicode(item):
+                return f"{ascii(item)} is no Unicode text"
+        elif isinstance(item, float):
+            if not math.isfinite(item):
+                return f"{item} is no number"
+        elif item is not None and not isinstance(item, (int, bool)):
+            return f"a value of type {type(item).__name__}, which JSON has not"
     return ""
+
+
+def _is_unicode(text: str) -> bool:
+    """False for half a surrogate pair, which JSON's escapes can write and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import random
 import statistics
@@ -14,10 +15,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from controlplane.compiler import validate
+from controlplane.compiler import compile_snapshot, validate
+from controlplane.model.world import Settings
 from controlplane.source import State
 from controlplane.source.folder import Folder
 from controlplane.source.lastgood import LastGood
@@ -112,6 +115,87 @@ def test_aliases_cannot_grow_without_end(tmp_path: Path) -> None:
     started = time.monotonic()
     assert "more than" in load(tmp_path).faults[0].reason
     assert time.monotonic() - started < 5
+
+
+#: Objects that a parser lets through and that are no JSON, or that a validator could stumble over.
+POISON = {
+    "a date": "apiVersion: v1\nkind: Pod\nmetadata: {name: p, uid: u}\nspec: {x: !!timestamp 2001-01-01}",
+    "bytes": "apiVersion: v1\nkind: Pod\nmetadata: {name: p, uid: u}\nspec: {x: !!binary aGk=}",
+    "a set": "apiVersion: v1\nkind: Pod\nmetadata: {name: p, uid: u}\nspec: {x: !!set {a}}",
+    "no number": "apiVersion: v1\nkind: Pod\nmetadata: {name: p, uid: u}\nspec: {x: .inf}",
+    "a line end in a name": pod("p\n"),
+    "a line end in a namespace": pod("p", ns="default\n"),
+    "no version": "apiVersion: security.istio.io\nkind: AuthorizationPolicy\nmetadata: {name: p}\nspec: {}",
+    "no port number": istio(
+        "ServiceEntry", "p", {"hosts": ["a.example"], "ports": [{"name": "http"}, {"name": "b"}]}
+    )
+    | {"apiVersion": "networking.istio.io/v1"},
+    **{
+        f"the expression {regex[:20]}": istio(
+            "VirtualService",
+            "p",
+            {
+                "hosts": ["s"],
+                "http": [{"match": [{"uri": {"regex": regex}}], "route": [{"destination": {"host": "s"}}]}],
+            },
+        )
+        for regex in ("a{1,99999999999999999999}", "a{1001}", "(" * 5000 + "a" + ")" * 5000)
+    },
+}
+
+
+@pytest.mark.parametrize("what", POISON)
+def test_one_bad_object_stops_no_other(tmp_path: Path, what: str) -> None:
+    config = tmp_path / "config"
+    config.mkdir()
+    write(config, "bad.yaml", POISON[what])
+    write(config, "good.yaml", service("s"))
+    state = Folder(config, validate, LastGood(tmp_path / "last.json")).load()
+    assert names(state) == ["Service default/s"]
+    assert {f.file for f in state.faults} == {"bad.yaml"}
+    compile_snapshot(state.objects, Settings())
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text(json.dumps(pod("p", app="\ud800")))
+    state = load(tmp_path)
+    assert not state.objects
+    assert "Unicode" in state.faults[0].reason
+
+
+def test_a_validator_that_fails_costs_one_object(tmp_path: Path) -> None:
+    def broken(manifest: Manifest) -> list[tuple[str, str]]:
+        if manifest["metadata"]["name"] == "bad":
+            raise ZeroDivisionError("a bug")
+        return []
+
+    write(tmp_path, "all.yaml", namespace("bad"), namespace("good"))
+    state = Folder(tmp_path, broken).load()
+    assert names(state) == ["Namespace good"]
+    assert "a bug" in state.faults[0].reason
+
+
+def test_merged_mappings_are_overridden(tmp_path: Path) -> None:
+    text = "apiVersion: v1\nkind: Pod\nmetadata:\n  <<: [{name: a, uid: first}, {uid: second}]\n  name: b\nspec: {}\n"
+    write(tmp_path, "a.yaml", text)
+    state = load(tmp_path)
+    (found,) = state.objects.values()
+    assert found.manifest["metadata"] == {"name": "b", "uid": "first"}
+
+
+def test_merges_of_merges_cannot_grow_without_end() -> None:
+    text = "{x: 1}"
+    for level in range(40):
+        text = f"{{<<: [&a{level} {text}, *a{level}]}}"
+    assert [d.error for d in parse(f"a: {text}".encode())] == ["apiVersion: required, but missing"]
+
+
+def test_a_whole_number_is_an_integer(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", yaml.safe_dump(service("s")).replace("port: 80", "port: 80.0"))
+    (tmp_path / "b.json").write_text(json.dumps(service("t")).replace(": 80,", ": 80.0,"))
+    state = load(tmp_path)
+    ports = [o.spec["ports"][0]["port"] for o in state.objects.values()]
+    assert (ports, [type(p) for p in ports]) == ([80, 80], [int, int])
 
 
 @given(st.binary(max_size=200))
