@@ -245,8 +245,9 @@ def test_draining_lets_open_tunnels_end_and_takes_no_new_ones(world: World, serv
     with world.dial(server.port) as sock:
         sock.sendall(b"one")
         assert sock.recv(10) == b"one"
+        listeners = [one for pod in world.a.client.pods.values() for one in pod.listeners.values()]
         world.a.call(lambda: world.a.proxy.drain(10))
-        world.a.call(lambda: None)  # sockets are closed at the end of a turn
+        wait_until(lambda: all(one.fileno() < 0 for one in listeners), "listeners are closed")
         with pytest.raises(ConnectionRefusedError):
             world.dial(server.port)
         assert not (world.a.run / "nodeproxy.sock").exists()
