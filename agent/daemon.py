@@ -191,6 +191,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
             destroyed=sweeper.destroyed,
         )
 
+    serving = asyncio.Event()
     registry = CollectorRegistry()
     registry.register(Collector(look, latencies))
     ProcessCollector(registry=registry)
@@ -200,7 +201,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
         admin = AdminServer(
             *options.admin,
             registry=registry,
-            ready=lambda: node.problem or True,
+            ready=lambda: node.problem or serving.is_set() or "not serving plugins and proxies yet",
             json=pages(node, kernel, proxies, stream),
         )
     except OSError as error:
@@ -223,6 +224,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
         ]
         for server in servers:
             server.start()
+        serving.set()
         tasks.start(cni.watch_notes(), name="notes")
         tasks.start(stream.run(), name="stream")
         _log.info(
