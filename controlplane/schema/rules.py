@@ -1,7 +1,7 @@
 """The CEL rules of the schemas, in Python: one function per rule, found by the rule's text (white space folded).
 
-A rule that raises ValueError, TypeError, AttributeError or LookupError fails, as an evaluation error does in CEL. Durations are Go's
-(``1h30m``, ``5s``, ``100ms``).
+A rule that raises ValueError, TypeError, AttributeError or LookupError fails, as an evaluation error does in CEL.
+Durations are Go's (``1h30m``, ``5s``, ``100ms``).
 """
 
 from __future__ import annotations

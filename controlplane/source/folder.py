@@ -25,6 +25,7 @@ from controlplane.source.watch import Batch, watch
 
 _log = logs.get(__name__)
 _SUFFIXES = (".yaml", ".yml", ".json")
+_UNREACHABLE = (0, 0, 0)  #: signature of what had no status
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +70,14 @@ class Folder:
         found: dict[str, _File] = {}
         try:
             for name, status in _walk(self._root):
+                if isinstance(status, OSError):
+                    found |= self._unreachable(name, status)
+                    continue
                 signature = (status.st_mtime_ns, status.st_size, status.st_ino)
                 known = self._files.get(name)
                 stale = name in batch.changed or (
-                    batch.everything and (known is None or known.signature != signature)
+                    (batch.everything or (known is not None and known.signature == _UNREACHABLE))
+                    and (known is None or known.signature != signature)
                 )
                 if stale and name not in batch.writing:
                     found[name] = self._read(name, signature)
@@ -92,6 +97,16 @@ class Folder:
             self._store.save(objects)
         self._in_force, self._faults = objects, tuple(sorted(faults))
         return State(self._in_force, self._faults)
+
+    def _unreachable(self, name: str, error: OSError) -> dict[str, _File]:
+        """A file whose status, or a folder whose list, is not to be had: all that came from there is kept."""
+        reason, action = (
+            f"cannot be read: {error.strerror}",
+            "restore or remove it; what it held stays in force",
+        )
+        file = _File(_UNREACHABLE, unknown=True, faults=(Fault(name, "", "", reason, action),))
+        below = {o.file for o in self._in_force.values() if o.file.startswith(f"{name}/")}
+        return {name: file} | {name: _File(_UNREACHABLE, unknown=True) for name in below}
 
     def _read(self, name: str, signature: tuple[int, int, int]) -> _File:
         objects: list[Object] = []
@@ -169,15 +184,20 @@ def resolve(
     return result, faults
 
 
-def _walk(root: Path) -> Iterator[tuple[str, os.stat_result]]:
+def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | OSError]]:
     """Manifest files below a folder with their status, in order of path; hidden ones are left out.
 
-    :raises OSError: the folder itself cannot be listed. A folder or file below that vanishes meanwhile is no error.
+    A folder or file below that is there and cannot be looked at has its error in place of the status; one that vanishes
+    meanwhile is left out.
+
+    :raises OSError: the folder itself cannot be listed.
     """
     yield from _walk_below(root, "", sorted(os.listdir(root)))
 
 
-def _walk_below(root: Path, prefix: str, names: Iterable[str]) -> Iterator[tuple[str, os.stat_result]]:
+def _walk_below(
+    root: Path, prefix: str, names: Iterable[str]
+) -> Iterator[tuple[str, os.stat_result | OSError]]:
     for name in names:
         if name.startswith("."):
             continue
@@ -187,7 +207,10 @@ def _walk_below(root: Path, prefix: str, names: Iterable[str]) -> Iterator[tuple
             if stat.S_ISDIR(status.st_mode) and not path.is_symlink():
                 yield from _walk_below(root, f"{prefix}{name}/", sorted(os.listdir(path)))
                 continue
-        except OSError:
+        except OSError as e:
+            # A link that leads nowhere is there, so what it led to was not taken back by anyone.
+            if os.path.lexists(path) and (name.endswith(_SUFFIXES) or path.is_dir()):
+                yield prefix + name, e
             continue
         if stat.S_ISREG(status.st_mode) and name.endswith(_SUFFIXES):
             yield prefix + name, status

@@ -100,10 +100,12 @@ def _number(value: float) -> int | float:
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
+def _float(loader: _Loader, node: yaml.ScalarNode) -> int | float:
+    return _number(loader.construct_yaml_float(node))
+
+
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-_Loader.add_constructor(
-    "tag:yaml.org,2002:float", lambda loader, node: _number(loader.construct_yaml_float(node))
-)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
 def parse(data: bytes, is_json: bool = False) -> Iterator[Document]:
@@ -204,7 +206,7 @@ def _no_json(value: Any) -> str:
             stack.extend((v, depth + 1) for v in item)
         elif isinstance(item, str):
             if not item.isascii() and not _is_unicode(item):
-                return f"{ascii(item)} is no Unicode text"
+                return f"{item!a} is no Unicode text"
         elif isinstance(item, float):
             if not math.isfinite(item):
                 return f"{item} is no number"

@@ -17,7 +17,8 @@ class Session:
 
     def __init__(self, held: str = "") -> None:
         self._held = held
-        self._sent: dict[str, Resource] | None = None  # None: nothing sent on this stream yet
+        # None: nothing sent on this stream yet. A key without a resource: the client has some version of it, or none.
+        self._sent: dict[str, Resource | None] | None = None
         self._version = ""
         self._nonce = 0
         self._waiting = False
@@ -47,14 +48,15 @@ class Session:
             return False
         self._waiting = False
         if isinstance(message, Nack) and self._sent is not None:
-            # What the client could not put in force goes along again with the next update.
+            # What the client could not put in force goes along again with the next update. Its last good state stays
+            # there meanwhile, and has to be removed when the resource is gone.
             for error in message.errors:
-                self._sent.pop(error.key, None)
+                self._sent[error.key] = None
         return True
 
 
 def difference(
-    old: Mapping[str, Resource], new: Mapping[str, Resource]
+    old: Mapping[str, Resource | None], new: Mapping[str, Resource]
 ) -> tuple[tuple[Resource, ...], tuple[str, ...]]:
     """Upserts and removes that lead from one state to the other."""
     upserts = tuple(r for key, r in new.items() if old.get(key) != r)

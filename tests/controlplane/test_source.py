@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import json
 import os
@@ -118,7 +119,7 @@ def test_aliases_cannot_grow_without_end(tmp_path: Path) -> None:
 
 
 #: Objects that a parser lets through and that are no JSON, or that a validator could stumble over.
-POISON = {
+POISON: dict[str, Manifest | str] = {
     "a date": "apiVersion: v1\nkind: Pod\nmetadata: {name: p, uid: u}\nspec: {x: !!timestamp 2001-01-01}",
     "bytes": "apiVersion: v1\nkind: Pod\nmetadata: {name: p, uid: u}\nspec: {x: !!binary aGk=}",
     "a set": "apiVersion: v1\nkind: Pod\nmetadata: {name: p, uid: u}\nspec: {x: !!set {a}}",
@@ -299,6 +300,42 @@ def test_a_folder_that_is_away_changes_nothing(steps: Steps) -> None:
     state = steps.load()
     assert names(state) == ["DestinationRule default/a"]
     assert "cannot be read" in state.faults[0].reason
+
+
+def test_a_link_that_leads_nowhere_keeps_what_it_led_to(steps: Steps, tmp_path: Path) -> None:
+    write(tmp_path, "real.yaml", RULE)
+    (steps.config / "a.yaml").symlink_to(tmp_path / "real.yaml")
+    first = steps.load()
+    (tmp_path / "real.yaml").unlink()
+    state = steps.load()
+    assert state.objects == first.objects
+    assert [f.file for f in state.faults] == ["a.yaml"]
+    (steps.config / "a.yaml").unlink()
+    state = steps.load()
+    assert not state.objects
+    assert not state.faults
+
+
+def test_a_folder_below_that_cannot_be_listed_keeps_what_it_held(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (steps.config / "below").mkdir()
+    write(steps.config / "below", "a.yaml", RULE)
+    first = steps.load()
+    listed = os.listdir
+
+    def listdir(path: Path) -> list[str]:
+        if path.name == "below":  # root reads whatever it likes: an error of the disk is what is left
+            raise OSError(errno.EIO, "Input/output error")
+        return listed(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", listdir)
+        state = steps.load()
+    assert state.objects == first.objects
+    assert [(f.file, f.reason) for f in state.faults] == [("below", "cannot be read: Input/output error")]
+    (steps.config / "below" / "a.yaml").unlink()
+    assert not steps.load().objects
 
 
 def test_a_broken_store_is_no_obstacle(steps: Steps, tmp_path: Path) -> None:

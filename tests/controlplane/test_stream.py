@@ -111,6 +111,21 @@ def test_what_was_refused_goes_along_again() -> None:
     }
 
 
+def test_what_was_refused_and_is_gone_is_removed() -> None:
+    session = Session()
+    first = session.next_update(ONE)
+    assert first is not None
+    ack(session, first)
+    second = session.next_update(compile_all(pod("a", "10.1.0.1")))
+    assert second is not None
+    key = "workload/uid-default-a"
+    assert [api.resource_key(r) for r in second.upserts] == [key]
+    session.answer(api.Nack(second.nonce, second.version, (api.ResourceError(key, "no"),)))
+    third = session.next_update(THREE)
+    assert third is not None
+    assert key in third.removes, "the client has the version before still"
+
+
 def test_answers_to_nothing_are_ignored() -> None:
     session = Session()
     assert not session.answer(api.Ack(1, ""))
