@@ -86,7 +86,7 @@ async def _run(arguments: argparse.Namespace) -> None:
 
     def describe() -> object:
         rejected = {
-            f"{kind.rpartition('.')[2]} {name}": why for (kind, name), why in resources.rejected.items()
+            f"{kind.rpartition('.')[2]} {name}": why for (kind, name), why in dict(resources.rejected).items()
         }
         return {**proxy.describe(), "rejected": rejected}
 

@@ -7,7 +7,7 @@ so that a change elsewhere does not start every cluster at its first endpoint ag
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Set
+from collections.abc import Container, Set
 from random import Random
 
 from l7proxy.model import Cluster, Config, Endpoint, LbPolicy
@@ -37,6 +37,12 @@ class Balancer:
             endpoint = self._draw(cluster, endpoints)
             attempts -= 1
         return endpoint
+
+    def keep(self, clusters: Container[str]) -> None:
+        """Forget the turns of clusters that are not among these."""
+        for turns in (self._turn, self._schedules):
+            for name in [name for name in turns if name not in clusters]:
+                del turns[name]
 
     def _draw(self, cluster: Cluster, endpoints: tuple[Endpoint, ...]) -> Endpoint:
         count = len(endpoints)

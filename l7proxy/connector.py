@@ -66,7 +66,6 @@ class Connector:
         try:
             sock = await pool.pod.sockets.take()
         except AgentError as error:
-            _log.warning("no socket for a connection", pod=pool.pod.enroll.name, reason=str(error))
             raise ConnectError(str(error)) from None
         try:
             async with asyncio.timeout(timeout):

@@ -248,9 +248,10 @@ class DownstreamConnection(asyncio.Protocol):
         """Apply the listener's idle timeouts; called every few seconds."""
         if self._closing:
             return
-        destination = self._destination
         quiet = now - self.touched
         stream = self.stream
+        # Between requests the newest configuration counts, also so that none before it is kept alive by an idle client.
+        destination = self._destination if stream is not None else self.destination(self.proxy.config)
         if destination is None:
             if quiet > 60.0:
                 self.abort()

@@ -51,6 +51,12 @@ class HostPool:
         self.series: dict[tuple[str, int, str], Series] = {}
         self.closed = False
 
+    def describe(self, endpoint: Endpoint) -> None:
+        """The workload behind the address is described anew: later requests carry the new labels."""
+        if endpoint != self.endpoint:
+            self.endpoint = endpoint
+            self.series.clear()
+
     def acquire(
         self, waiter: Waiter, cluster: Cluster, client_port: int, *, fresh: bool = False
     ) -> UpstreamConnection | Failure | None:

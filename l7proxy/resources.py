@@ -78,32 +78,30 @@ class Resources:
         """Take a response. Good resources are taken over, of a bad one the last good stays; the reasons are returned."""
         errors: list[str] = []
         seen: set[str] = set()
+        nameless = False
         for i, item in enumerate(items):
-            name = f"resources[{i}]"
+            name = ""
             try:
                 message = _MESSAGES[kind]()
                 if item.type_url != kind or not item.Unpack(message):
                     raise ConversionError(f"type_url: {item.type_url!r}, not {kind!r}")
-                name = _name(message) or name
+                name = _name(message)
                 if name in seen:
                     raise ConversionError("comes twice in one response")
                 seen.add(name)
                 self._take(kind, name, message)
             except (ConversionError, DecodeError) as error:
-                reason = f"{kind.rpartition('.')[2]} {name}: {error}"
-                if self.rejected.get((kind, name)) != str(error):
-                    _log.error(
-                        "xDS resource rejected",
-                        resource=name,
-                        type=kind.rpartition(".")[2],
-                        reason=str(error),
-                    )
-                self.rejected[kind, name] = str(error)
-                errors.append(reason)
+                nameless = nameless or not name
+                errors.append(self._reject(kind, name or f"resources[{i}]", str(error)))
+            except Exception as error:
+                # A defect of ours in one resource: it stays as it was, and every other goes on.
+                _log.exception("xDS resource not converted", error, resource=name)
+                errors.append(self._reject(kind, name, f"{type(error).__name__}: {error}"))
             else:
                 self.rejected.pop((kind, name), None)
                 self._raw[kind][name] = item
-        if kind in _COMPLETE:
+        if kind in _COMPLETE and not nameless:
+            # Were one of them not readable, it could be the one that seems to be gone.
             for name in self._raw[kind].keys() - seen:
                 self._forget(kind, name)
             for key in [key for key in self.rejected if key[0] == kind and key[1] not in seen]:
@@ -112,6 +110,13 @@ class Resources:
         if not errors:
             self.versions[kind] = version
         return errors
+
+    def _reject(self, kind: str, name: str, why: str) -> str:
+        short = kind.rpartition(".")[2]
+        if self.rejected.get((kind, name)) != why:
+            _log.error("xDS resource rejected", resource=name, type=short, reason=why)
+        self.rejected[kind, name] = why
+        return f"{short} {name}: {why}"
 
     def _take(self, kind: str, name: str, message: Message) -> None:
         if kind == LISTENER:
@@ -148,6 +153,8 @@ class Resources:
             wanted = set(self.wanted(kind))
             for name in [name for name in self._raw[kind] if name not in wanted]:
                 self._forget(kind, name)
+            for key in [key for key in self.rejected if key[0] == kind and key[1] not in wanted]:
+                del self.rejected[key]
 
     def build(self) -> model.Config:
         """The configuration as of now: complete where everything arrived, the last good elsewhere."""

@@ -74,7 +74,7 @@ class Proxy:
         self._captured: CapturedMap | None = None
         self._unconfirmed: set[PodKey] = set()
         self._confirm_by: asyncio.TimerHandle | None = None
-        self._wanted: frozenset[str] = frozenset()
+        self._wanted: dict[str, Endpoint] = {}  #: of the configuration, by their keys
         self._connection_gone = asyncio.Event()
         self._logged: dict[tuple[str, str], float] = {}
         self._expose()
@@ -88,7 +88,12 @@ class Proxy:
     def publish(self, config: Config) -> None:
         """Requests that begin from now on are served by ``config``."""
         self.config = config
-        self._wanted = frozenset(e.key for endpoints in config.endpoints.values() for e in endpoints)
+        self.balancer.keep(config.endpoints)
+        self._wanted = {e.key: e for endpoints in config.endpoints.values() for e in endpoints}
+        for pod in self.pods.values():
+            for key, pool in pod.pools.items():
+                if key in self._wanted:
+                    pool.describe(self._wanted[key])
         _log.debug("configuration swapped", version=config.version, destinations=len(config.hosts))
 
     # -- what requests share -----------------------------------------------------------------------------------------

@@ -83,6 +83,10 @@ class XdsClient:
                 reason = f"{error.code().name}: {error.details()}"
             except OSError as error:
                 reason = str(error)
+            except Exception as error:
+                # Without this client the configuration would stay as it is for ever.
+                _log.exception("xDS session failed", error)
+                reason = f"{type(error).__name__}: {error}"
             finally:
                 self.connected = False
             if self.updates != before:
@@ -147,7 +151,8 @@ class XdsClient:
             names = self._resources.wanted(following)
             if names != self._names.get(following):
                 await self._send(following, names)
-        self._resources.save(kind)
+        # The disk may be slow, and requests are waiting for this loop. Nothing else changes the resources meanwhile.
+        await asyncio.to_thread(self._resources.save, kind)
 
     async def _send(self, kind: str, names: list[str], error: str = "") -> None:
         self._names[kind] = names

@@ -22,7 +22,7 @@ from agent import api
 from l7proxy import pods, server
 from l7proxy.accesslog import AccessLog
 from l7proxy.metrics import LABELS
-from l7proxy.resources import Resources
+from l7proxy.resources import CLUSTER, Resources
 from nodeproxy import api as nodeproxy
 from tests.l7proxy.conftest import Mesh, eventually
 from tests.l7proxy.fakes import xds
@@ -321,6 +321,18 @@ async def test_new_labels_count_separately(mesh: Mesh) -> None:
     assert sorted(series[1] for series in mesh.proxy.metrics._series) == ["client", "renamed"]
 
 
+async def test_an_endpoint_described_anew_counts_separately(mesh: Mesh) -> None:
+    """The pod behind a kept connection got another label: its connections stay, its metrics do not."""
+    backend = await mesh.serve()
+    client = await mesh.client()
+    await client.get()
+    mesh.configure(xds.assignment(xds.endpoint(backend.port, version="v2")))
+    await client.get()
+    assert backend.connections == 1
+    version = LABELS.index("destination_version")
+    assert sorted(series[version] for series in mesh.proxy.metrics._series) == ["v1", "v2"]
+
+
 async def test_a_bad_resource_leaves_the_last_good(mesh: Mesh) -> None:
     backend = await mesh.serve()
     good = mesh.proxy.config
@@ -334,6 +346,74 @@ async def test_a_bad_resource_leaves_the_last_good(mesh: Mesh) -> None:
     client = await mesh.client()
     assert (await client.get())[0] == 200
     assert len(backend.requests) == 1
+
+
+def test_a_resource_that_cannot_be_named_removes_nothing() -> None:
+    """It may be the very one that is missing from a response that is the complete set."""
+    resources = Resources()
+    xds.apply(resources, xds.listener(), xds.cluster(), xds.assignment(xds.endpoint(1)))
+    damaged = xds.pack(xds.cluster())
+    damaged.value = b"\xff" + damaged.value
+    assert resources.apply(CLUSTER, "2", [damaged])
+    assert xds.cluster_name() in resources.build().clusters
+    assert list(resources.rejected) == [(CLUSTER, "resources[0]")]
+    assert resources.apply(CLUSTER, "3", []) == []
+    assert not resources.build().clusters
+    assert not resources.rejected
+
+
+def test_a_defect_in_a_conversion_is_one_resources_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    resources = Resources()
+    xds.apply(resources, xds.cluster(), xds.assignment(xds.endpoint(1)))
+
+    def broken(message: object) -> None:
+        raise KeyError("defect")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("l7proxy.convert.endpoints", broken)
+        errors = xds.apply(resources, xds.assignment(xds.endpoint(2)))
+    assert errors == [f"ClusterLoadAssignment {xds.cluster_name()}: KeyError: 'defect'"]
+    assert [e.port for e in resources.build().endpoints[xds.cluster_name()]] == [1]
+
+
+async def test_what_is_forgotten_with_a_configuration(mesh: Mesh) -> None:
+    await mesh.serve()
+    balancer = mesh.proxy.balancer
+    two = xds.assignment(xds.endpoint(1), xds.endpoint(2))
+    mesh.configure(two)
+    await (await mesh.client()).get()
+    assert balancer._turn
+    mesh.resources.apply(CLUSTER, "9", [])
+    mesh.proxy.publish(mesh.resources.build())
+    assert not balancer._turn
+    assert not balancer._schedules
+
+
+async def test_idle_times(mesh: Mesh) -> None:
+    """A connection that asked nothing yet has its listener's idle timeout, and holds no configuration but the newest."""
+
+    async def script(request: Request, writer: asyncio.StreamWriter, number: int) -> None:
+        await asyncio.sleep(5)
+
+    backend = await mesh.backend(script=script)
+    others = (xds.routes(), xds.cluster(), xds.assignment(xds.endpoint(backend.port)))
+    mesh.configure(xds.listener(stream_idle_timeout="100s"), *others)
+    (pod,) = mesh.proxy.pods.values()
+    client = await mesh.client()
+    await eventually(lambda: len(pod.downstream) == 1)
+    (connection,) = pod.downstream
+    connection.check_idle(time.monotonic() + 600)
+    mesh.configure(xds.listener(stream_idle_timeout="200s"))
+    connection.check_idle(time.monotonic() + 600)
+    assert connection._known is mesh.proxy.config
+    pending = asyncio.create_task(client.get())
+    await eventually(lambda: bool(backend.requests))
+    connection.check_idle(time.monotonic() + 190)
+    assert not pending.done()
+    connection.check_idle(time.monotonic() + 210)
+    assert (await pending)[::2] == (504, b"stream timeout")
+    connection.check_idle(time.monotonic() + 4000)
+    assert await client.closed() == b""
 
 
 def test_routes_wait_for_their_clusters_endpoints() -> None:
