@@ -5,8 +5,6 @@ Owns matching only. Randomness is passed in (0 <= random < 2**32), so that a cho
 
 from __future__ import annotations
 
-from urllib.parse import parse_qsl
-
 from l7proxy.http1.head import RequestHead
 from l7proxy.model import (
     HeaderMatcher,
@@ -155,8 +153,10 @@ def _text_matches(kind: MatchKind, wanted: str, ignore_case: bool, regex: object
 
 
 def _query_matches(matchers: tuple[QueryMatcher, ...], path: str) -> bool:
+    # As Envoy: the first of a name, and nothing decoded.
     parameters: dict[str, str] = {}
-    for name, value in parse_qsl(path.partition("?")[2], keep_blank_values=True):
+    for pair in path.partition("?")[2].split("&"):
+        name, _, value = pair.partition("=")
         parameters.setdefault(name, value)
     for matcher in matchers:
         found = parameters.get(matcher.name)

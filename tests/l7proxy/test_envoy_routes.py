@@ -270,3 +270,11 @@ def test_a_range_of_plain_numbers() -> None:
     for value, matched in ((b"10", True), (b"1_0", False), (b"20", False), (b"x", False)):
         head = parse_request_head(b"GET / HTTP/1.1\r\nhost: a\r\nn: %b\r\n\r\n" % value)
         assert (matcher.find_route(table, head, 0) is not None) == matched, value
+
+
+def test_query_parameters_are_matched_as_they_are_written() -> None:
+    wanted = {"prefix": "/", "query_parameters": [{"name": "a", "string_match": {"exact": "b"}}]}
+    table = _one({"route": {"cluster": "a"}}, wanted)
+    for query, matched in ((b"x&a=b", True), (b"a=%62", False), (b"a=c&a=b", False), (b"a", False)):
+        head = parse_request_head(b"GET /?%b HTTP/1.1\r\nhost: a\r\n\r\n" % query)
+        assert (matcher.find_route(table, head, 0) is not None) == matched, query
