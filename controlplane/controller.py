@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ from controlplane.model.findings import Finding, from_fault
 from controlplane.model.snapshot import Snapshot
 from controlplane.model.world import Settings
 from controlplane.publisher import Publisher
+from controlplane.quarantine import settle
 from controlplane.server import ServerCertificate, make_server
-from controlplane.source import Source, State
+from controlplane.source import Key, Object, Source, State
 from controlplane.source.folder import Folder
 from controlplane.source.lastgood import LastGood
 from controlplane.stream.service import MeshService
@@ -33,6 +34,8 @@ from controlplane.xds.service import DiscoveryService
 _log = logs.get(__name__)
 #: Seconds that streams get to end when the controller stops.
 _GRACE = 1.0
+#: Seconds until a source that failed is followed again.
+_SOURCE_AGAIN = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,14 @@ class Controller:
         self._metrics()
         self._source: Source = Folder(options.config, validate, LastGood(options.state / "last-good.json"))
         self._faults: tuple[Finding, ...] = ()
-        state = self._source.load()
-        self._publisher = Publisher(self._compile(state))
+        self._compiled: Mapping[Key, Object] = {}
+        self._publisher = Publisher(compile_snapshot(self._compiled, self._settings))
         self.clients = Clients(self._registry)
         self._certificate = ServerCertificate(authority, options.server_names)
         self._mesh = MeshService(self._publisher, credentials, self.clients)
         self._certificates = CertificateService(authority, self._publisher, credentials, self._registry)
         self._discovery = DiscoveryService(self._publisher, credentials, self.clients)
+        self._publisher.publish(self._compile(self._source.load()))
 
     @property
     def snapshot(self) -> Snapshot:
@@ -106,30 +110,47 @@ class Controller:
         self._admin.close()
 
     async def _follow(self) -> None:
-        async for state in self._source.changes():
-            started = time.monotonic()
+        while True:
             try:
-                snapshot = self._compile(state)
-                self._discovery.prepare(snapshot)
+                async for state in self._source.changes():
+                    self._take(state)
             except Exception as e:
-                # A bug of ours, not the user's fault: what is served stays as it was, and the next change is tried again.
-                self._rejected.inc()
-                _log.exception("snapshot rejected; the last one stays in force", e)
-                continue
-            before = self.snapshot
-            self._publisher.publish(snapshot)
-            self._duration.observe(time.monotonic() - started)
-            if snapshot.version != before.version:
-                _log.info("snapshot", version=snapshot.version[:12], objects=len(state.objects))
+                # No inotify instance to be had, or a bug of ours: what is served stays as it was meanwhile.
+                _log.exception("the source failed; it is followed again", e)
+            await asyncio.sleep(_SOURCE_AGAIN)
+
+    def _take(self, state: State) -> None:
+        started = time.monotonic()
+        snapshot = self._compile(state)
+        before = self.snapshot
+        self._publisher.publish(snapshot)
+        self._duration.observe(time.monotonic() - started)
+        if snapshot.version != before.version:
+            _log.info("snapshot", version=snapshot.version[:12], objects=len(state.objects))
+
+    def _attempt(self, objects: Mapping[Key, Object]) -> Snapshot:
+        """Compile, down to the last byte that is served."""
+        snapshot = compile_snapshot(objects, self._settings)
+        self._discovery.prepare(snapshot)
+        return snapshot
 
     def _compile(self, state: State) -> Snapshot:
-        faults = tuple(from_fault(f) for f in state.faults)
+        objects, faults = state.objects, tuple(from_fault(f) for f in state.faults)
+        try:
+            snapshot = self._attempt(objects)
+        except Exception as e:
+            # A bug of ours, not the user's fault: it costs as few objects as possible.
+            self._rejected.inc()
+            _log.exception("state cannot be compiled; looking for the object", e)
+            objects, quarantined = settle(self._compiled, objects, self._attempt)
+            faults += tuple(from_fault(f) for f in quarantined)
+            snapshot = self._attempt(objects)
+        self._compiled = objects
         for fault in faults:
             if fault not in self._faults:
                 _log.error("configuration refused", finding=str(fault))
-        snapshot = compile_snapshot(state.objects, self._settings)
         self._faults = faults
-        self._objects.set(len(state.objects))
+        self._objects.set(len(objects))
         for severity, count in _count(self._faults + snapshot.findings).items():
             self._findings.labels(severity).set(count)
         self._changes.inc()
@@ -143,7 +164,9 @@ class Controller:
         )
         self._changes = Counter("mycel_controlplane_compilations", "Snapshots compiled.", registry=registry)
         self._rejected = Counter(
-            "mycel_controlplane_snapshots_rejected", "Snapshots not served.", registry=registry
+            "mycel_controlplane_snapshots_rejected",
+            "States that could not be compiled whole.",
+            registry=registry,
         )
         self._duration = Histogram(
             "mycel_controlplane_compile_seconds",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import signal
@@ -20,6 +21,7 @@ import pytest
 
 from controlplane.check import Severity, check
 from controlplane.compiler import compile_snapshot
+from controlplane.controller import Controller
 from tests.controlplane.support import Harness, MeshClient, eventually, namespace, pod, two_versions, write
 from tests.requirements import ROOT
 
@@ -157,8 +159,8 @@ def test_check_is_silent_where_all_is_well(tmp_path: Path) -> None:
     assert check(tmp_path) == []
 
 
-async def test_a_bug_of_ours_stops_nothing(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler raises for one state: the last snapshot stays, and the next state is served."""
+async def test_a_bug_of_ours_costs_one_object(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler raises for one object: that one is left out, running or at the start, and all others are served."""
     real = compile_snapshot
 
     def broken(objects: Any, settings: Any) -> Any:
@@ -177,8 +179,36 @@ async def test_a_bug_of_ours_stops_nothing(harness: Harness, monkeypatch: pytest
             return "mycel_controlplane_snapshots_rejected_total 1.0" in await harness.page("/metrics")
 
         await eventually(rejected)
-        assert not controller.snapshot.workloads
-        poison.unlink()
+        await client.take()
+        assert set(client.state) == {"mesh", "workload/uid-default-a"}
+        assert "Namespace poison" in {f.object for f in controller.findings}
         write(harness.config, "b.yaml", pod("b"))
         await client.take()
-        assert set(client.state) == {"mesh", "workload/uid-default-b"}
+        assert set(client.state) == {"mesh", "workload/uid-default-a", "workload/uid-default-b"}
+    async with harness.serving() as again:
+        assert set(again.snapshot.workloads) == {"uid-default-a", "uid-default-b"}
+        assert "Namespace poison" in {f.object for f in again.findings}
+        poison.unlink()
+        await eventually(lambda: _gone(again))
+        assert set(again.snapshot.workloads) == {"uid-default-b"}
+
+
+async def _gone(controller: Controller) -> bool:
+    return not controller.findings
+
+
+async def test_a_source_that_fails_is_followed_again(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def watch(root: Path) -> Any:
+        monkeypatch.undo()
+        raise OSError(errno.EMFILE, "no inotify instance")
+
+    monkeypatch.setattr("controlplane.source.folder.watch", watch)
+    async with harness.serving() as controller:
+        write(harness.config, "a.yaml", pod("a"))
+
+        async def there() -> bool:
+            return bool(controller.snapshot.workloads)
+
+        await eventually(there)
