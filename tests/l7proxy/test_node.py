@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -440,6 +441,16 @@ async def _page(port: int, path: str) -> str:
     return await asyncio.to_thread(get)
 
 
+async def _ready_page(port: int) -> str:
+    """The page, once the process has read what the agent answered."""
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                return await _page(port, "/healthz/ready")
+            except urllib.error.HTTPError:
+                await asyncio.sleep(0.02)
+
+
 async def test_the_process_serves_from_disk_and_stops(tmp_path: Path) -> None:
     """``python -m l7proxy`` without a controller: the last good configuration, metrics, access log, SIGTERM."""
     backend = await Backend().start()
@@ -463,7 +474,7 @@ async def test_the_process_serves_from_disk_and_stops(tmp_path: Path) -> None:
         await agent.connected()
         assert agent.hellos[0].kinds == (api.ListenerKind.OUTBOUND_L7,)
         address = agent.enroll("client")
-        assert "ready" in await _page(admin, "/healthz/ready")
+        assert "ready" in await _ready_page(admin)
         config: dict[str, Any] = json.loads(await _page(admin, "/config"))
         assert config["destinations"] == {f"{xds.VIP}:{xds.PORT}": xds.ROUTE_NAME}
         # Without a map of captured connections nothing is known of any: closed, never guessed.
