@@ -214,7 +214,7 @@ def _check_names(request: x509.CertificateSigningRequest, identity: spiffe.Spiff
         names = request.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return
-    except ValueError as e:
+    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as e:
         raise RequestError(f"its extensions cannot be read: {e}") from e
     for name in names:
         if not isinstance(name, x509.UniformResourceIdentifier) or name.value != str(identity):

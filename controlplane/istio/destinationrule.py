@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controlplane.istio import GROUP_NETWORKING
-from controlplane.istio.hosts import closeness, resolve
+from controlplane.istio.hosts import closeness, note_export, reaches, resolve
 from controlplane.model.findings import Findings
 from controlplane.model.kubernetes import Pod, ServiceView, selects
 from controlplane.model.routing import Balancing
@@ -59,14 +59,17 @@ class Rules:
         return self._simple(port, "") in _BALANCING
 
     def _simple(self, port: int, subset: str) -> str | None:
+        """A subset's goes before the destination's. A port's settings replace those beside them and inherit nothing."""
         chosen = self.subsets[subset].policy if subset in self.subsets else {}
-        for policy in (chosen, self.policy):
-            by_port = {(p.get("port") or {}).get("number"): p for p in policy.get("portLevelSettings") or ()}
-            for holder in (by_port.get(port), policy):
-                simple: str | None = ((holder or {}).get("loadBalancer") or {}).get("simple")
-                if simple and simple != "UNSPECIFIED":
-                    return simple
-        return None
+        simple: str | None = None
+        for policy in (self.policy, chosen):
+            if policy.get("loadBalancer"):
+                simple = policy["loadBalancer"].get("simple")
+            for settings in policy.get("portLevelSettings") or ():
+                if (settings.get("port") or {}).get("number") == port:
+                    simple = (settings.get("loadBalancer") or {}).get("simple")
+                    break
+        return simple
 
 
 class DestinationRules:
@@ -78,6 +81,11 @@ class DestinationRules:
         self._findings = findings
         for rule in world.of_kind(GROUP_NETWORKING, "DestinationRule"):
             host = resolve(rule.spec["host"], rule.key.namespace)
+            note_export(rule, findings)
+            if rule.spec.get("workloadSelector"):
+                text = "a rule for some callers only is not in force yet: it is left out"
+                findings.warning(rule, "spec.workloadSelector", text, "make it a rule for all callers")
+                continue
             self._by_namespace.setdefault(rule.key.namespace, []).append((host, rule))
             _note(rule, findings)
             self._note_host(rule, host, world)
@@ -94,7 +102,7 @@ class DestinationRules:
             found = [
                 (closeness(host, service.host), rule)
                 for host, rule in self._by_namespace.get(namespace, ())
-                if closeness(host, service.host)
+                if closeness(host, service.host) and reaches(rule, service.namespace)
             ]
             if found:
                 best = max(c for c, _ in found)

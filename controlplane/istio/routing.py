@@ -8,7 +8,7 @@ from typing import Any
 
 from controlplane.istio import GROUP_NETWORKING
 from controlplane.istio.destinationrule import DestinationRules, Rules
-from controlplane.istio.hosts import closeness, resolve
+from controlplane.istio.hosts import closeness, note_export, reaches, resolve
 from controlplane.istio.virtualservice import DEFAULT_RETRY, Compiler, destination_cluster
 from controlplane.model.findings import Findings
 from controlplane.model.kubernetes import Pod, Port, Protocol, ServiceView, ready_pods, target_port
@@ -176,6 +176,7 @@ class _Compiler:
                 self._findings.warning(virtual_service, "spec.gateways", text)
             if "mesh" not in gateways or not spec.get("http"):
                 continue
+            note_export(virtual_service, self._findings)
             for i, host in enumerate(spec.get("hosts") or ()):
                 resolved = resolve(host, virtual_service.key.namespace)
                 result.append((resolved, virtual_service))
@@ -188,7 +189,11 @@ class _Compiler:
 
     def _virtual_service(self, service: ServiceView) -> Object | None:
         """The one that applies: the closest host, then the oldest."""
-        found = [(closeness(host, service.host), o) for host, o in self._virtual_services]
+        found = [
+            (closeness(host, service.host), o)
+            for host, o in self._virtual_services
+            if reaches(o, service.namespace)
+        ]
         best = max((c for c, _ in found), default=0)
         if not best:
             return None

@@ -57,12 +57,12 @@ def _http(http: Mapping[str, Any], path: str) -> Iterator[Problem]:
     if len(actions) > 1:
         yield path, f"only one of {', '.join(actions)} may be set"
     routes = http.get("route") or ()
-    weights = [r.get("weight", 0 if len(routes) > 1 else 100) for r in routes]
+    weights = [r.get("weight", 0) for r in routes]
     for i, (route, weight) in enumerate(zip(routes, weights, strict=True)):
         if weight < 0:
             yield f"{path}.route[{i}].weight", f"{weight} is negative"
         yield from _destination(route.get("destination"), f"{path}.route[{i}].destination")
-    if routes and sum(weights) <= 0:
+    if len(routes) > 1 and sum(weights) <= 0:
         yield f"{path}.route", "the weights' sum is 0: give each route of several a weight"
     for i, match in enumerate(http.get("match") or ()):
         yield from _match(match or {}, f"{path}.match[{i}]")

@@ -111,7 +111,9 @@ class Compiler:
         clusters = []
         written = http["route"]
         for i, route in enumerate(written):
-            weight = route.get("weight", 0 if len(written) > 1 else 100)
+            weight = (
+                route.get("weight", 0) if len(written) > 1 else 100
+            )  # the only one gets all, whatever it says
             if not weight:
                 continue
             name = self._destination(route["destination"], f"{path}.route[{i}].destination", self._port)

@@ -114,7 +114,7 @@ def read_pod(pod: Object, namespace: Object | None) -> Pod | None:
 
 
 def read_service(service: Object, pods: Sequence[Pod]) -> ServiceView:
-    """``pods``: all of the service's namespace."""
+    """``pods``: at least those of the service's namespace that it selects, and no other namespace's."""
     spec = service.spec
     written = [spec.get("clusterIP"), *(spec.get("clusterIPs") or ())]
     addresses = tuple(dict.fromkeys(_address(a) for a in written if a and a != "None"))

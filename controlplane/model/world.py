@@ -53,14 +53,18 @@ def read(objects: Mapping[Key, Object], settings: Settings) -> World:
             twins.append((pods[pod.uid], pod))
             continue
         pods[pod.uid] = pod
-    in_namespace: dict[str, list[Pod]] = {}
+    by_label: dict[tuple[str, str, str], list[Pod]] = {}
     for pod in pods.values():
-        in_namespace.setdefault(pod.namespace, []).append(pod)
+        for name, value in pod.labels.items():
+            by_label.setdefault((pod.namespace, name, value), []).append(pod)
     services: list[ServiceView] = []
     address_twins = []
     owners: dict[str, ServiceView] = {}
     for o in by_kind.get(("", "Service"), ()):
-        service = read_service(o, in_namespace.get(o.key.namespace, ()))
+        selector = o.spec.get("selector") or {}
+        # Only the pods with the rarest pair of the selector are compared: not every service with every pod.
+        having = [by_label.get((o.key.namespace, *pair), []) for pair in selector.items()]
+        service = read_service(o, min(having, key=len, default=[]))
         taken = [a for a in service.addresses if a in owners]
         address_twins += [(owners[a], service, a) for a in taken]
         service = replace(service, addresses=tuple(a for a in service.addresses if a not in taken))

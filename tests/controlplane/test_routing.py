@@ -249,6 +249,54 @@ def test_balancing_by_port_and_subset() -> None:
     )
 
 
+def test_settings_of_a_port_inherit_nothing() -> None:
+    policy = {"loadBalancer": {"simple": "RANDOM"}, "portLevelSettings": [{"port": {"number": 80}}]}
+    rule = subsets("web-app", "v1", trafficPolicy=policy)
+    snapshot = compile_all(*two_versions(), rule, virtual({"route": [to(subset="v1")]}))
+    assert {c.balancing for c in snapshot.clusters.values()} == {Balancing.LEAST_REQUEST}
+
+
+def test_the_only_destination_gets_all_whatever_its_weight() -> None:
+    (route,) = compile_all(*two_versions(), virtual({"route": [to(weight=0)]})).tables[TABLE].routes
+    assert clusters_of(route) == [(OWN, 100)]
+
+
+def test_a_rule_for_some_callers_is_no_rule_for_all() -> None:
+    rule = subsets("web-app", "v1", workloadSelector={"matchLabels": {"app": "client"}})
+    snapshot = compile_all(*two_versions(), rule, virtual({"route": [to(subset="v1")]}))
+    assert "no DestinationRule defines subset v1" in messages(snapshot)
+    assert "spec.workloadSelector" in messages(snapshot, "DestinationRule")
+
+
+@pytest.mark.parametrize(
+    ("ns", "exported", "applies"),
+    [
+        ("clients", ["."], False),
+        ("clients", ["clients", "more"], False),
+        ("clients", ["*"], True),
+        ("clients", [], True),
+        ("default", ["."], True),
+    ],
+)
+def test_routes_that_a_namespace_keeps_to_itself_are_not_everybodys(
+    ns: str, exported: list[str], applies: bool
+) -> None:
+    spec = {
+        "hosts": ["web-app.default.svc.cluster.local"],
+        "exportTo": exported,
+        "http": [{"directResponse": {"status": 418}}],
+    }
+    snapshot = compile_all(*two_versions(), istio("VirtualService", "v", spec, ns))
+    assert (TABLE in snapshot.tables) is applies
+    assert ("spec.exportTo" in messages(snapshot)) is (bool(exported) and "*" not in exported)
+
+
+def test_a_rule_of_the_root_namespace_for_itself_is_not_everybodys() -> None:
+    spec = {"host": "*.local", "exportTo": ["."], "trafficPolicy": {"loadBalancer": {"simple": "RANDOM"}}}
+    snapshot = compile_all(*two_versions(), istio("DestinationRule", "d", spec, "istio-system"))
+    assert not snapshot.tables
+
+
 def test_policies_that_are_not_in_force_say_so() -> None:
     rule = subsets(
         "web-app",
