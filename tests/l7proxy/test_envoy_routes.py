@@ -205,7 +205,7 @@ def test_domains_by_envoys_order() -> None:
 
 
 def _one(action: dict[str, Any], match: dict[str, Any] | None = None) -> RouteTable:
-    return convert_routes.route_table(xds.routes({"match": match or {"prefix": "/"}, **action}))  # type: ignore[arg-type]
+    return convert_routes.route_table(xds.routes({"match": match or {"prefix": "/"}, **action}))
 
 
 @pytest.mark.parametrize(
