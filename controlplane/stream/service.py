@@ -21,6 +21,8 @@ from controlplane.stream.session import Session
 _log = logs.get(__name__)
 #: Seconds that a new stream may take to say Hello.
 _HELLO_TIMEOUT = 10.0
+#: Most answers that wait to be looked at: of a client that takes no updates, no more are read.
+_ANSWERS = 64
 _COMPONENTS = ("agent", "nodeproxy", "l7proxy")
 
 
@@ -56,15 +58,14 @@ class MeshService:
         session = Session(hello.version)
         wake = asyncio.Event()
         wake.set()
-        answers: asyncio.Queue[bytes | None] = asyncio.Queue()
+        answers: asyncio.Queue[bytes] = asyncio.Queue(_ANSWERS)
 
         async def read() -> None:
             try:
                 async for data in requests:
-                    answers.put_nowait(data)
+                    await answers.put(data)
                     wake.set()
             finally:
-                answers.put_nowait(None)
                 wake.set()
 
         tasks = Tasks()
@@ -75,10 +76,9 @@ class MeshService:
                     await wake.wait()
                     wake.clear()
                     while not answers.empty():
-                        data = answers.get_nowait()
-                        if data is None:
-                            return
-                        self._answer(session, api.decode_client(data), client, log)
+                        self._answer(session, api.decode_client(answers.get_nowait()), client, log)
+                    if reader.done():
+                        return
                     update = session.next_update(self._publisher.snapshot)
                     if update is not None:
                         client.version_sent = update.version
@@ -92,7 +92,6 @@ class MeshService:
                         )
                         yield api.encode(update)
         finally:
-            reader.cancel()
             await tasks.cancel()
 
     def _answer(self, session: Session, message: api.ClientMessage, client: Client, log: logs.Logger) -> None:

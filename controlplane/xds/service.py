@@ -27,6 +27,8 @@ _log = logs.get(__name__)
 SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 METHOD = "StreamAggregatedResources"
 _FIRST_TIMEOUT = 10.0
+#: Most requests that wait to be looked at: of a client that takes no responses, no more are read.
+_REQUESTS = 64
 
 
 class DiscoveryService:
@@ -72,20 +74,19 @@ class DiscoveryService:
         clock = asyncio.get_running_loop().time
         wake = asyncio.Event()
         wake.set()
-        queue: asyncio.Queue[discovery_pb2.DiscoveryRequest | None] = asyncio.Queue()
+        queue: asyncio.Queue[discovery_pb2.DiscoveryRequest] = asyncio.Queue(_REQUESTS)
         queue.put_nowait(first)
 
         async def read() -> None:
             try:
                 async for request in requests:
-                    queue.put_nowait(request)
+                    await queue.put(request)
                     wake.set()
             finally:
-                queue.put_nowait(None)
                 wake.set()
 
         tasks = Tasks()
-        tasks.start(read(), name=f"ads-stream-{client.id}")
+        reader = tasks.start(read(), name=f"ads-stream-{client.id}")
         try:
             with self._publisher.reader(wake):
                 while True:
@@ -96,10 +97,9 @@ class DiscoveryService:
                         pass
                     wake.clear()
                     while not queue.empty():
-                        request = queue.get_nowait()
-                        if request is None:
-                            return
-                        self._request(session, request, client, log)
+                        self._request(session, queue.get_nowait(), client, log)
+                    if reader.done():
+                        return
                     resources = self.prepare(self._publisher.snapshot)
                     for response in session.responses(resources, clock()):
                         self._note_sent(session, response, client, log)

@@ -16,7 +16,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed25519, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from cryptography.x509.verification import PolicyBuilder, Store
 
 from common import spiffe
@@ -99,6 +99,19 @@ def test_other_names_are_refused(authority: Authority, name: x509.GeneralName) -
     assert e.value.forbidden
     with pytest.raises(RequestError):
         authority.issue_workload(request(None, x509.UniformResourceIdentifier(str(WEB)), name), WEB, NOW)
+
+
+@pytest.mark.parametrize(
+    "names", [b"\x30\x02\xa3\x00", b"\x30\x02\xa5\x00", b"\x30\x80", b"\x30\x02\x86\x05"]
+)
+def test_names_that_cannot_be_read_are_refused(authority: Authority, names: bytes) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    extension = x509.UnrecognizedExtension(ExtensionOID.SUBJECT_ALTERNATIVE_NAME, names)
+    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).add_extension(extension, False)
+    with pytest.raises(RequestError):
+        authority.issue_workload(
+            csr.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER), WEB, NOW
+        )
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,28 @@ import asyncio
 import json
 import statistics
 import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
+from envoy.service.discovery.v3 import discovery_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
+from common import logs
 from controlplane import api
+from controlplane.clients import Clients
+from controlplane.credentials import FolderCredentials
 from controlplane.model.snapshot import Snapshot
+from controlplane.publisher import Publisher
+from controlplane.stream.service import MeshService
 from controlplane.stream.session import Session
+from controlplane.xds.service import DiscoveryService
+from controlplane.xds.types import Type
 from tests.controlplane.support import (
     Harness,
     MeshClient,
@@ -302,6 +314,37 @@ async def test_a_large_mesh_in_one_update(harness: Harness) -> None:
         assert len(api.encode(update)) > 4 << 20, (
             "more than gRPC's default limit: clients have to raise theirs"
         )
+
+
+async def test_who_takes_nothing_is_not_listened_to() -> None:
+    """A client that reads no update cannot fill the controller's memory with answers."""
+    publisher, clients = Publisher(TWO), Clients(CollectorRegistry())
+    credentials = FolderCredentials(Path("nowhere"))
+    mesh = MeshService(publisher, credentials, clients)
+    ads = DiscoveryService(publisher, credentials, clients)
+    request = discovery_pb2.DiscoveryRequest(type_url=Type.CLUSTER.value)
+    log = logs.get("test")
+    read = 0
+
+    async def flood(message: Any) -> AsyncIterator[Any]:
+        nonlocal read
+        while True:
+            await asyncio.sleep(0)
+            read += 1
+            yield message
+
+    with clients.connected("node-a", "agent", "peer") as client:
+        streams: tuple[Any, ...] = (
+            mesh._updates(flood(api.encode(api.Ack(9, "x"))), api.Hello("agent"), client, log),
+            ads._serve(request, flood(request), client, log),
+        )
+        for stream in streams:
+            read = 0
+            await anext(stream)
+            for _ in range(1000):
+                await asyncio.sleep(0)
+            assert 0 < read < 100
+            await stream.aclose()
 
 
 async def test_a_change_reaches_clients_in_milliseconds(harness: Harness) -> None:
