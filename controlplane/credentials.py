@@ -37,12 +37,12 @@ class FolderCredentials:
 
     async def node_of(self, token: str) -> str | None:
         digest = hashlib.sha256(token.encode()).hexdigest()
-        found = None
-        for node, expected in self._digests().items():
-            # All are compared, whichever matches.
-            if hmac.compare_digest(digest, expected):
-                found = node
-        return found
+        # All are compared, whichever matches.
+        found = [node for node, expected in self._digests().items() if hmac.compare_digest(digest, expected)]
+        if len(found) > 1:
+            _log.error("several nodes have one token; it is good for none", nodes=",".join(sorted(found)))
+            return None
+        return found[0] if found else None
 
     def _digests(self) -> dict[str, str]:
         fresh: dict[str, tuple[tuple[int, int, int], str]] = {}

@@ -17,6 +17,11 @@ _ONLY_RE2 = re.compile(r"\\[pPzQEC]|\[\[:")
 #: RE2 refuses a larger bound in ``x{n,m}``.
 _RE2_REPEAT = 1000
 _BOUNDS = re.compile(r"(?<!\\)\{(\d+)(?:,(\d*))?\}")
+#: Names and values of headers that Envoy takes (RFC 9110, 5.1 and 5.5; a pseudo header has a colon before its name). It refuses
+#: a whole route table for one that is none.
+_HEADER_NAME = re.compile(r":?[-!#$%&'*+.^_`|~0-9A-Za-z]+")
+_NO_VALUE = re.compile(r"[\0\r\n]")
+_MOST_WEIGHT = 2**32 - 1
 #: Envoy's retry conditions (router filter, x-envoy-retry-on and x-envoy-retry-grpc-on).
 _RETRY_ON = frozenset(
     (
@@ -62,10 +67,20 @@ def _http(http: Mapping[str, Any], path: str) -> Iterator[Problem]:
         if weight < 0:
             yield f"{path}.route[{i}].weight", f"{weight} is negative"
         yield from _destination(route.get("destination"), f"{path}.route[{i}].destination")
+        yield from _headers(route.get("headers") or {}, f"{path}.route[{i}].headers")
+    if sum(weights) > _MOST_WEIGHT:
+        yield f"{path}.route", f"the weights' sum is {sum(weights)}, at most {_MOST_WEIGHT}"
     if len(routes) > 1 and sum(weights) <= 0:
         yield f"{path}.route", "the weights' sum is 0: give each route of several a weight"
     for i, match in enumerate(http.get("match") or ()):
         yield from _match(match or {}, f"{path}.match[{i}]")
+    yield from _headers(http.get("headers") or {}, f"{path}.headers")
+    for part, fields in (
+        ("rewrite", ("uri", "authority")),
+        ("redirect", ("uri", "prefixRewrite", "authority", "scheme")),
+    ):
+        for field in fields:
+            yield from _value((http.get(part) or {}).get(field), f"{path}.{part}.{field}")
     yield from _retries(http.get("retries") or {}, f"{path}.retries")
     regex = ((http.get("rewrite") or {}).get("uriRegexRewrite") or {}).get("match")
     if regex is not None:
@@ -74,8 +89,8 @@ def _http(http: Mapping[str, Any], path: str) -> Iterator[Problem]:
     if code not in (301, 302, 303, 307, 308):
         yield f"{path}.redirect.redirectCode", f"{code} is none of 301, 302, 303, 307, 308"
     status = (http.get("directResponse") or {}).get("status", 200)
-    if not 100 <= status <= 599:
-        yield f"{path}.directResponse.status", f"{status} is no HTTP status"
+    if not 200 <= status <= 599:
+        yield f"{path}.directResponse.status", f"{status} is no status of a response (200 to 599)"
 
 
 def _match(match: Mapping[str, Any], path: str) -> Iterator[Problem]:
@@ -84,6 +99,8 @@ def _match(match: Mapping[str, Any], path: str) -> Iterator[Problem]:
         for name, value in (match.get(group) or {}).items():
             if not name:
                 yield f"{path}.{group}", "a name is empty"
+            elif group != "queryParams" and not _HEADER_NAME.fullmatch(name):
+                yield f"{path}.{group}", f"{name!r} is no name of a header"
             strings.append((f"{group}.{name}", value))
     for name, value in strings:
         regex = (value or {}).get("regex")
@@ -95,6 +112,23 @@ def _match(match: Mapping[str, Any], path: str) -> Iterator[Problem]:
             yield f"{path}.uri.{kind}", f"{uri[kind]!r} does not begin with /"
     if match.get("port", 1) not in range(1, 65536):
         yield f"{path}.port", "port must be between 1-65535"
+
+
+def _headers(headers: Mapping[str, Any], path: str) -> Iterator[Problem]:
+    for side in ("request", "response"):
+        operations = headers.get(side) or {}
+        for verb in ("set", "add", "remove"):
+            changes = operations.get(verb) or {}
+            for name in changes:
+                if not _HEADER_NAME.fullmatch(name):
+                    yield f"{path}.{side}.{verb}", f"{name!r} is no name of a header"
+                elif verb != "remove":
+                    yield from _value(changes[name], f"{path}.{side}.{verb}.{name}")
+
+
+def _value(text: str | None, path: str) -> Iterator[Problem]:
+    if text and _NO_VALUE.search(text):
+        yield path, "has a line end or a NUL in it"
 
 
 def _retries(retries: Mapping[str, Any], path: str) -> Iterator[Problem]:

@@ -10,6 +10,7 @@ Owns reading (only files that changed) and the rule of the last good state:
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
@@ -203,6 +204,10 @@ def _walk_below(
             continue
         path = root / prefix / name
         try:
+            if not name.isascii() and (shown := os.fsencode(name).decode(errors="backslashreplace")) != name:
+                # It could be neither served on a page nor printed.
+                name = shown
+                raise OSError(errno.EILSEQ, "its name is no UTF-8 text")
             status = path.stat()
             if stat.S_ISDIR(status.st_mode) and not path.is_symlink():
                 yield from _walk_below(root, f"{prefix}{name}/", sorted(os.listdir(path)))

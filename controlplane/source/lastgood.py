@@ -33,7 +33,7 @@ class LastGood:
             objects = [Object(key_of(e["manifest"]), e["manifest"], e["file"]) for e in data["objects"]]
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             _log.error(
                 "last good state cannot be read; starting without it", path=str(self._path), error=str(e)
             )

@@ -22,8 +22,9 @@ from cryptography.x509.verification import PolicyBuilder, Store
 from common import spiffe
 from controlplane import api
 from controlplane.ca.authority import Authority, AuthorityError, RequestError, open_authority
+from controlplane.credentials import FolderCredentials
 from controlplane.server import ServerCertificate
-from tests.controlplane.support import Harness, bearer, mesh_namespace, pod, write
+from tests.controlplane.support import TOKENS, Harness, bearer, mesh_namespace, pod, write
 
 NOW = datetime(2026, 6, 1, 12, tzinfo=UTC)
 WEB = spiffe.parse("spiffe://cluster.local/ns/default/sa/web")
@@ -284,6 +285,14 @@ async def test_a_credential_may_be_withdrawn_and_made(serving: Harness) -> None:
     os.unlink(serving.credentials / "node-a")
     code, _ = await refused(serving, "uid-a", request(), (("authorization", "Bearer another token"),))
     assert code is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_a_token_of_two_nodes_is_good_for_none(serving: Harness) -> None:
+    digest = (serving.credentials / "node-a").read_text()
+    assert await FolderCredentials(serving.credentials).node_of(TOKENS["node-a"]) == "node-a"
+    (serving.credentials / "node-c").write_text(digest)
+    assert await FolderCredentials(serving.credentials).node_of(TOKENS["node-a"]) is None
+    assert await FolderCredentials(serving.credentials).node_of(TOKENS["node-b"]) == "node-b"
 
 
 async def test_the_server_proves_itself(serving: Harness, tmp_path: Path) -> None:

@@ -338,6 +338,25 @@ def test_a_folder_below_that_cannot_be_listed_keeps_what_it_held(
     assert not steps.load().objects
 
 
+def test_a_file_name_that_is_no_text_is_a_fault_like_others(steps: Steps) -> None:
+    write(steps.config, "good.yaml", RULE)
+    (steps.config / os.fsdecode(b"b\xff.yaml")).write_text("{}")
+    state = steps.load()
+    assert len(state.objects) == 1
+    assert [(f.file, f.reason) for f in state.faults] == [
+        ("b\\xff.yaml", "cannot be read: its name is no UTF-8 text")
+    ]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    ["[]", "5", '{"manifest": {"apiVersion": 1}, "file": ""}', '{"manifest": [], "file": ""}', "[" * 9999],
+)
+def test_a_store_of_something_else_is_no_obstacle(steps: Steps, tmp_path: Path, entry: str) -> None:
+    (tmp_path / "last-good.json").write_text(f'{{"format": 1, "objects": [{entry}]}}')
+    assert steps.load() == State()
+
+
 def test_a_broken_store_is_no_obstacle(steps: Steps, tmp_path: Path) -> None:
     write(steps.config, "a.yaml", RULE)
     (tmp_path / "last-good.json").write_text('{"format": 1, "objects": [{}]}')

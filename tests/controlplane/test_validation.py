@@ -219,6 +219,52 @@ def test_what_is_wrong_is_named(manifest: dict[str, Any], field: str, reason: st
     assert any(f == field and reason in r for f, r in problems), problems
 
 
+_ROUTE = {"route": [{"destination": {"host": "a"}}]}
+
+
+@pytest.mark.parametrize(
+    ("http", "field", "reason"),
+    [
+        (
+            _ROUTE | {"headers": {"request": {"set": {"x\ny": "1"}}}},
+            "headers.request.set",
+            "no name of a header",
+        ),
+        (
+            _ROUTE | {"headers": {"response": {"remove": [""]}}},
+            "headers.response.remove",
+            "no name of a header",
+        ),
+        (
+            _ROUTE | {"headers": {"request": {"add": {"x": "a\r\nb: c"}}}},
+            "headers.request.add.x",
+            "a line end",
+        ),
+        (
+            {"route": [{"destination": {"host": "a"}, "headers": {"request": {"set": {"x": "\0"}}}}]},
+            "route[0].headers.request.set.x",
+            "NUL",
+        ),
+        (
+            _ROUTE | {"match": [{"headers": {"x y": {"exact": "1"}}}]},
+            "match[0].headers",
+            "no name of a header",
+        ),
+        (_ROUTE | {"rewrite": {"authority": "a\nb"}}, "rewrite.authority", "a line end"),
+        ({"redirect": {"uri": "/a\nb"}}, "redirect.uri", "a line end"),
+        ({"directResponse": {"status": 101}}, "directResponse.status", "200 to 599"),
+        (
+            {"route": [{"destination": {"host": "a"}, "weight": 2**31 - 1}] * 3},
+            "route",
+            "at most 4294967295",
+        ),
+    ],
+)
+def test_what_envoy_would_refuse_a_whole_table_for(http: dict[str, Any], field: str, reason: str) -> None:
+    problems = list(validate(istio("VirtualService", "x", {"hosts": ["a"], "http": [http]})))
+    assert any(f == f"spec.http[0].{field}" and reason in r for f, r in problems), problems
+
+
 def test_durations_are_gos() -> None:
     assert [duration(t) for t in ("1h30m", "100ms", "1.5s", "0", "-2s")] == [5400, 0.1, 1.5, 0, -2]
     for text in ("", "5", "5 s", "s", "1d", "5sx", "9999999999h"):
