@@ -195,7 +195,7 @@ class _Compiler:
             elif key == "destination.port":
                 parts.append(_Part(at, "ports", values, not_values))
             else:
-                seen = key in ("source.ip", "destination.ip", "connection.sni")
+                seen = key.startswith(("source.", "destination.", "connection."))
                 reason = "it is not judged yet" if seen else "only an HTTP request shows it"
                 self._unseen({"key": key}, "key", at, reason)
         return parts

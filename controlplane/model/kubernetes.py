@@ -168,12 +168,11 @@ def _enrolled(pod: Object, namespace: Object | None) -> bool:
     own = pod.labels
     if own.get("istio.io/dataplane-mode") == "none" or own.get("mycel.io/mesh") == "disabled":
         return False
-    labels = namespace.labels if namespace else {}
-    return (
-        labels.get("mycel.io/mesh") == "enabled"
-        or labels.get("istio.io/dataplane-mode") == "ambient"
-        or labels.get("istio-injection") == "enabled"
-    )
+    for labels in (own, namespace.labels if namespace else {}):
+        if labels.get("mycel.io/mesh") == "enabled" or labels.get("istio.io/dataplane-mode") == "ambient":
+            return True
+    injected = namespace is not None and namespace.labels.get("istio-injection") == "enabled"
+    return injected and own.get("sidecar.istio.io/inject") != "false"
 
 
 def _workload_name(pod: Object) -> str:

@@ -91,6 +91,10 @@ def test_addresses_come_later_and_go() -> None:
         ({"istio-injection": "disabled"}, {}, False),
         ({"mycel.io/mesh": "enabled"}, {"mycel.io/mesh": "disabled"}, False),
         ({"istio.io/dataplane-mode": "ambient"}, {"istio.io/dataplane-mode": "none"}, False),
+        ({}, {"istio.io/dataplane-mode": "ambient"}, True),
+        ({}, {"mycel.io/mesh": "enabled"}, True),
+        ({"istio-injection": "enabled"}, {"sidecar.istio.io/inject": "false"}, False),
+        ({"istio.io/dataplane-mode": "ambient"}, {"sidecar.istio.io/inject": "false"}, True),
     ],
 )
 def test_enrolment(labels: dict[str, str], own: dict[str, Any], enrolled: bool) -> None:
