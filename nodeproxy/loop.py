@@ -35,7 +35,8 @@ _LOOKS = 4
 #: Size of the buffer that all handlers receive into.
 BUFFER = 64 * 1024
 OUT = select.EPOLLOUT
-BROKEN = select.EPOLLERR | select.EPOLLHUP
+ERROR = select.EPOLLERR
+BROKEN = ERROR | select.EPOLLHUP
 
 
 class Flushable(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from nodeproxy.loop import BROKEN, IN, OUT, Loop, reset
+from nodeproxy.loop import BROKEN, ERROR, IN, OUT, Loop, reset
 
 
 class _Side:
@@ -48,13 +48,12 @@ class _Side:
 
     def on_events(self, events: int) -> None:
         pair = self.pair
-        if events & BROKEN and not self.mask & IN and not self.mask & OUT:
-            if self.eof and self.shut:
-                return
-            # Hung up while it is not read: come back when its other side has taken what it has.
+        if events & BROKEN and not self.mask:
+            # Hung up while it is not read (nothing can be masked in epoll but by leaving it): come back when its other
+            # side has taken what it has. At its end that is no error: a unix socket says so when its peer has closed.
             self.registered = False
             pair.loop.remove(self.fd)
-            if self.eof:
+            if self.eof and events & ERROR:
                 pair.close("reset")
             return
         if events & OUT and self.pending:

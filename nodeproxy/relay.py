@@ -14,11 +14,10 @@ from collections.abc import Callable
 from nodeproxy.h2frames import HEADER_SIZE, Code
 from nodeproxy.h2sending import Stream
 from nodeproxy.link import Link
-from nodeproxy.loop import BROKEN, IN, OUT, Loop, reset
+from nodeproxy.loop import BROKEN, ERROR, IN, OUT, Loop, reset
 
 #: Frames read from one application in one turn, while they come full.
 FRAMES = 4
-#: Consumed bytes that are reported together (the core gives them back in larger steps still).
 _SHUT_WR = socket.SHUT_WR
 
 
@@ -86,7 +85,7 @@ class Relay:
             self._write()
 
     def _survives(self, events: int) -> bool:
-        if not events & BROKEN & ~0x10:  # EPOLLHUP alone: both directions are shut, which is no error
+        if not events & ERROR:  # both directions are shut, which is no error
             if self._mask & IN:
                 return True
             # Nothing can be masked in epoll but by leaving it: come back when there is room to read the rest.
