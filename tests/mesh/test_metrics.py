@@ -100,7 +100,7 @@ def requests(lab: Lab, **labels: str) -> float:
     return lab.metrics("node1", "l7proxy").total("istio_requests_total", **labels)
 
 
-@pytest.mark.parametrize(("version", "policy"), [("v1", "none"), ("v2", "mutual_tls")])
+@pytest.mark.parametrize(("version", "policy"), [("v1", "same_node"), ("v2", "mutual_tls")])
 def test_requests_carry_what_was_really_served(lab: Lab, world: World, version: str, policy: str):
     labels = {
         "reporter": "source",
