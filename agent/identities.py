@@ -47,7 +47,7 @@ class _File(msgspec.Struct):
 
 
 class Identities:
-    """The numbering. ``dirty`` says that it holds what :meth:`dump` has not given out yet."""
+    """The numbering. ``dirty`` says that it holds what is not on disk yet; who writes it there says so."""
 
     def __init__(self, first: int = IDENTITY_FIRST) -> None:
         self._next = first
@@ -87,7 +87,6 @@ class Identities:
         return {n: label.principal for n, label in self._labels.items() if label.identity in identities}
 
     def dump(self) -> bytes:
-        self.dirty = False
         return msgspec.json.encode(_File(self._next, sorted(self._labels.items(), key=lambda item: item[0])))
 
     @classmethod

@@ -85,6 +85,8 @@ class Node:
         self._waiting: list[asyncio.Future[Outcome]] = []
         #: Pods that the kernel has and the book has not: nobody knows whose they are, so nobody may connect to them.
         self._orphans: set[int] = set()
+        #: ADDs under way; one that a DEL has overtaken is not in it any more.
+        self._adding: dict[AttachmentKey, object] = {}
         self._told: dict[int, api.Enroll] = {}  # by netns cookie: what proxies were told
         self._unsaved = asyncio.Event()
         self._saved = self.mesh
@@ -135,8 +137,16 @@ class Node:
         :param netns: its network namespace, still the caller's.
         :raises Refusal: it is not attached.
         """
-        cookie, inode = await self._look_at(attachment, netns)
-        workload = await self._workload(attachment)
+        this = self._adding[attachment.key] = object()
+        try:
+            cookie, inode = await self._look_at(attachment, netns)
+            workload = await self._workload(attachment)
+            if self._adding.get(attachment.key) is not this:
+                # Its runtime gave it up. Attached now, nobody would ever remove it.
+                raise Refusal(protocol.ERR_TRY_AGAIN, "the pod was removed while it was being added")
+        finally:
+            if self._adding.get(attachment.key) is this:
+                del self._adding[attachment.key]
         if workload.enrolled and not any(is_ipv4(address) for address in attachment.addresses):
             raise Refusal(
                 protocol.ERR_REFUSED,
@@ -164,10 +174,15 @@ class Node:
 
         :raises Refusal: something of it is still there; it will be tried again.
         """
+        self._adding.pop(key, None)
         attachment = self.pods.remove(key)
         if attachment is None:
             return
-        self._save_pods()
+        try:
+            self._save_pods()
+        except OSError as error:
+            # A successor finds that its namespace is gone; that is no reason to keep the pod in the kernel.
+            _log.error("book of pods cannot be written", folder=str(self._storage.folder), reason=str(error))
         outcome = await self._settled()
         if reason := outcome.pods.get(attachment.netns_cookie):
             raise Refusal(protocol.ERR_TRY_AGAIN, "the pod could not be removed from the kernel", reason)
@@ -358,6 +373,8 @@ class Node:
         tables = compile_tables(mesh, node=self.name, attached=attached, numbers=self.numbers)
         if self.numbers.dirty:
             self._storage.write(IDENTITIES_FILE, self.numbers.dump())
+            # Not before: a number whose meaning a restart forgets must never be in the kernel.
+            self.numbers.dirty = False
         specs = {
             cookie: PodSpec(sandbox.uid, cookie, _first_ipv4(sandbox), tables.identities.get(sandbox.uid, 0))
             for cookie, sandbox in sandboxes.items()

@@ -152,13 +152,12 @@ class Proxies:
         _log.info("proxy connected", role=session.role.value, pid=session.pid, held=len(session.holds))
         self._sessions.append(session)
         try:
-            pods = self._enrolled.enrolled()
             # Pods that went while no agent was there to say so.
-            living = {pod.netns_cookie for pod in pods}
+            living = [pod.netns_cookie for pod in self._enrolled.enrolled()]
             for uid, cookie in {(h.uid, h.netns_cookie) for h in hello.held if h.netns_cookie not in living}:
                 await session.send(api.Withdraw(uid, cookie))
-            for pod in pods:
-                await self._hand(session, pod)
+            for cookie in living:
+                await self._hand(session, cookie)
             while True:
                 data, fds = await connection.receive()
                 for fd in fds:
@@ -179,22 +178,30 @@ class Proxies:
         finally:
             self._sessions.remove(session)
             _log.info("proxy gone", role=session.role.value, pid=session.pid)
-            # If an older one is still there (an upgrade that failed), it takes over again.
-            older = [s for s in self._sessions if s.role is session.role]
-            if older:
-                for pod in self._enrolled.enrolled():
-                    await self._guarded(older[-1], self._hand(older[-1], pod))
+            await self._fall_back(session.role)
+
+    async def _fall_back(self, role: api.Role) -> None:
+        """If an older proxy is still there (an upgrade that failed), it takes over again."""
+        ending = asyncio.current_task()
+        if ending is not None and ending.cancelling():
+            return  # it is the agent that ends: whoever has the listeners keeps them
+        older = [session for session in self._sessions if session.role is role]
+        if older:
+            for pod in self._enrolled.enrolled():
+                await self._guarded(older[-1], self._hand(older[-1], pod.netns_cookie))
 
     async def enroll(self, pod: api.Enroll) -> None:
         """A pod joined, or its description changed: tell every proxy, with the listeners that it still needs."""
         for session in tuple(self._sessions):
-            await self._guarded(session, self._hand(session, pod))
+            await self._guarded(session, self._hand(session, pod.netns_cookie))
 
     async def withdraw(self, uid: str, netns_cookie: int) -> None:
         """A pod left."""
-        for session in tuple(self._sessions):
-            session.holds = {(cookie, kind) for cookie, kind in session.holds if cookie != netns_cookie}
-            await self._guarded(session, session.send(api.Withdraw(uid, netns_cookie)))
+        # Behind whatever is being handed over at this moment: the last word on a pod is that it is gone.
+        async with self._handing:
+            for session in tuple(self._sessions):
+                session.holds = {(cookie, kind) for cookie, kind in session.holds if cookie != netns_cookie}
+                await self._guarded(session, session.send(api.Withdraw(uid, netns_cookie)))
 
     async def _guarded(self, session: Session, work: Awaitable[None]) -> None:
         """A proxy that cannot be reached does not hold up the others: its own task ends it."""
@@ -245,14 +252,17 @@ class Proxies:
         except processes.ProcessError as error:
             raise ProxyRefused(str(error)) from None
 
-    async def _hand(self, session: Session, pod: api.Enroll) -> None:
-        """Send a pod with the listeners that the session lacks.
+    async def _hand(self, session: Session, netns_cookie: int) -> None:
+        """Send a pod as it is now, with the listeners that the session lacks; nothing if either has gone meanwhile.
 
         :raises OSError: the proxy is gone.
         """
         kinds: list[api.ListenerKind] = []
         fds: list[int] = []
         async with self._handing:
+            pod = next((p for p in self._enrolled.enrolled() if p.netns_cookie == netns_cookie), None)
+            if pod is None or session not in self._sessions:
+                return
             latest = self._latest(session)
             for kind in session.kinds:
                 if not latest:

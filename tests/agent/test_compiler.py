@@ -329,7 +329,7 @@ class TestIdentities:
         assert (a, b) == (IDENTITY_FIRST, IDENTITY_FIRST + 1)
         assert numbers.dirty
         again = Identities.load(numbers.dump())
-        assert not numbers.dirty
+        assert not again.dirty
         assert again.number(Label("spiffe://d/ns/x/sa/a", "a", "a", "v2")) == b
         assert again.number(Label("spiffe://d/ns/x/sa/b")) == IDENTITY_FIRST + 2
         label = again.label(a)

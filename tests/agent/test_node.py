@@ -185,6 +185,42 @@ async def test_add_waits_for_the_controller(world, monkeypatch):
     assert "does not know it" in refused.value.details
 
 
+async def test_a_pod_that_is_removed_while_add_waits_is_never_attached(world):
+    adding = asyncio.create_task(world.add("web"))
+    await asyncio.sleep(0.05)
+    await world.delete("web")
+    await world.node.apply(complete(workload("web")))
+    with pytest.raises(Refusal, match="removed while") as refused:
+        await adding
+    assert refused.value.code == 11
+    assert len(world.node.pods) == 0
+    assert world.held() == set()
+    # The next try is another one.
+    await world.add("web")
+    assert world.pod_policy("web") is not None
+
+
+async def test_a_full_disk_keeps_numbers_out_of_the_kernel_and_pods_not_in_it(world, monkeypatch):
+    await world.node.apply(complete(workload("web")))
+    await world.add("web")
+    write = Storage.write
+
+    def full(self, name, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Storage, "write", full)
+    await world.delete("web")
+    assert world.kernel.pods() == {}
+    assert world.held() == set()
+    for _ in range(2):  # also at the second try
+        errors = await world.node.apply(complete(workload("web"), workload("new")))
+        assert "No space left" in errors[0].reason
+        assert "uid-new" not in world.node.tables.identities
+    monkeypatch.setattr(Storage, "write", write)
+    assert await world.node.apply(complete(workload("web"), workload("new"))) == ()
+    assert b'"next"' in world.node._storage.read(IDENTITIES_FILE)
+
+
 async def test_nobody_is_known_before_the_controller_spoke(world, monkeypatch):
     monkeypatch.setattr("agent.node.WORKLOAD_TIMEOUT", 0.05)
     with pytest.raises(Refusal) as refused:

@@ -44,8 +44,14 @@ class PodSockets:
         self.live: dict[tuple[str, api.ListenerKind], int] = {}
         self.made: list[tuple[str, api.ListenerKind]] = []
         self.fails = False
+        #: with a gate, listeners wait for it, and ``waits`` says that one does
+        self.gate: asyncio.Event | None = None
+        self.waits = asyncio.Event()
 
     async def listener(self, netns_cookie, address, kind):
+        if self.gate is not None:
+            self.waits.set()
+            await self.gate.wait()
         if self.fails:
             raise SocketError("no")
         self.made.append((address, kind))
@@ -118,6 +124,12 @@ class World:
     def register(self, role, cgroup) -> None:
         self.registered.append((role, cgroup.id))
 
+    async def enroll(self, pod: api.Enroll) -> None:
+        """As the node does: first it is so, then it is said."""
+        others = [p for p in self.enrolled.pods if p.netns_cookie != pod.netns_cookie]
+        self.enrolled.pods = [*others, pod]
+        await self.proxies.enroll(pod)
+
     def proxy(self) -> Proxy:
         self.peers.append(Proxy(self.path))
         return self.peers[-1]
@@ -176,10 +188,10 @@ async def test_each_role_gets_its_own_kinds(world):
 async def test_changes_come_without_new_listeners(world):
     proxy = world.proxy()
     await proxy.greet()
-    await world.proxies.enroll(pod())
+    await world.enroll(pod())
     message, _ = await proxy.hear()
     assert message.listeners == NODEPROXY
-    await world.proxies.enroll(api.Enroll(**{**_fields(pod()), "version": "v2"}))
+    await world.enroll(api.Enroll(**{**_fields(pod()), "version": "v2"}))
     message, fds = await proxy.hear()
     assert (message.version, message.listeners, fds) == ("v2", (), 0)
     await world.proxies.withdraw("uid-web", 7)
@@ -187,7 +199,7 @@ async def test_changes_come_without_new_listeners(world):
     assert message == api.Withdraw("uid-web", 7)
     # The next sandbox of that namespace's number begins anew.
     world.sockets.live.clear()
-    await world.proxies.enroll(pod())
+    await world.enroll(pod())
     message, _ = await proxy.hear()
     assert message.listeners == NODEPROXY
 
@@ -231,7 +243,7 @@ async def test_a_new_process_takes_over_and_the_old_one_drains(world):
     message, _ = await new.hear()
     assert message.listeners == NODEPROXY
     # A pod that comes now has its listeners with the new one; the old one still hears of it.
-    await world.proxies.enroll(pod("other", 8))
+    await world.enroll(pod("other", 8))
     message, _ = await old.hear()
     assert (message.uid, message.listeners) == ("uid-other", ())
     message, _ = await new.hear()
@@ -241,6 +253,55 @@ async def test_a_new_process_takes_over_and_the_old_one_drains(world):
     world.enrolled.pods = [pod(), pod("other", 8)]
     world.sockets.live.clear()
     assert {(await old.hear())[0].listeners for _ in range(2)} == {NODEPROXY}
+
+
+async def test_a_pod_that_leaves_while_it_is_handed_over_is_gone_at_last(world):
+    world.enrolled.pods = [pod(), pod("other", 8)]
+    world.sockets.gate = asyncio.Event()
+    proxy = world.proxy()
+    await proxy.greet()
+    await world.sockets.waits.wait()  # for the first pod's listener
+    world.enrolled.pods = []
+    leaving = [
+        asyncio.create_task(world.proxies.withdraw(f"uid-{name}", cookie))
+        for name, cookie in (("web", 7), ("other", 8))
+    ]
+    await asyncio.sleep(0)
+    world.sockets.gate.set()
+    await asyncio.gather(*leaving)
+    heard = [(await proxy.hear())[0] for _ in range(3)]
+    assert [(type(m), m.uid) for m in heard if m.uid == "uid-web"] == [
+        (api.Enroll, "uid-web"),
+        (api.Withdraw, "uid-web"),
+    ]
+    assert [type(m) for m in heard if m.uid == "uid-other"] == [api.Withdraw]
+
+
+async def test_a_proxy_that_goes_while_another_is_served_disturbs_nobody(world):
+    going, staying = world.proxy(), world.proxy()
+    await going.greet()
+    await staying.greet(api.Role.L7PROXY)
+    world.sockets.gate = asyncio.Event()
+    telling = [asyncio.create_task(world.enroll(pod(name, cookie))) for name, cookie in (("a", 8), ("b", 9))]
+    await world.sockets.waits.wait()
+    going.die()
+    while world.proxies.connected()["nodeproxy"]:
+        await asyncio.sleep(0.01)
+    world.sockets.gate.set()
+    await asyncio.gather(*telling)
+    assert {(await staying.hear())[0].uid for _ in range(2)} == {"uid-a", "uid-b"}
+
+
+async def test_an_agent_that_ends_moves_no_listener(world):
+    world.enrolled.pods = [pod()]
+    old, new = world.proxy(), world.proxy()
+    for proxy in (old, new):
+        await proxy.greet()
+        await proxy.hear()
+    world.sockets.live.clear()
+    made = list(world.sockets.made)
+    await world.server.close()
+    assert world.sockets.made == made
 
 
 async def test_sockets(world):
@@ -351,7 +412,7 @@ async def test_a_proxy_that_does_not_read_holds_up_nobody(world, monkeypatch):
     await fine.greet(api.Role.L7PROXY)
     big = api.Enroll(**{**_fields(pod()), "name": "x" * 60000})
     for _ in range(60):
-        await world.proxies.enroll(big)
+        await world.enroll(big)
         await fine.hear()
         if world.proxies.connected()["nodeproxy"] == 0:
             break
