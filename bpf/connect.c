@@ -273,6 +273,9 @@ int connect6(struct bpf_sock_addr *ctx)
 		}
 		return PASS;
 	}
+	/* What an earlier attempt with this socket left behind: none of these has anything of ours. */
+	if (ctx->sk)
+		storage_delete(MAP(SOCKETS), ctx->sk);
 	/* ::1, and :: which connect() takes for it. */
 	if (a0 == 0 && a1 == 0 && a2 == 0 && (a3 == bpf_htonl(1) || a3 == 0))
 		return PASS;

@@ -83,8 +83,11 @@ inline_always void dialling(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 			return; /* and so without a record: the listener will not be given it */
 		}
 	}
-	if (map_update(MAP(CONNECTING), &tuple, &who, BPF_ANY) < 0)
+	if (map_update(MAP(CONNECTING), &tuple, &who, BPF_ANY) < 0) {
 		count(COUNTER_FULL_CONNECTING);
+		if (state->kind == VIA_CAPTURED)
+			forget_captured(state->netns, &tuple);
+	}
 }
 
 /*

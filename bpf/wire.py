@@ -120,6 +120,12 @@ def ipv4_text(data: bytes) -> str:
     return socket.inet_ntoa(data)
 
 
+def _port(number: int) -> bytes:
+    if not 0 <= number <= 0xFFFF:
+        raise ValueError(f"{number} is no port")
+    return number.to_bytes(2, "big")
+
+
 #: ``__be32``, dotted text here
 ADDRESS = Kind("4s", ipv4, ipv4_text)
 #: ``__u8[16]``, text here
@@ -129,7 +135,7 @@ ADDRESS6 = Kind(
     lambda data: socket.inet_ntop(socket.AF_INET6, data),
 )
 #: ``__be16``, an integer here
-PORT = Kind("2s", lambda port: port.to_bytes(2, "big"), lambda data: int.from_bytes(data, "big"))
+PORT = Kind("2s", _port, lambda data: int.from_bytes(data, "big"))
 
 
 class Layout:
@@ -168,7 +174,7 @@ class Record:
     def pack(self) -> bytes:
         """The bytes on the wire.
 
-        :raises ValueError: an address is no IPv4 address.
+        :raises ValueError: an address is no IPv4 address, a port no port.
         :raises struct.error: a number does not fit its member.
         """
         return self.LAYOUT.pack(self)

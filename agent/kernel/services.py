@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from agent.kernel.model import Backend
 from bpf import wire
-from bpf.maps import Map, MapError
+from bpf.maps import Map
 
 _U32 = 0xFFFFFFFF
 
@@ -37,8 +37,13 @@ class Services:
         self._next = max((service.id for service, _ in self._known.values()), default=0) + 1
 
     def set(self, key: wire.Endpoint, backends: Iterable[Backend], *, l7: bool) -> None:
-        """:raises MapFullError: what was there before still is."""
+        """What was there before still is when it raises.
+
+        :raises MapFullError: no room.
+        :raises ValueError: a backend is no IPv4 address with a port.
+        """
         wanted = tuple(backends)
+        endpoints = [wire.Endpoint(backend.address, backend.port).pack() for backend in wanted]
         flags = wire.SERVICE_L7 if l7 else 0
         known = self._known.get(key)
         if known is not None:
@@ -51,13 +56,10 @@ class Services:
             new = wire.Service(self._next, 0, len(wanted), flags)
             self._next = (self._next + 1) & _U32
         try:
-            for slot, backend in enumerate(wanted):
-                self._backends.update(
-                    wire.BackendKey(new.id, new.generation, slot).pack(),
-                    wire.Endpoint(backend.address, backend.port).pack(),
-                )
+            for slot, endpoint in enumerate(endpoints):
+                self._backends.update(wire.BackendKey(new.id, new.generation, slot).pack(), endpoint)
             self._services.update(key.pack(), new.pack())
-        except (MapError, OSError):
+        except OSError:
             self._delete_backends(new)
             raise
         self._known[key] = new, wanted

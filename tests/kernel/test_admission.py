@@ -433,6 +433,11 @@ def test_full_table_of_connectors_refuses(tmp_path):
             with pytest.raises(ConnectionRefusedError):
                 client.app.connect((server.address, PORT))
             assert node.kernel.pressure()["connecting"] == (1, 1, 1)
+            # The same for what would be captured; nothing of the attempt stays.
+            node.kernel.set_peer("10.99.0.1", Peer(local=False, enrolled=True, identity=77))
+            with pytest.raises(ConnectionRefusedError):
+                client.app.connect(("10.99.0.1", PORT))
+            assert node.kernel.pressure()["captured"].used == 0
             connecting.delete(wire.Tuple("1.1.1.1", "1.1.1.2", 1, 1).pack())
             client.app.connect((server.address, PORT)).close()
         client.close()

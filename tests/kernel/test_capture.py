@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import time
 
@@ -328,6 +329,19 @@ def test_native_ipv6_is_refused_and_told(node, client):
     assert node.kernel.refusals_by_reason()[Reason.IPV6] >= 1
 
 
+def test_nothing_of_a_failed_dial_is_taken_for_the_next(node, client):
+    """A socket that got no further than connect(), dialled again where we have nothing to do with it."""
+    run(client.netns, "ip", "route", "add", "unreachable", "203.0.113.0/24")
+    made = namespace.inside(client.netns, lambda: socket.socket(socket.AF_INET6))
+    with made, client.app.listen(("::1", 7003), family=socket.AF_INET6):
+        with pytest.raises(OSError) as caught:
+            client.app.dial_with(os.dup(made.fileno()), ("::ffff:203.0.113.1", 80))
+        assert caught.value.errno == errno.EHOSTUNREACH
+        with client.app.dial_with(os.dup(made.fileno()), ("::1", 7003)):
+            assert made.getpeername()[:2] == ("::1", 7003)
+    assert FlowKey(client.identity, 0, 80, Direction.OUTBOUND) not in node.kernel.flows()
+
+
 def test_native_ipv6_does_not_arrive(node, client):
     run(client.netns, "ip", "addr", "add", "fd77::2/64", "dev", "eth0", "nodad")
     run(node.netns, "ip", "addr", "add", "fd77::1/64", "dev", "br0", "nodad")
@@ -427,6 +441,11 @@ def test_full_table_of_captured_refuses(tmp_path):
             node.kernel.set_service(VIP, 81, [Backend("10.77.0.10", 1)])
         with pytest.raises(MapFullError):
             node.kernel.set_service(VIP, 80, [Backend("10.77.0.10", n) for n in (1, 2, 3)])
+        # So does what is no endpoint.
+        for wrong in (Backend("10.77.0", 1), Backend("10.77.0.10", 65536)):
+            for port in (80, 81):
+                with pytest.raises(ValueError, match="no IPv4 address|no port"):
+                    node.kernel.set_service(VIP, port, [Backend("10.77.0.10", 2), wrong])
         assert node.kernel.services() == {(VIP, 80): (False, [Backend("10.77.0.10", 1)])}
         assert len(node.kernel._maps["backends"]) == 1
         pod.close()
