@@ -139,7 +139,8 @@ def _labels(record: Record) -> tuple[str, ...]:
             endpoint.version if known else "unknown",
             "Kubernetes" if known else "unknown",
         )
-        policy = "mutual_tls" if host.tunnelled else "none"
+        # An enrolled endpoint that needs no tunnel is on this node: nothing is encrypted, and nothing is on a wire.
+        policy = "mutual_tls" if host.tunnelled else "same_node" if endpoint.enrolled else "none"
     else:
         destination = ("unknown",) * 8
         policy = "unknown"

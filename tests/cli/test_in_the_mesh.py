@@ -100,6 +100,9 @@ def test_every_way_is_counted_where_it_is_measured(lab: Lab, client: Pod) -> Non
     assert web["requests_per_second"] > 10
     assert 0 < web["p50_ms"] <= web["p95_ms"] <= web["p99_ms"]
     assert 0.3 < web["mtls_share"] < 0.7, "half of it goes to the other node"
+    assert web["mtls_share"] + web["same_node_share"] == pytest.approx(1.0), (
+        "and none of it is plain on a wire"
+    )
     near, far = rows["default/near", "kernel"], rows["default/far", "node proxy"]
     assert (near["mtls_share"], near["same_node_share"]) == (0.0, 1.0)
     assert (far["mtls_share"], far["same_node_share"]) == (1.0, 0.0)
