@@ -166,7 +166,26 @@ def _state(client: watch.Client, version: str) -> list[Finding]:
         except Unreachable as error:
             action = f"look at the log of mycel-{client.component} on {client.node}"
             found.append(Finding(Severity.WARNING, where, "", str(error), action))
+        else:
+            found += _unattached(client)
     return found
+
+
+def _unattached(client: watch.Client) -> list[Finding]:
+    """Pods that are to be in the mesh and are not captured."""
+    if client.component != "agent":
+        return []
+    try:
+        pods = read_json(client.admin, "/debug/status", who=str(client))["unattached"]
+    except (Unreachable, KeyError, TypeError):
+        return []  # an agent of another version: this is the one thing that it cannot be asked
+    message = (
+        "ran before the CNI plugin was chained: it is not captured, and the mesh refuses its connections"
+    )
+    return [
+        Finding(Severity.WARNING, f"Pod {pod}", "", f"{message} ({client.node})", "restart the pod")
+        for pod in pods
+    ]
 
 
 def _count(number: int, noun: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import urllib.error
@@ -9,6 +10,7 @@ import urllib.request
 from typing import Any
 
 _TIMEOUT = 5.0  # seconds
+_LONGEST_REASON = 500  # bytes
 
 
 class Unreachable(Exception):
@@ -30,7 +32,12 @@ def read_text(address: str, path: str, *, who: str) -> str:
             body: bytes = response.read()
             return body.decode("utf-8", "replace")
     except urllib.error.HTTPError as error:
-        raise Unreachable(f"{who} at {address} answers {path} with {error.code} {error.reason}") from error
+        # What is not ready says why in its answer.
+        said = ""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            said = error.read(_LONGEST_REASON).decode("utf-8", "replace").strip().partition("\n")[0]
+        reason = f"{error.code} {error.reason}" + (f": {said}" if said else "")
+        raise Unreachable(f"{who} at {address} answers {path} with {reason}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise Unreachable(f"{who} does not answer at {address}: {reason}") from error

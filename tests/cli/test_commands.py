@@ -189,7 +189,16 @@ def test_a_client_that_is_not_ready_is_a_warning(serve: Serve) -> None:
     result = run("check", "--controller", controller(serve, clients=clients))
     assert result.exit_code == 0
     assert "warning: Node node1: agent on node1" in result.stdout
-    assert "503" in result.stdout
+    assert "503 Service Unavailable: no configuration yet" in result.stdout
+
+
+def test_pods_that_are_not_captured_are_named(serve: Serve) -> None:
+    admin = serve(json={"/debug/status": lambda: {"unattached": ["default/early"]}})
+    clients = [client("agent", admin=admin), client("nodeproxy"), client("l7proxy")]
+    result = run("check", "--controller", controller(serve, clients=clients))
+    assert result.exit_code == 0
+    assert "warning: Pod default/early: ran before the CNI plugin was chained" in result.stdout
+    assert "to do: restart the pod" in result.stdout
 
 
 def test_stat_measures_what_happens_while_it_runs(serve: Serve) -> None:
