@@ -285,8 +285,11 @@ async def test_a_proxy_that_goes_while_another_is_served_disturbs_nobody(world):
     telling = [asyncio.create_task(world.enroll(pod(name, cookie))) for name, cookie in (("a", 8), ("b", 9))]
     await world.sockets.waits.wait()
     going.die()
-    while world.proxies.connected()["nodeproxy"]:
+    for _ in range(500):
+        if not world.proxies.connected()["nodeproxy"]:
+            break
         await asyncio.sleep(0.01)
+    assert world.proxies.connected() == {"nodeproxy": 0, "l7proxy": 1}
     world.sockets.gate.set()
     await asyncio.gather(*telling)
     assert {(await staying.hear())[0].uid for _ in range(2)} == {"uid-a", "uid-b"}
