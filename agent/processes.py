@@ -43,6 +43,9 @@ def cgroup_of(pid: int | str, proc: Path = Path("/proc")) -> Cgroup:
     inside = next((line[3:] for line in lines if line.startswith("0::")), None)
     if inside is None:
         raise ProcessError(f"process {pid} is in no cgroup of the unified hierarchy")
+    if ".." in inside.split("/"):
+        # /proc/PID/cgroup, cgroup_namespaces(7): outside of our root. Followed, the path could end at another's cgroup.
+        raise ProcessError(f"process {pid}: cgroup {inside} is outside of what is visible here")
     for line in mounts:
         before, _, after = line.partition(" - ")
         if after.split(" ", 1)[0] != "cgroup2":
