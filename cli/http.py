@@ -36,8 +36,8 @@ def read_text(address: str, path: str, *, who: str) -> str:
         said = ""
         with contextlib.suppress(OSError, http.client.HTTPException):
             said = error.read(_LONGEST_REASON).decode("utf-8", "replace").strip().partition("\n")[0]
-        reason = f"{error.code} {error.reason}" + (f": {said}" if said else "")
-        raise Unreachable(f"{who} at {address} answers {path} with {reason}") from error
+        status = f"{error.code} {error.reason}" + (f": {said}" if said else "")
+        raise Unreachable(f"{who} at {address} answers {path} with {status}") from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise Unreachable(f"{who} does not answer at {address}: {reason}") from error
