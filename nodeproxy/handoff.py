@@ -45,7 +45,7 @@ class Handoffs:
         self.agent = agent
         self.tunnels = tunnels
         self.node = node
-        self._pairs: dict[Pair, Pod] = {}
+        self.pairs: dict[Pair, Pod] = {}
         self._listeners: list[socket.socket] = []
         self._path: Path | None = None
 
@@ -119,14 +119,18 @@ class Handoffs:
     def join(self, pod: Pod, one: socket.socket, two: socket.socket, early: bytes = b"") -> None:
         pair = Pair(self.loop, one, two, self._parted, early)
         if not pair.closed:
-            self._pairs[pair] = pod
+            self.pairs[pair] = pod
 
     def _parted(self, pair: Pair, _reason: str) -> None:
-        self._pairs.pop(pair, None)
+        self.pairs.pop(pair, None)
 
     def withdraw(self, pod: Pod) -> None:
-        for pair in [pair for pair, owner in self._pairs.items() if owner is pod]:
-            pair.close("pod withdrawn")
+        self.close("pod withdrawn", pod)
+
+    def close(self, reason: str, pod: Pod | None = None) -> None:
+        """End all direct legs, or all of a pod."""
+        for pair in [pair for pair, owner in self.pairs.items() if pod is None or owner is pod]:
+            pair.close(reason)
 
     # --- a real Envoy in l7proxy's place -------------------------------------------------------------------------------
 

@@ -54,7 +54,6 @@ class Inbound:
         self.waiting: dict[Delivery, None] = {}
         self.open: dict[Delivery, None] = {}
         self._servers: dict[_Server, None] = {}
-        self._verified_by: object = None
 
     def listen(self, pod: Pod, listener: socket.socket) -> None:
         def arrived(sock: socket.socket, remote: tuple[str, int]) -> None:
@@ -85,16 +84,7 @@ class Inbound:
                 server.link.close("pod withdrawn")
 
     def mesh_changed(self) -> None:
-        """Judge again: first whom we trust, then every stream."""
-        trust = self.mesh.trust
-        if trust is not None and trust is not self._verified_by:
-            self._verified_by = trust
-            for link in self.links():
-                try:
-                    if link.peer is not None:
-                        link.peer.verify(trust, time.time())
-                except PeerIdentityError as error:
-                    link.close(f"peer: {error}")
+        """Judge every stream again."""
         for delivery in list(self.waiting):
             delivery.decide()
         verdicts: dict[tuple[str, str, int], str | None] = {}
@@ -124,8 +114,7 @@ class _Server:
 
     def on_stream_gone(self, link: Link) -> None:
         if link.core.closing and not link.core.streams and not link.closed:
-            link.flush()
-            link.close("drained")
+            link.finish("drained")
 
     def on_closed(self, link: Link, reason: str) -> None:
         if link.peer is None:

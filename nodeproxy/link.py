@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from typing import Protocol
 
 from OpenSSL import SSL
@@ -20,7 +21,7 @@ from nodeproxy.h2frames import Code, PeerError
 from nodeproxy.h2headers import Request
 from nodeproxy.h2sending import Stream
 from nodeproxy.loop import BROKEN, IN, OUT, Loop
-from nodeproxy.tls import Credentials, Peer, PeerIdentityError, peer_of
+from nodeproxy.tls import Credentials, Peer, PeerIdentityError, Trust, peer_of
 
 _log = logs.get(__name__)
 
@@ -35,7 +36,7 @@ _KEEPALIVE = (
     (socket.TCP_KEEPCNT, 3),
     (socket.TCP_USER_TIMEOUT, 30_000),
 )
-#: Seconds from the first packet to the end of the handshake.
+#: Seconds from the first packet to the peer's first SETTINGS.
 HANDSHAKE_TIMEOUT = 10.0
 
 
@@ -101,6 +102,7 @@ class Link:
         self.dirty = False
         self.open = False
         self.closed = False
+        self._ending = ""  #: why it closes once everything is written
         self.idle_since = loop.now
         self._connected = not client
         self._mask = OUT if client else IN
@@ -143,7 +145,6 @@ class Link:
         except PeerIdentityError as error:
             self.close(f"peer: {error}")
             return
-        self._deadline.cancel()
         self.open = True
         self.loop.handle(self._fd, self._on_events)
         self._want(IN)
@@ -220,6 +221,7 @@ class Link:
             else:
                 stream.owner.on_window()
         elif kind == h2core.READY:
+            self._deadline.cancel()
             self.owner.on_ready(self)
         elif kind == h2core.GOAWAY:
             self.owner.on_goaway(self)
@@ -257,7 +259,9 @@ class Link:
             return
         if self._mask != IN:
             self._want(IN)
-        if core.starved and core.send_window > 0:
+        if self._ending:
+            self.close(self._ending)
+        elif core.starved and core.send_window > 0:
             self._resume()
 
     def pause(self, item: Resumable) -> None:
@@ -284,6 +288,20 @@ class Link:
         """Say that no new streams are wanted; the connection ends with its last stream."""
         if not self.closed and self.open:
             self.core.shutdown()
+            self.mark()
+
+    def verify_again(self, trust: Trust) -> None:
+        """Close it if the peer is not trusted any more."""
+        try:
+            if self.peer is not None and not self.closed:
+                self.peer.verify(trust, time.time())
+        except PeerIdentityError as error:
+            self.close(f"peer: {error}")
+
+    def finish(self, reason: str) -> None:
+        """Close as soon as what its streams left is written; there are none any more, and come no more."""
+        if not self.closed:
+            self._ending = reason
             self.mark()
 
     def abort(self) -> None:

@@ -15,6 +15,7 @@ from nodeproxy.agent_client import AgentClient, Pod
 from nodeproxy.certificates import Certificates, Signer
 from nodeproxy.handoff import Handoffs
 from nodeproxy.inbound import Inbound
+from nodeproxy.link import Link
 from nodeproxy.loop import Loop, reset
 from nodeproxy.mesh import Mesh
 from nodeproxy.pool import Pool
@@ -66,7 +67,12 @@ class NodeProxy:
 
     def update(self, update: Update) -> tuple[ResourceError, ...]:
         """From the controller; what is returned is not in force."""
+        before = self.mesh.trust
         errors = self.mesh.apply(update)
+        trust = self.mesh.trust
+        if trust is not None and trust is not before:
+            for link in self.links():
+                link.verify_again(trust)
         self.certificates.wake()
         self.inbound.mesh_changed()
         self.tunnels.mesh_changed()
@@ -129,16 +135,25 @@ class NodeProxy:
             for listener in pod.listeners.values():
                 self.loop.close(listener)
             pod.listeners.clear()
-        for link in (*self.inbound.links(), *self.pool.links()):
+        for link in self.links():
             link.shutdown()
         self._drained(self.loop.now + deadline)
 
     def _drained(self, until: float) -> None:
-        busy = self.tunnels.open or self.inbound.open or self.inbound.waiting
-        if not busy or self.loop.now >= until:
-            self.loop.stop()
-        else:
+        open_now = self.tunnels.open or self.inbound.open or self.inbound.waiting or self.handoffs.pairs
+        busy = open_now or any(link.open and link.core.tail for link in self.links())
+        if busy and self.loop.now < until:
             self.loop.later(0.05, lambda: self._drained(until))
+            return
+        # The end of the process would close sockets as if they had ended: what has not is reset.
+        for link in self.links():
+            link.close("draining")
+        self.tunnels.close("draining")
+        self.handoffs.close("draining")
+        self.loop.stop()
+
+    def links(self) -> list[Link]:
+        return [*self.inbound.links(), *self.pool.links()]
 
     def state(self) -> dict[str, object]:
         """For the debug page; called by another thread."""

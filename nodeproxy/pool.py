@@ -85,7 +85,7 @@ class Pool:
     def _usable(self, group: _Group, tls: Credentials) -> Link | None:
         for dialled in list(group.links):
             link = dialled.link
-            if link is None or not dialled.ready or link.peer is None:
+            if link is None or link.closed or link.peer is None or not dialled.ready:
                 continue
             if link.credentials.svid is not tls.svid:
                 self._retire(dialled)  # Our own certificate was renewed: the old one would expire on it.
@@ -93,7 +93,8 @@ class Pool:
             try:
                 link.peer.verify(tls.trust, time.time())
             except PeerIdentityError as error:
-                link.close(f"peer: {error}")
+                _log.warning("HBONE connection not used again", peer=link.name, reason=str(error))
+                self._retire(dialled)
                 continue
             if link.core.available:
                 return link
@@ -104,10 +105,9 @@ class Pool:
         link = dialled.link
         dialled.ready = False
         if link is not None:
-            if link.core.streams:
-                link.shutdown()
-            else:
-                link.close("replaced")
+            link.shutdown()
+            if not link.core.streams:
+                link.finish("not needed any more")
 
     def _dial(self, group: _Group, tls: Credentials) -> None:
         group.dialling += 1
@@ -171,11 +171,15 @@ class Pool:
 
     def _sweep(self) -> None:
         self._loop.later(_SWEEP, self._sweep)
-        for link in self.links():
-            if link.open and not link.core.streams and self._loop.now - link.idle_since > IDLE:
-                link.core.shutdown()
-                link.flush()
-                link.close("idle")
+        for dialled in [d for group in self._groups.values() for d in group.links]:
+            link = dialled.link
+            if (
+                link is not None
+                and dialled.ready
+                and not link.core.streams
+                and self._loop.now - link.idle_since > IDLE
+            ):
+                self._retire(dialled)
 
 
 class _Dialled:
@@ -206,13 +210,13 @@ class _Dialled:
     def on_goaway(self, link: Link) -> None:
         self.ready = False
         if not link.core.streams:
-            link.close("the peer said GOAWAY")
+            link.finish("the peer said GOAWAY")
 
     def on_stream_gone(self, link: Link) -> None:
         if self.group.waiters and self.ready:
             self.pool.serve(self.group)
         if not self.ready and not link.core.streams and not link.closed:
-            link.close("drained")
+            link.finish("drained")
 
     def on_closed(self, link: Link, reason: str) -> None:
         self.ready = False

@@ -77,9 +77,13 @@ class Tunnels:
             tunnel.resolve()
 
     def withdraw(self, pod: Pod) -> None:
+        self.close("pod withdrawn", pod)
+
+    def close(self, reason: str, pod: Pod | None = None) -> None:
+        """End all, or all of a pod."""
         for tunnel in list(self.open):
-            if tunnel.pod is pod:
-                tunnel.fail(Outcome.UNREACHABLE, "pod withdrawn")
+            if pod is None or tunnel.pod is pod:
+                tunnel.fail(Outcome.UNREACHABLE, reason)
 
 
 class Tunnel:
@@ -117,8 +121,6 @@ class Tunnel:
         self._stream: Stream | None = None
         self._over = False
         self._again = True
-        self._early = bytearray()
-        self._ended = False
         self._timer = tunnels.loop.later(UNKNOWN_PATIENCE, self._unknown)
         self.flow = Flow(
             Reporter.SOURCE,
