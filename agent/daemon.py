@@ -214,7 +214,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
         stop.set()
 
     tasks = Tasks(on_failure)
-    _watch_refusals(kernel, node)
+    _watch_refusals(kernel, node, sweeper)
     with admin:
         await node.start()
         await cni.work_off_notes()
@@ -225,6 +225,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
         for server in servers:
             server.start()
         serving.set()
+        tasks.start(sweeper.run(), name="sweep of late connections")
         tasks.start(cni.watch_notes(), name="notes")
         tasks.start(stream.run(), name="stream")
         _log.info(
@@ -258,7 +259,7 @@ def _roles(options: Options, kernel: Kernel) -> Roles:
     return roles
 
 
-def _watch_refusals(kernel: Kernel, node: Node) -> None:
+def _watch_refusals(kernel: Kernel, node: Node, sweeper: Sweeper) -> None:
     loop = asyncio.get_running_loop()
 
     def pod(cookie: int) -> str:
@@ -266,4 +267,10 @@ def _watch_refusals(kernel: Kernel, node: Node) -> None:
         return f"{sandbox.namespace}/{sandbox.name}" if sandbox is not None else f"namespace {cookie}"
 
     refusals = Refusals(lambda number: name_of(number, node.numbers), pod)
-    loop.add_reader(kernel.events_fd(), lambda: refusals.tell(kernel.read_events(), loop.time()))
+
+    def read() -> None:
+        events = kernel.read_events()
+        refusals.tell(events, loop.time())
+        sweeper.note(events)
+
+    loop.add_reader(kernel.events_fd(), read)

@@ -1,15 +1,16 @@
 """Ends established connections that the policy of now would refuse.
 
-Owns the walk over the kernel's open connections after verdicts changed, and the second walk a little later for those that were
-judged by the old table and established after the swap. It judges nothing: the kernel says which ones its tables refuse.
+Owns the walk over the kernel's open connections after verdicts changed, and the walks for those that were judged by the old
+table and established after the swap: a second one a little later, and one whenever the kernel tells of such a connection (a
+client may end its handshake as late as it likes). It judges nothing: the kernel says which ones its tables refuse.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from agent.kernel import Connection, Kernel, KernelError
+from agent.kernel import Connection, Event, Kernel, KernelError, Reason
 from agent.namespaces import Namespaces
 from common import logs
 
@@ -17,6 +18,9 @@ _log = logs.get(__name__)
 
 #: Seconds to the second walk: longer than a handshake between two pods of one node takes.
 SECOND_WALK = 0.25
+
+#: Times that one walk asks the kernel again: its answer may leave some out while others close.
+_ROUNDS = 10
 
 
 class Sweeper:
@@ -26,7 +30,21 @@ class Sweeper:
         self._kernel = kernel
         self._namespaces = namespaces
         self._name = name
+        self._late = asyncio.Event()
         self.destroyed = 0
+
+    def note(self, events: Iterable[Event]) -> None:
+        """What the kernel told: a connection that was refused when it was established is open all the same."""
+        if any(event.reason is Reason.REVOKED for event in events):
+            self._late.set()
+
+    async def run(self) -> None:
+        """Walk once, since a predecessor may have changed verdicts and not come to it; then for what was noted."""
+        self._late.set()
+        while True:
+            await self._late.wait()
+            self._late.clear()
+            await self.walk()
 
     async def sweep(self) -> None:
         """Walk now and once more after :data:`SECOND_WALK`."""
@@ -53,8 +71,18 @@ class Sweeper:
         return len(ended)
 
     def _walk(self) -> list[Connection]:
+        ended: list[Connection] = []
+        for _ in range(_ROUNDS):
+            found = self._end(self._kernel.refused_now())
+            if not found:
+                break
+            ended += found
+        return ended
+
+    def _end(self, connections: Iterable[Connection]) -> list[Connection]:
+        """Those that were ended."""
         ended = []
-        for connection in self._kernel.refused_now():
+        for connection in connections:
             try:
                 with self._namespaces.borrow(connection.netns_cookie) as netns:
                     if self._kernel.destroy(connection, netns):
