@@ -135,6 +135,10 @@ class AgentClient:
         self._loop.later(self._retry, self.start)
         self._retry = min(self._retry * 2, _RETRY_MOST)
 
+    def abort(self) -> None:
+        """A message's handling failed: what it said is not known, so the agent is asked to say everything again."""
+        self._lost("internal error")
+
     def _send(self, message: api.FromProxy) -> None:
         self._outgoing.append(api.encode(message))
         self._write()

@@ -113,7 +113,11 @@ class Loop:
                     self.later(_ACCEPT_PAUSE, again)
                     return
                 prepare(sock)
-                arrived(sock, peer)
+                try:
+                    arrived(sock, peer)
+                except Exception:  # a bug of ours: it ends this connection, never the listener
+                    _log.exception("a connection could not be taken")
+                    reset(self, sock)
 
         def again() -> None:
             if listener.fileno() >= 0:

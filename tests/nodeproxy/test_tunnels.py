@@ -299,3 +299,34 @@ def test_a_network_that_breaks_resets_what_was_on_it(world: World, server: Serve
     with world.dial(server.port) as sock:
         sock.sendall(b"again")
         assert sock.recv(10) == b"again"
+
+
+def test_a_bug_ends_one_connection_and_nothing_else(
+    world: World, server: Server, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither the listener nor the agent's connection is lost by it."""
+    world.ready()
+    real = world.a.proxy.tunnels.accounting.begin
+
+    def fail_once(_flow: object) -> None:
+        monkeypatch.setattr(world.a.proxy.accounting, "begin", real)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(world.a.proxy.accounting, "begin", fail_once)
+    with pytest.raises(OSError), world.dial(server.port) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+    on_pod = world.a.proxy.on_pod
+
+    def fail_first(_pod: object) -> None:
+        monkeypatch.setattr(world.a.proxy, "on_pod", on_pod)
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(world.a.proxy, "on_pod", fail_first)
+    world.pod(world.a, "late", world.client_address.rsplit(".", 1)[0] + ".3", 3)
+    wait_until(lambda: len(world.a.agent.hellos) == 2, "the agent is asked again")
+    wait_until(lambda: ("uid-late", 3) in world.a.client.pods, "told again")
+    wait_until(lambda: len(world.a.client.pods["uid-late", 3].listeners) == 2, "with its listeners")
+    with world.dial(server.port) as sock:
+        sock.sendall(b"one")
+        assert sock.recv(10) == b"one"
