@@ -145,6 +145,9 @@ class _Table:
             workload = labels.get("destination_workload", "unknown")
             namespace = labels.get("destination_workload_namespace", "")
             name = self._owners.get((namespace, workload), f"{workload} (workload)")
+        elif name == labels.get("destination_workload"):
+            # As in Istio, the workload's own name where no service was dialled.
+            name = self._owners.get((namespace, name), name)
         return f"{namespace}/{name}" if namespace not in _UNKNOWN else name
 
 

@@ -125,6 +125,26 @@ def test_places_stand_apart_and_a_workload_stands_in_for_an_unknown_service() ->
     ]
 
 
+def test_a_workload_that_stands_where_the_service_should_counts_for_its_service() -> None:
+    tunnel = Process()
+    tunnel.opened.labels(**labels(destination_service_name="web-v1")).inc()
+    tunnel.opened.labels(**labels(destination_service_name="db", destination_workload="db")).inc()
+    found = services({}, {"a": tunnel.scrape()}, {"a": "nodeproxy"}, 1.0, {("default", "web-v1"): "web"})
+    assert [s.service for s in found] == ["default/db", "default/web"]
+
+
+def test_requests_that_stay_on_one_node_are_not_plain() -> None:
+    process = Process()
+
+    def act() -> None:
+        for security, count in (("same_node", 3), ("mutual_tls", 1)):
+            process.requests.labels(**labels(connection_security_policy=security)).inc(count)
+
+    (stat,) = between(process, act, "l7proxy")
+    assert (stat.mtls, stat.same_node) == (0.25, 0.75)
+    assert "mTLS 25.0%, same node 75.0%" in stat.cells()
+
+
 def test_a_process_that_began_anew_counts_from_nothing() -> None:
     old, new = Process(), Process()
     old.opened.labels(**labels()).inc(100)
