@@ -7,6 +7,7 @@ Verdicts are taken again when the mesh changes: what is no longer allowed is res
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import functools
@@ -36,6 +37,8 @@ _log = logs.get(__name__)
 SOURCE_PATIENCE = 2.0
 #: Seconds for the application to accept.
 CONNECT_TIMEOUT = 10.0
+#: Connections to one pod that are not ready yet: whoever makes more, from wherever, costs that pod alone.
+HALF_OPEN = 4096
 _OWN_PORTS = frozenset(kind.port for kind in ListenerKind)
 _IP_BIND_ADDRESS_NO_PORT = 24
 
@@ -54,9 +57,15 @@ class Inbound:
         self.waiting: dict[Delivery, None] = {}
         self.open: dict[Delivery, None] = {}
         self._servers: dict[_Server, None] = {}
+        self._half_open: collections.Counter[Pod] = collections.Counter()
 
     def listen(self, pod: Pod, listener: socket.socket) -> None:
         def arrived(sock: socket.socket, remote: tuple[str, int]) -> None:
+            if self._half_open[pod] >= HALF_OPEN:
+                _log.warning("HBONE refused: too many handshakes", pod=pod.uid, client=remote[0])
+                reset(self.loop, sock)
+                return
+            self._half_open[pod] += 1
             self.certificates.wait(pod.uid, functools.partial(self._serve, pod, sock, remote))
 
         self.loop.listen(listener, arrived)
@@ -66,11 +75,18 @@ class Inbound:
             _log.warning(
                 "HBONE refused: no certificate", pod=pod.uid, identity=pod.identity, client=remote[0]
             )
+            self.settled(pod)
             reset(self.loop, sock)
             return
         server = _Server(self, pod)
         self._servers[server] = None
         server.link = Link(self.loop, sock, tls, server, client=False, remote=remote)
+
+    def settled(self, pod: Pod) -> None:
+        """A connection to the pod is ready, or gone before it was."""
+        self._half_open[pod] -= 1
+        if not self._half_open[pod]:
+            del self._half_open[pod]
 
     def forget(self, server: _Server) -> None:
         self._servers.pop(server, None)
@@ -99,12 +115,14 @@ class _Server:
         self.inbound = inbound
         self.pod = pod
         self.link: Link | None = None
+        self._ready = False
 
     def on_open(self, link: Link) -> None:
         """Chain, validity and trust domain are verified; whose address it is is asked with each stream."""
 
     def on_ready(self, link: Link) -> None:
-        pass
+        self._ready = True
+        self.inbound.settled(self.pod)
 
     def on_request(self, link: Link, stream: Stream, request: Request) -> None:
         Delivery(self.inbound, self.pod, link, stream, request).decide()
@@ -121,6 +139,8 @@ class _Server:
             _log.warning("HBONE refused", pod=self.pod.uid, client=link.remote[0], reason=reason)
         else:
             _log.debug("HBONE connection closed", peer=link.name, reason=reason)
+        if not self._ready:
+            self.inbound.settled(self.pod)
         self.inbound.forget(self)
 
 

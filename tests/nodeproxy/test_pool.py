@@ -7,6 +7,7 @@ import time
 import pytest
 from OpenSSL import SSL
 
+from nodeproxy import inbound
 from nodeproxy import link as link_module
 from nodeproxy.link import Link
 from nodeproxy.tls import credentials
@@ -146,6 +147,27 @@ def test_a_client_that_is_silent_after_the_handshake_is_given_up(
     with pytest.raises((OSError, SSL.Error)):
         peer.until(-1)
     peer.close()
+
+
+def test_half_open_connections_are_limited(world: World, server: Server, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inbound, "HALF_OPEN", 5)
+    address = (world.server_address, 15008)
+    silent = [socket.create_connection(address, 3) for _ in range(5)]
+    wait_until(lambda: len(world.b.proxy.inbound.links()) == 5, "five handshakes")
+    with pytest.raises(ConnectionResetError), socket.create_connection(address, 3) as more:
+        more.recv(1)
+    for sock in silent:
+        sock.close()
+    wait_until(lambda: not world.b.proxy.inbound.links(), "given up")
+    for _ in range(6):  # those that are ready do not count
+        svid = world.authority.svid(identity("client"))
+        peer = Peer.dial(world.server_address, world.client_address, svid, world.authority.trust)
+        peer.handshake()
+        assert peer.status(f"{world.server_address}:{server.port}") == 200
+        silent.append(peer.sock)
+    assert not world.b.proxy.inbound._half_open
+    for sock in silent:
+        sock.close()
 
 
 def test_a_root_that_is_taken_back_ends_what_was_dialled_under_it(world: World, server: Server):
