@@ -128,8 +128,9 @@ class CreateOptions(ctypes.Structure):
 
 def _error(what: str) -> MapError:
     code = ctypes.get_errno()
-    kind = MapFullError if code in (errno.E2BIG, errno.ENOSPC) else MapError
-    return kind(code, f"{what}: {os.strerror(code)}")
+    if code in (errno.E2BIG, errno.ENOSPC):
+        return MapFullError(code, f"{what}: no room for another element")
+    return MapError(code, f"{what}: {os.strerror(code)}")
 
 
 def map_info(fd: int) -> Info:

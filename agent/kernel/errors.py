@@ -18,8 +18,10 @@ def naming(what: str) -> Iterator[None]:
     """Errors within are about ``what``."""
     try:
         yield
-    except (MapFullError, KernelError):
+    except KernelError:
         raise
+    except MapFullError as error:
+        raise MapFullError(error.errno, f"{what}: {error.strerror}") from error
     except (MapError, LinkError) as error:
         raise KernelError(f"{what}: {error.strerror or error}") from error
     except OSError as error:

@@ -143,12 +143,12 @@ class Kernel:
         """
         with naming(f"listener {address}:{port}"):
             sock = namespace.listener(netns, address, port)
-            try:
-                self.set_listener(address, port, sock.fileno())
-            except BaseException:
-                sock.close()
-                raise
-            return sock.detach()
+        try:
+            self.set_listener(address, port, sock.fileno())
+        except BaseException:
+            sock.close()
+            raise
+        return sock.detach()
 
     def set_listener(self, address: str, port: int, fd: int) -> None:
         """Make an existing listening socket the one for (pod's address, port)."""

@@ -73,17 +73,16 @@ def cookie(netns: int) -> int:
     return inside(netns, _cookie)
 
 
-def prepare(netns: int) -> int:
-    """Make the way back; gives the namespace's cookie."""
+def prepare(netns: int) -> None:
+    """Make the way back."""
 
-    def work() -> int:
+    def work() -> None:
         for name in _SYSCTLS:
             Path("/proc/sys/net/ipv4", name).write_text("1")
         netlink.add_local_route(DELIVERY_TABLE)
         netlink.add_rule(DELIVERY_MARK, DELIVERY_TABLE, DELIVERY_PRIORITY)
-        return _cookie()
 
-    return inside(netns, work)
+    inside(netns, work)
 
 
 def restore(netns: int) -> None:

@@ -63,21 +63,22 @@ class Pods:
         address = address_key(pod.address)
         if not wire.IDENTITY_FIRST <= pod.identity < wire.POLICY_GENERATION:
             raise ValueError(f"pod {pod.netns_cookie}: identity {pod.identity} is no workload's")
+        if (found := namespace.cookie(netns)) != pod.netns_cookie:
+            raise KernelError(f"the namespace has the cookie {found}, not {pod.netns_cookie}")
         known = self.get(pod.netns_cookie)
         if known is not None and known.address != pod.address:
             self._release(known)
         try:
-            found = namespace.prepare(netns)
-            if found != pod.netns_cookie:
-                raise KernelError(f"the namespace has the cookie {found}, not {pod.netns_cookie}")
+            namespace.prepare(netns)
             self._guard(pod.netns_cookie, netns)
             # First it can be reached (by nobody, until it has a policy), then it is captured.
             flags = wire.PEER_LOCAL | wire.PEER_ENROLLED
             self._peers.update(address, wire.Peer(pod.netns_cookie, pod.identity, flags).pack())
             self._pods.update(netns_key(pod.netns_cookie), wire.Pod(pod.address, pod.identity).pack())
-        except (OSError, ValueError):
+        except OSError:
             if known is None:
                 self.remove(pod.netns_cookie, pod.address)
+                namespace.restore(netns)
             raise
 
     def _guard(self, cookie: int, netns: int) -> None:

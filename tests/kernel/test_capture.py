@@ -437,7 +437,7 @@ def test_full_table_of_captured_refuses(tmp_path):
         assert node.kernel.pressure()["captured"].refused == 1
         # A table that is full leaves what was there as it was.
         node.kernel.set_service(VIP, 80, [Backend("10.77.0.10", 1)])
-        with pytest.raises(MapFullError):
+        with pytest.raises(MapFullError, match=f"service {VIP}:81: map services: update: no room"):
             node.kernel.set_service(VIP, 81, [Backend("10.77.0.10", 1)])
         with pytest.raises(MapFullError):
             node.kernel.set_service(VIP, 80, [Backend("10.77.0.10", n) for n in (1, 2, 3)])
