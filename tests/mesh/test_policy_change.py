@@ -117,6 +117,29 @@ def test_new_connections_are_denied_within_a_second(lab: Lab, world: World, wher
         assert last_good < BAR
 
 
+def test_a_handshake_that_ends_long_after_the_change_admits_nobody(lab: Lab, world: World):
+    """The client's ACK is held back until the agent has walked over all connections."""
+    server = world.server
+    hold = (
+        "add table ip late; add chain ip late input { type filter hook input priority 0; };"
+        f" add rule ip late input ip saddr {world.clients['near'].address} tcp dport {ECHO}"
+        " tcp flags & (syn | ack) == ack drop"
+    )
+    with Talker(world.clients["near"]) as talker:
+        server.run(["nft", hold])
+        try:
+            opened = talker.open(server.address, ECHO)
+            assert opened.ok, opened.error
+            lab.apply(authorization_policy("deny", NAMESPACE, action="DENY", rules=[{}]))
+            lab.settle()
+            time.sleep(0.5)
+        finally:
+            server.run(["nft", "delete table ip late"])
+        # The server greets once the handshake is over, which is when its SYN-ACK was sent again.
+        talker("read", timeout=4)
+        assert seconds_until_it_ends(talker, time.monotonic()) < BAR
+
+
 def test_a_change_that_says_the_same_ends_nothing(lab: Lab, world: World):
     with Talker(world.clients["near"]) as near, Talker(world.clients["far"]) as far:
         for talker in (near, far):
