@@ -46,12 +46,16 @@ class Workload(msgspec.Struct, frozen=True, tag="workload"):
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """A ready backend of one service port."""
+    """A backend of one service port that takes new connections. ``uid`` is empty where no pod of the mesh stands behind it.
+
+    A service port without any ready endpoint has those that are terminating and still serve, as kube-proxy does.
+    """
 
     uid: str
     address: str
     port: int
     node: str
+    terminating: bool = False  #: serves while it ends; only where nothing else is ready
 
 
 class ServicePort(msgspec.Struct, frozen=True):
@@ -69,6 +73,9 @@ class Service(msgspec.Struct, frozen=True, tag="service"):
     host: str  #: ``NAME.NAMESPACE.svc.cluster.local``
     addresses: tuple[str, ...] = ()  #: cluster addresses; empty for headless
     ports: tuple[ServicePort, ...] = ()
+    session_affinity: int = 0  #: seconds for which a client's address keeps its endpoint; 0 is none
+    #: ``internalTrafficPolicy: Local``: only endpoints of the client's own node, refused when there is none.
+    internal_local: bool = False
 
 
 class MeshConfig(msgspec.Struct, frozen=True, tag="mesh"):
