@@ -18,7 +18,7 @@ from controlplane.ca.authority import open_authority, utc_now
 from controlplane.ca.service import CertificateService
 from controlplane.clients import Clients
 from controlplane.compiler import compile_snapshot, validate
-from controlplane.credentials import Credentials
+from controlplane.credentials import Credentials, Gate
 from controlplane.model.findings import Finding, from_fault
 from controlplane.model.snapshot import Snapshot
 from controlplane.model.world import Settings
@@ -71,9 +71,10 @@ class Controller:
         self._publisher = Publisher(compile_snapshot(self._compiled, self._settings))
         self.clients = Clients(self._registry)
         self._certificate = ServerCertificate(authority, options.server_names)
-        self._mesh = MeshService(self._publisher, credentials, self.clients)
-        self._certificates = CertificateService(authority, self._publisher, credentials, self._registry)
-        self._discovery = DiscoveryService(self._publisher, credentials, self.clients)
+        gate = Gate(credentials, self._registry)
+        self._mesh = MeshService(self._publisher, gate, self.clients)
+        self._certificates = CertificateService(authority, self._publisher, gate, self._registry)
+        self._discovery = DiscoveryService(self._publisher, gate, self.clients)
         self._publisher.publish(self._compile(self._source.load()))
 
     @property

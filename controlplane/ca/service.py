@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry, Counter
 from common import logs, spiffe
 from controlplane import api
 from controlplane.ca.authority import Authority, RequestError, utc_now
-from controlplane.credentials import Credentials, authenticate
+from controlplane.credentials import Gate, Right
 from controlplane.publisher import Publisher
 
 _log = logs.get(__name__)
@@ -30,13 +30,13 @@ class CertificateService:
         self,
         authority: Authority,
         publisher: Publisher,
-        credentials: Credentials,
+        gate: Gate,
         registry: CollectorRegistry,
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
         self._authority = authority
         self._publisher = publisher
-        self._credentials = credentials
+        self._gate = gate
         self._clock = clock
         self._issued = Counter(
             "mycel_ca_certificates_issued", "Workload certificates signed.", ["node"], registry=registry
@@ -50,7 +50,7 @@ class CertificateService:
 
     async def sign(self, request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
         """One certificate, or the call ends with the codes that :data:`controlplane.api.METHOD_SIGN` lists."""
-        node = await authenticate(self._credentials, context)
+        node = (await self._gate.admit(context, Right.SIGN)).node
         try:
             message = api.decode_sign_request(request)
         except msgspec.DecodeError as e:

@@ -13,8 +13,8 @@ import msgspec
 from common import logs
 from common.tasks import Tasks
 from controlplane import api
-from controlplane.clients import Client, Clients
-from controlplane.credentials import Credentials, authenticate
+from controlplane.clients import Client, Clients, CredentialEnded
+from controlplane.credentials import Gate, Right
 from controlplane.publisher import Publisher
 from controlplane.stream.session import Session
 
@@ -29,23 +29,29 @@ _COMPONENTS = ("agent", "nodeproxy", "l7proxy")
 class MeshService:
     """Serves :data:`controlplane.api.METHOD_SUBSCRIBE`."""
 
-    def __init__(self, publisher: Publisher, credentials: Credentials, clients: Clients) -> None:
+    def __init__(self, publisher: Publisher, gate: Gate, clients: Clients) -> None:
         self._publisher = publisher
-        self._credentials = credentials
+        self._gate = gate
         self._clients = clients
 
     async def subscribe(
         self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[bytes]:
         """One client, from its Hello until either side ends the stream."""
-        node = await authenticate(self._credentials, context)
+        caller = await self._gate.admit(context, Right.SUBSCRIBE)
+        node = caller.node
         hello = await self._hello(requests, context)
+        if caller.component not in ("", hello.component):
+            reason = f"the credential is {caller.component}'s, not {hello.component}'s"
+            await self._gate.refuse(context, grpc.StatusCode.PERMISSION_DENIED, reason, caller)
         log = _log.bind(node=node, component=hello.component)
-        with self._clients.connected(node, hello.component, context.peer(), hello.admin) as client:
+        with self._clients.connected(caller, hello.component, context.peer(), hello.admin) as client:
             log.info("client connected", peer=context.peer(), held=hello.version[:12])
             try:
                 async for update in self._updates(requests, hello, client, log):
                     yield update
+            except CredentialEnded as e:
+                await self._gate.refuse(context, grpc.StatusCode.UNAUTHENTICATED, str(e), caller)
             except msgspec.DecodeError as e:
                 log.error("client sent no message of the protocol", error=str(e))
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no client message: {e}")
@@ -71,10 +77,11 @@ class MeshService:
         tasks = Tasks()
         reader = tasks.start(read(), name=f"mesh-stream-{client.id}")
         try:
-            with self._publisher.reader(wake):
+            with self._publisher.reader(wake), client.woken_by(wake):
                 while True:
                     await wake.wait()
                     wake.clear()
+                    client.check()
                     while not answers.empty():
                         self._answer(session, api.decode_client(answers.get_nowait()), client, log)
                     if reader.done():

@@ -13,8 +13,8 @@ from envoy.service.discovery.v3 import discovery_pb2
 
 from common import logs
 from common.tasks import Tasks
-from controlplane.clients import Client, Clients
-from controlplane.credentials import Credentials, authenticate
+from controlplane.clients import Client, Clients, CredentialEnded
+from controlplane.credentials import Gate, Right
 from controlplane.model.snapshot import Snapshot
 from controlplane.publisher import Publisher
 from controlplane.xds.listeners import DEFAULT_SOCKET
@@ -34,9 +34,9 @@ _REQUESTS = 64
 class DiscoveryService:
     """Serves the state-of-the-world variant of ADS."""
 
-    def __init__(self, publisher: Publisher, credentials: Credentials, clients: Clients) -> None:
+    def __init__(self, publisher: Publisher, gate: Gate, clients: Clients) -> None:
         self._publisher = publisher
-        self._credentials = credentials
+        self._gate = gate
         self._clients = clients
         self._resources: Resources | None = None
 
@@ -46,7 +46,8 @@ class DiscoveryService:
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[discovery_pb2.DiscoveryResponse]:
         """One client, until either side ends the stream."""
-        node = await authenticate(self._credentials, context)
+        caller = await self._gate.admit(context, Right.DISCOVERY)
+        node = caller.node
         try:
             async with asyncio.timeout(_FIRST_TIMEOUT):
                 first = await anext(requests)
@@ -55,11 +56,13 @@ class DiscoveryService:
             return
         component, admin = _component(first.node), _text(first.node, "ADMIN")
         log = _log.bind(node=node, component=component)
-        with self._clients.connected(node, component, context.peer(), admin) as client:
+        with self._clients.connected(caller, component, context.peer(), admin) as client:
             log.info("client connected", peer=context.peer(), id=first.node.id)
             try:
                 async for response in self._serve(first, requests, client, log):
                     yield response
+            except CredentialEnded as e:
+                await self._gate.refuse(context, grpc.StatusCode.UNAUTHENTICATED, str(e), caller)
             finally:
                 log.info("client gone")
 
@@ -88,7 +91,7 @@ class DiscoveryService:
         tasks = Tasks()
         reader = tasks.start(read(), name=f"ads-stream-{client.id}")
         try:
-            with self._publisher.reader(wake):
+            with self._publisher.reader(wake), client.woken_by(wake):
                 while True:
                     try:
                         async with asyncio.timeout(session.wait(clock())):
@@ -96,6 +99,7 @@ class DiscoveryService:
                     except TimeoutError:
                         pass
                     wake.clear()
+                    client.check()
                     while not queue.empty():
                         self._request(session, queue.get_nowait(), client, log)
                     if reader.done():

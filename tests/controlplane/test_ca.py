@@ -22,7 +22,7 @@ from cryptography.x509.verification import PolicyBuilder, Store
 from common import spiffe
 from controlplane import api
 from controlplane.ca.authority import Authority, AuthorityError, RequestError, open_authority
-from controlplane.credentials import FolderCredentials
+from controlplane.credentials import Caller, FolderCredentials
 from controlplane.server import ServerCertificate
 from tests.controlplane.support import TOKENS, Harness, bearer, mesh_namespace, pod, write
 
@@ -289,10 +289,10 @@ async def test_a_credential_may_be_withdrawn_and_made(serving: Harness) -> None:
 
 async def test_a_token_of_two_nodes_is_good_for_none(serving: Harness) -> None:
     digest = (serving.credentials / "node-a").read_text()
-    assert await FolderCredentials(serving.credentials).node_of(TOKENS["node-a"]) == "node-a"
+    assert await FolderCredentials(serving.credentials).caller(TOKENS["node-a"]) == Caller("node-a")
     (serving.credentials / "node-c").write_text(digest)
-    assert await FolderCredentials(serving.credentials).node_of(TOKENS["node-a"]) is None
-    assert await FolderCredentials(serving.credentials).node_of(TOKENS["node-b"]) == "node-b"
+    assert await FolderCredentials(serving.credentials).caller(TOKENS["node-a"]) is None
+    assert await FolderCredentials(serving.credentials).caller(TOKENS["node-b"]) == Caller("node-b")
 
 
 async def test_the_server_proves_itself(serving: Harness, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 from common import logs
 from controlplane import api
 from controlplane.clients import Clients
-from controlplane.credentials import FolderCredentials
+from controlplane.credentials import Caller, FolderCredentials, Gate
 from controlplane.model.snapshot import Snapshot
 from controlplane.publisher import Publisher
 from controlplane.stream.service import MeshService
@@ -319,9 +319,9 @@ async def test_a_large_mesh_in_one_update(harness: Harness) -> None:
 async def test_who_takes_nothing_is_not_listened_to() -> None:
     """A client that reads no update cannot fill the controller's memory with answers."""
     publisher, clients = Publisher(TWO), Clients(CollectorRegistry())
-    credentials = FolderCredentials(Path("nowhere"))
-    mesh = MeshService(publisher, credentials, clients)
-    ads = DiscoveryService(publisher, credentials, clients)
+    gate = Gate(FolderCredentials(Path("nowhere")), CollectorRegistry())
+    mesh = MeshService(publisher, gate, clients)
+    ads = DiscoveryService(publisher, gate, clients)
     request = discovery_pb2.DiscoveryRequest(type_url=Type.CLUSTER.value)
     log = logs.get("test")
     read = 0
@@ -333,7 +333,7 @@ async def test_who_takes_nothing_is_not_listened_to() -> None:
             read += 1
             yield message
 
-    with clients.connected("node-a", "agent", "peer") as client:
+    with clients.connected(Caller("node-a"), "agent", "peer") as client:
         streams: tuple[Any, ...] = (
             mesh._updates(flood(api.encode(api.Ack(9, "x"))), api.Hello("agent"), client, log),
             ads._serve(request, flood(request), client, log),
