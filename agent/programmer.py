@@ -15,6 +15,7 @@ from agent import kernel as facade
 from agent.compiler import PolicyTable, ServiceEntry, Tables
 from agent.kernel import Kernel, KernelError, MapFullError
 from agent.namespaces import Namespaces
+from agent.passage import Stage
 from bpf.wire import IDENTITY_FIRST
 from common import logs
 from controlplane.api import ResourceError
@@ -37,6 +38,19 @@ class PodSpec(NamedTuple):
     netns_cookie: int
     address: str
     identity: int
+    stage: Stage = Stage.ENROLLED
+    #: It is on its way out: its verdicts stay as they are.
+    leaving: bool = False
+
+    @property
+    def pod(self) -> facade.Pod:
+        return facade.Pod(
+            self.netns_cookie,
+            self.address,
+            self.identity,
+            passing=self.stage is Stage.PREPARED,
+            open=self.stage is not Stage.ENROLLED,
+        )
 
 
 @dataclass
@@ -86,16 +100,35 @@ class Programmer:
         """Netns cookies of the pods that the kernel has."""
         return frozenset(self._pods)
 
+    def stages(self) -> dict[int, Stage]:
+        """Of these, where each is."""
+        return {
+            cookie: Stage.PREPARED if pod.passing else Stage.CAPTURED if pod.open else Stage.ENROLLED
+            for cookie, pod in self._pods.items()
+        }
+
+    def has_listener(self, address: str, port: int) -> bool:
+        """Whether a proxy listens there."""
+        return self._kernel.has_listener(address, port)
+
     def living(self) -> frozenset[int]:
         """Of these, the ones whose namespace still exists."""
         return self.programmed - self._kernel.gone()
 
     async def program(
-        self, tables: Tables, specs: Mapping[int, PodSpec], *, sealed: Collection[int]
+        self,
+        tables: Tables,
+        specs: Mapping[int, PodSpec],
+        *,
+        sealed: Collection[int],
+        joining: Collection[str] = (),
+        left: Collection[int] = (),
     ) -> Outcome:
         """Make the kernel agree.
 
         :param specs: the enrolled pods by netns cookie.
+        :param joining: UIDs of pods that other nodes may not have captured yet.
+        :param left: pods that run on, so that what is open in their namespace must go on.
         :param sealed: pods that still run and that nobody knows any more: those that the kernel has stay captured, and
             nobody may connect to them.
         """
@@ -104,13 +137,16 @@ class Programmer:
         slots = asyncio.Semaphore(_PARALLEL)
         kept = specs.keys() | (set(sealed) & self._pods.keys())
         await asyncio.gather(
-            *(self._remove_pod(cookie, slots, outcome) for cookie in self._pods.keys() - kept)
+            *(
+                self._remove_pod(cookie, slots, outcome, running=cookie in left)
+                for cookie in self._pods.keys() - kept
+            )
         )
         # Before pods and services that lead to them: who has an address decides between capture and plain text.
         addresses = {spec.address for spec in specs.values()} | {p.address for p in self._pods.values()}
         peers = {a: peer for a, peer in tables.peers.items() if a not in addresses}
         for address, peer in peers.items():
-            told = facade.Peer(peer.local, peer.enrolled, peer.identity)
+            told = facade.Peer(peer.local, peer.enrolled, peer.identity, peer.uid in joining)
             if self._peers.get(address) != told:
                 try:
                     self._kernel.set_peer(address, told)
@@ -176,7 +212,7 @@ class Programmer:
         errors: list[ResourceError],
     ) -> None:
         cookie = spec.netns_cookie
-        pod = facade.Pod(cookie, spec.address, spec.identity)
+        pod = spec.pod
         try:
             async with slots:
                 if self._pods.get(cookie) != pod:
@@ -184,7 +220,8 @@ class Programmer:
                         await asyncio.to_thread(self._kernel.add_pod, pod, netns)
                     self._pods[cookie] = pod
                     self._peers.pop(pod.address, None)
-                await self._set_policy(cookie, table, outcome)
+                if not spec.leaving:
+                    await self._set_policy(cookie, table, outcome)
         except (KernelError, OSError, ValueError, KeyError) as error:
             reason = str(error) if not isinstance(error, KeyError) else "its namespace is gone"
             outcome.pods[cookie] = reason
@@ -206,11 +243,14 @@ class Programmer:
         self._policies[cookie] = _Policy(generation, table)
         outcome.verdicts_changed |= old is not None
 
-    async def _remove_pod(self, cookie: int, slots: asyncio.Semaphore, outcome: Outcome) -> None:
+    async def _remove_pod(
+        self, cookie: int, slots: asyncio.Semaphore, outcome: Outcome, *, running: bool
+    ) -> None:
         try:
             async with slots:
                 with self._namespaces.borrow_if_there(cookie) as netns:
-                    await asyncio.to_thread(self._kernel.remove_pod, cookie, netns)
+                    # Deliveries that are open need their way back.
+                    await asyncio.to_thread(self._kernel.remove_pod, cookie, None if running else netns)
         except (KernelError, OSError) as error:
             outcome.pods[cookie] = str(error)
             return

@@ -228,6 +228,19 @@ inline_always u32 role_of_current(void)
 	return role ? *role : ROLE_NONE;
 }
 
+/* A pod that joins or leaves: what its applications dial goes as without a mesh. */
+inline_always bool passes(struct bpf_sock_addr *ctx, struct pod *pod, u32 role)
+{
+	struct bpf_sock *sk = ctx->sk;
+
+	if (!pod || !(pod->flags & POD_PASSING) || role != ROLE_NONE)
+		return false;
+	/* What an earlier attempt with this socket left behind. */
+	if (sk)
+		storage_delete(MAP(SOCKETS), sk);
+	return true;
+}
+
 int connect4(struct bpf_sock_addr *ctx)
 {
 	u64 netns = netns_cookie(ctx);
@@ -236,6 +249,8 @@ int connect4(struct bpf_sock_addr *ctx)
 	struct dial dial = {};
 
 	if (!pod && role != ROLE_PROBER && role != ROLE_ENVOY)
+		return PASS;
+	if (passes(ctx, pod, role))
 		return PASS;
 	dial.address = ctx->user_ip4;
 	dial.port = ctx->user_port;
@@ -257,6 +272,8 @@ int connect6(struct bpf_sock_addr *ctx)
 	u32 a0, a1, a2, a3;
 
 	if (!pod && role != ROLE_PROBER && role != ROLE_ENVOY)
+		return PASS;
+	if (passes(ctx, pod, role))
 		return PASS;
 	a0 = ctx->user_ip6[0];
 	a1 = ctx->user_ip6[1];

@@ -13,7 +13,7 @@ int sock_create(struct bpf_sock *ctx)
 	u64 netns = netns_cookie(ctx);
 	struct pod *pod = map_lookup(MAP(PODS), &netns);
 
-	if (!pod)
+	if (!pod || (pod->flags & POD_PASSING))
 		return 1;
 	struct event event = {
 		.netns = netns,

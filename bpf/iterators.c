@@ -73,8 +73,15 @@ inline_always int write_connection(void *ctx, bool refused_only)
 	row.generation = state->generation;
 	row.kind = state->kind;
 	row.flags = flags & SOCKET_REVOKED;
-	if (refused_only && !judge_via(row.kind, row.netns, row.source, row.tuple.server_port, &generation))
-		return 0;
+	if (refused_only) {
+		struct pod *pod = map_lookup(MAP(PODS), &row.netns);
+
+		/* One that has left, or is leaving, keeps what it has. */
+		if (!pod || (pod->flags & POD_OPEN))
+			return 0;
+		if (!judge_via(row.kind, row.netns, row.source, row.tuple.server_port, &generation))
+			return 0;
+	}
 	void *tcp = to_tcp_sock(sk);
 
 	if (!tcp)

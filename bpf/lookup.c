@@ -73,7 +73,7 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
 	}
 	if (!who) {
 		source = map_lookup(MAP(PEERS), &tuple.client_address);
-		if (source && (source->flags & PEER_ENROLLED)) {
+		if (source && (source->flags & PEER_ENROLLED) && !(source->flags & PEER_JOINING)) {
 			refuse_arrival(&tuple, REASON_SPOOFED, IDENTITY_PLAIN, peer->identity);
 			return SK_DROP;
 		}

@@ -131,7 +131,8 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	} else {
 		/* A client that dialled, was admitted and has already gone took its record along: it was this one. */
 		peer = map_lookup(MAP(PEERS), &tuple.client_address);
-		if (peer && (peer->flags & PEER_LOCAL) && (peer->flags & PEER_ENROLLED)) {
+		if (peer && (peer->flags & PEER_LOCAL) && (peer->flags & PEER_ENROLLED) &&
+		    !(peer->flags & PEER_JOINING)) {
 			state.kind = VIA_DIRECT;
 			state.identity = peer->identity;
 		}
@@ -141,6 +142,9 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 			keep_captured(ctx, sk, netns, &tuple);
 		return;
 	}
+	/* Not judged now, so not judged later either: it lives on as those do that are older than the mesh. */
+	if (state.kind == VIA_PLAIN && (pod->flags & POD_OPEN))
+		return;
 	state.netns = netns;
 	state.cookie = socket_cookie(ctx);
 	state.tuple = tuple;

@@ -10,7 +10,7 @@
 #ifndef MYCEL_WIRE_H
 #define MYCEL_WIRE_H
 
-#define MYCEL_ABI 1
+#define MYCEL_ABI 2
 
 #define PORT_OUTBOUND 15001
 #define PORT_OUTBOUND_L7 15002
@@ -76,15 +76,22 @@ enum counter {
 	COUNTER_COUNT,
 };
 
-/* pods: netns -> pod. A namespace that is in it is in the mesh. */
+/*
+ * pods: netns -> pod. A namespace that is in it is in the mesh. The flags are for a pod that joins or leaves as it runs; those
+ * of both are PEER_JOINING too.
+ */
+#define POD_PASSING 1 /* its applications' dials pass as without a mesh */
+#define POD_OPEN 2    /* plain text that arrives is not judged: no sk_lookup there */
 struct pod {
 	__be32 address;
 	__u32 identity;
+	__u32 flags;
 };
 
 /* peers: address -> peer. */
 #define PEER_LOCAL 1
 #define PEER_ENROLLED 2
+#define PEER_JOINING 4 /* or leaving: perhaps not captured, so its plain text is judged as anybody's */
 struct peer {
 	__u64 netns; /* of a pod of this node, else 0 */
 	__u32 identity;

@@ -17,11 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-ABI = 1
+ABI = 2
 
 #: Flags of :class:`Peer`.
 PEER_LOCAL = 1
 PEER_ENROLLED = 2
+PEER_JOINING = 4
+#: Flags of :class:`Pod`.
+POD_PASSING = 1
+POD_OPEN = 2
 #: Flag of :class:`Service`.
 SERVICE_L7 = 1
 #: Flag of :class:`Connection`.
@@ -219,9 +223,10 @@ class Captured(Record):
 class Pod(Record):
     """Value of ``pods``, whose key is the netns cookie."""
 
-    LAYOUT = Layout("pod", address=ADDRESS, identity=U32)
+    LAYOUT = Layout("pod", address=ADDRESS, identity=U32, flags=U32)
     address: str
     identity: int
+    flags: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,10 @@ class Pod(NamedTuple):
     netns_cookie: int
     address: str  #: IPv4, dotted
     identity: int  #: from IDENTITY_FIRST on
+    #: It joins or leaves as it runs: what its applications dial passes as without a mesh.
+    passing: bool = False
+    #: The same, for what arrives: plain text is not judged.
+    open: bool = False
 
 
 class Peer(NamedTuple):
@@ -35,6 +39,7 @@ class Peer(NamedTuple):
     local: bool  #: on this node
     enrolled: bool
     identity: int  #: 0 where there is none
+    joining: bool = False  #: perhaps not captured yet: its plain text is judged as anybody's
 
 
 class Backend(NamedTuple):

@@ -48,15 +48,14 @@ class Pods:
         for key, value in self._pods.items():
             (cookie,) = struct.unpack("=Q", key)
             pod = wire.Pod.unpack(value)
-            found[cookie] = Pod(cookie, pod.address, pod.identity)
+            found[cookie] = _pod(cookie, pod)
         return found
 
     def get(self, cookie: int) -> Pod | None:
         value = self._pods.lookup(netns_key(cookie))
         if value is None:
             return None
-        pod = wire.Pod.unpack(value)
-        return Pod(cookie, pod.address, pod.identity)
+        return _pod(cookie, wire.Pod.unpack(value))
 
     def add(self, pod: Pod, netns: int) -> None:
         """:raises OSError: nothing of it is left then, unless the pod was there before."""
@@ -70,11 +69,20 @@ class Pods:
             self._release(known)
         try:
             namespace.prepare(netns)
-            self._guard(pod.netns_cookie, netns)
+            if known is None and not pod.open:
+                self._guard(pod.netns_cookie, netns)
             # First it can be reached (by nobody, until it has a policy), then it is captured.
-            flags = wire.PEER_LOCAL | wire.PEER_ENROLLED
-            self._peers.update(address, wire.Peer(pod.netns_cookie, pod.identity, flags).pack())
-            self._pods.update(netns_key(pod.netns_cookie), wire.Pod(pod.address, pod.identity).pack())
+            peer_flags = wire.PEER_LOCAL | wire.PEER_ENROLLED
+            if pod.passing or pod.open:
+                peer_flags |= wire.PEER_JOINING
+            flags = (wire.POD_PASSING if pod.passing else 0) | (wire.POD_OPEN if pod.open else 0)
+            self._peers.update(address, wire.Peer(pod.netns_cookie, pod.identity, peer_flags).pack())
+            self._pods.update(netns_key(pod.netns_cookie), wire.Pod(pod.address, pod.identity, flags).pack())
+            if pod.open:
+                (self._links / str(pod.netns_cookie)).unlink(missing_ok=True)
+            else:
+                # Behind the tables: whoever runs already is judged from the first moment, and never refused for their lack.
+                self._guard(pod.netns_cookie, netns)
         except OSError:
             if known is None:
                 self.remove(pod.netns_cookie, pod.address)
@@ -143,6 +151,8 @@ class Pods:
             found.append(f"address {pod.address} is not the pod's in the kernel's tables")
         if self._policies.lookup(netns_key(cookie)) is None:
             found.append("no policy")
+        if pod.open:
+            return found + namespace.lacks(netns)
         try:
             link = links.open_pin(str(self._links / str(cookie)))
         except links.LinkError:
@@ -177,7 +187,11 @@ class Pods:
         key = address_key(address)
         if self._is_pods(key):
             return
-        flags = (wire.PEER_LOCAL if peer.local else 0) | (wire.PEER_ENROLLED if peer.enrolled else 0)
+        flags = (
+            (wire.PEER_LOCAL if peer.local else 0)
+            | (wire.PEER_ENROLLED if peer.enrolled else 0)
+            | (wire.PEER_JOINING if peer.joining else 0)
+        )
         value = wire.Peer(0, peer.identity, flags).pack()
         if self._peers.lookup(key) != value:
             self._peers.update(key, value)
@@ -195,9 +209,18 @@ class Pods:
         found: dict[str, Peer] = {}
         for key, value in self._peers.items():
             peer = wire.Peer.unpack(value)
-            local, enrolled = bool(peer.flags & wire.PEER_LOCAL), bool(peer.flags & wire.PEER_ENROLLED)
-            found[wire.ipv4_text(key)] = Peer(local, enrolled, peer.identity)
+            found[wire.ipv4_text(key)] = Peer(
+                bool(peer.flags & wire.PEER_LOCAL),
+                bool(peer.flags & wire.PEER_ENROLLED),
+                peer.identity,
+                bool(peer.flags & wire.PEER_JOINING),
+            )
         return found
+
+
+def _pod(cookie: int, pod: wire.Pod) -> Pod:
+    passing, is_open = bool(pod.flags & wire.POD_PASSING), bool(pod.flags & wire.POD_OPEN)
+    return Pod(cookie, pod.address, pod.identity, passing, is_open)
 
 
 def _server(key: bytes) -> str:

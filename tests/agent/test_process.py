@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from agent.node import MESH_FILE
+from bpf import wire
 from common import seqpacket
 from tests.agent.pods import Netns, workload
 from tests.agent.process import AgentProcess, connects
@@ -106,11 +107,11 @@ def test_an_end_is_an_upgrade(agent, tmp_path, number):
         (before,) = json.loads(page(agent, "/debug/pods"))
         assert before["programmed"]
         assert agent.stop(number) == (0 if number == signal.SIGTERM else -number)
-        pins = sorted(os.listdir(agent.pins / "v1"))
+        pins = sorted(os.listdir(agent.pins / f"v{wire.ABI}"))
         assert {"link_connect4", "policies", "pods"} <= set(pins)
         assert os.listdir(agent.pins / "v1/netns") == [str(before["netns_cookie"])]
         agent.start()
-        assert sorted(os.listdir(agent.pins / "v1")) == pins
+        assert sorted(os.listdir(agent.pins / f"v{wire.ABI}")) == pins
         assert json.loads(page(agent, "/debug/pods")) == [before]
         assert plugin.call("CHECK", config, **environment, **pod).code == 0
         assert plugin.call("DEL", config, **environment).code == 0
@@ -131,9 +132,17 @@ def test_there_is_one_agent_at_a_time(agent):
     assert connects(agent.run / "cni.sock")
 
 
-def test_sockets_are_for_root_only(agent):
-    for name in ("agent.sock", "cni.sock"):
-        assert (agent.run / name).stat().st_mode & 0o777 == 0o600
+def test_who_may_open_what(agent):
+    """The plugin's socket is root's; the proxies' group opens the other, and writes in folders of its own only."""
+
+    def access(name: str) -> tuple[int, int]:
+        found = (agent.run / name).stat()
+        return found.st_mode & 0o7777, found.st_gid
+
+    assert access("cni.sock") == (0o600, 0)
+    assert access("agent.sock") == (0o660, 15008)
+    assert access("nodeproxy") == access("l7proxy") == (0o2770, 15008)
+    assert access(".")[0] & 0o022 == 0
 
 
 def test_garbage_on_the_sockets_ends_nothing(agent):
