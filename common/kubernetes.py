@@ -95,7 +95,7 @@ class Client:
                 limit=connections, ttl_dns_cache=10, keepalive_timeout=60, socket_factory=_socket
             ),
             timeout=aiohttp.ClientTimeout(total=total, sock_connect=_CONNECT_TIMEOUT),
-            headers={"User-Agent": self._agent, "Accept": "application/json"},
+            headers={"User-Agent": self._agent, "Accept": "application/json, */*"},
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=True,
         )
