@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests import leaks
+from tests.kubernetes import api_namespace, api_server  # noqa: F401  (fixtures for all)
 from tests.requirements import ALLOWED_SKIP_PREFIX, CI, SHARED, require, require_root
 
 # The same place that scripts/setup fills, for whoever runs pytest without make.

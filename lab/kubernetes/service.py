@@ -1,0 +1,83 @@
+"""A daemon of the cluster lab, as systemd would run it: a cgroup of its own, a log, found again by whoever looks.
+
+Unlike :class:`lab.processes.Process` it belongs to nobody's process: another process may stop it and start it again, for
+the cgroup alone says which processes are the service's.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lab import cgroups
+from lab.errors import LabError
+
+
+class Service:
+    """One daemon.
+
+    :param command: ends up as the daemon by ``exec`` alone.
+    :param cgroup: in the unified hierarchy, made at the start, holds this service and nothing else.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], *, cgroup: Path, log: Path) -> None:
+        self.name = name
+        self.command = list(command)
+        self.cgroup = cgroup
+        self.log = log
+
+    @property
+    def pids(self) -> list[int]:
+        return cgroups.processes(self.cgroup)
+
+    @property
+    def running(self) -> bool:
+        return bool(self.pids)
+
+    def start(self) -> None:
+        """:raises LabError: it runs already, or cannot be started."""
+        if self.running:
+            raise LabError(f"{self.name} runs already")
+        self.cgroup.mkdir(parents=True, exist_ok=True)
+        # setsid --fork: its parent becomes init, so that whoever started it need not wait for it.
+        command = [*cgroups.joining(self.cgroup), "/usr/bin/setsid", "--fork", *self.command]
+        with open(self.log, "ab") as log:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", check=False
+            )
+        if done.returncode != 0:
+            raise LabError(f"{self.name} does not start: {self.tail()}")
+
+    def signal(self, number: int) -> None:
+        for pid in self.pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    def kill(self) -> None:
+        """SIGKILL to every process of it, and wait for their end."""
+        cgroups.kill(self.cgroup)
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """SIGTERM; SIGKILL for what is still there after ``timeout`` seconds."""
+        self.signal(signal.SIGTERM)
+        deadline = time.monotonic() + timeout
+        while self.running and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self.kill()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    def tail(self, lines: int = 20) -> str:
+        """The end of its log."""
+        try:
+            return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        except FileNotFoundError:
+            return ""
