@@ -1,5 +1,6 @@
 """A self-signed root and what it signs. Keys are ECDSA P-256, in files that only the controller can read.
 
+A cluster's root is :mod:`controlplane.ca.secret`'s.
 Certificates are as the SPIFFE X.509-SVID document asks: one URI SAN, not a CA, digital signature, for client and server.
 Time is an argument everywhere.
 """
@@ -14,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
@@ -47,6 +49,14 @@ class Issued:
     certificate: bytes
     not_after: datetime
     serial: int
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """A root's private key and certificate, both PEM."""
+
+    key: bytes
+    certificate: bytes
 
 
 class Authority:
@@ -123,23 +133,39 @@ def open_authority(folder: Path, now: datetime) -> Authority:
     """
     key_path, root_path = folder / "root.key", folder / "root.pem"
     if not key_path.exists() and not root_path.exists():
-        _make_root(folder, now)
+        keep_root(folder, make_root(now))
     try:
-        key = serialization.load_pem_private_key(key_path.read_bytes(), None)
-        root = x509.load_pem_x509_certificate(root_path.read_bytes())
-    except (OSError, ValueError, TypeError) as e:
+        root = Root(key_path.read_bytes(), root_path.read_bytes())
+        authority = load_authority(root, str(folder), now)
+        if key_path.stat().st_mode & 0o077:
+            raise AuthorityError(f"{key_path}: others may read it; chmod 600, and think about who did")
+    except OSError as e:
         raise AuthorityError(f"{folder}: the root cannot be read: {e}") from e
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != root.public_key():
-        raise AuthorityError(f"{folder}: root.key is not the key of root.pem")
-    if root.not_valid_after_utc <= now:
-        raise AuthorityError(f"{folder}: the root ended on {root.not_valid_after_utc:%Y-%m-%d}")
-    if key_path.stat().st_mode & 0o077:
-        raise AuthorityError(f"{key_path}: others may read it; chmod 600, and think about who did")
-    return Authority(key, root)
+    return authority
 
 
-def _make_root(folder: Path, now: datetime) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+def load_authority(root: Root, where: str, now: datetime) -> Authority:
+    """The authority of a root; ``where`` says in errors where it comes from.
+
+    :raises AuthorityError: it is broken, key and certificate are no pair, it may not sign, or has ended.
+    """
+    try:
+        key = serialization.load_pem_private_key(root.key, None)
+        certificate = x509.load_pem_x509_certificate(root.certificate)
+        is_ca = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except (ValueError, TypeError, x509.ExtensionNotFound, UnsupportedAlgorithm) as e:
+        raise AuthorityError(f"{where}: the root cannot be read: {e}") from e
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+        raise AuthorityError(f"{where}: root.key is not the key of root.pem")
+    if not is_ca:
+        raise AuthorityError(f"{where}: root.pem is no certificate of an authority")
+    if certificate.not_valid_after_utc <= now:
+        raise AuthorityError(f"{where}: the root ended on {certificate.not_valid_after_utc:%Y-%m-%d}")
+    return Authority(key, certificate)
+
+
+def make_root(now: datetime) -> Root:
+    """A new root."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name(
         [
@@ -160,9 +186,18 @@ def _make_root(folder: Path, now: datetime) -> None:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA256())
     )
+    return Root(private_pem(key), root.public_bytes(serialization.Encoding.PEM))
+
+
+def keep_root(folder: Path, root: Root) -> None:
+    """Write a root to where :func:`open_authority` finds it.
+
+    :raises OSError: it cannot be written.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     # The key first: with the certificate only, a start that was cut off is noticed; with the key only, likewise.
-    write_private(folder / "root.key", private_pem(key))
-    write_private(folder / "root.pem", root.public_bytes(serialization.Encoding.PEM))
+    write_private(folder / "root.key", root.key)
+    write_private(folder / "root.pem", root.certificate)
 
 
 def write_private(path: Path, data: bytes) -> None:
