@@ -33,7 +33,23 @@ ControllerOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
+NamespaceOption = Annotated[
+    str,
+    typer.Option(
+        "--namespace", "-n", envvar="MYCEL_NAMESPACE", help="Where Mycel is, or will be, installed."
+    ),
+]
+ValuesOption = Annotated[
+    list[Path] | None,
+    typer.Option("--values", "-f", help="YAML file of values, as for the Helm chart; may be repeated."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="One value, as in image.tag=1.0; may be repeated, and wins over files."),
+]
+
 _DEFAULT_CONTROLLER = "127.0.0.1:15014"
+_DEFAULT_NAMESPACE = "mycel-system"
 
 
 @app.command()
@@ -96,6 +112,26 @@ def stat(
     except Unreachable as error:
         _cannot_reach(error)
     watch.write(measured, as_json=as_json)
+
+
+@app.command()
+def install(
+    namespace: NamespaceOption = _DEFAULT_NAMESPACE,
+    values: ValuesOption = None,
+    settings: SetOption = None,
+) -> None:
+    """Write the objects of an installation as YAML: mycel install | kubectl apply --server-side -f -"""
+    from cli import install as installation
+    from deploy import manifests
+    from deploy.values import ValuesError, check_namespace, load
+
+    try:
+        chosen = load(values or (), settings or ())
+        found = installation.objects(chosen, check_namespace(namespace))
+    except ValuesError as error:
+        output.fail(str(error))
+        raise typer.Exit(UNKNOWN) from error
+    sys.stdout.write(manifests.to_yaml(found))
 
 
 @app.command("envoy-bootstrap")

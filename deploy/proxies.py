@@ -1,0 +1,84 @@
+"""The DaemonSets of node proxy and l7proxy: no rights on the node, no token for the API server."""
+
+from __future__ import annotations
+
+from deploy import parts
+from deploy.parts import L7PROXY, NODEPROXY, Json
+from deploy.values import Proxy, Values
+
+
+def nodeproxy(values: Values, namespace: str) -> Json:
+    return _daemon_set(NODEPROXY, parts.NODEPROXY_ADMIN, values.nodeproxy, [], values, namespace)
+
+
+def l7proxy(values: Values, namespace: str) -> Json:
+    return _daemon_set(L7PROXY, parts.L7PROXY_ADMIN, values.l7proxy, ["--access-log=-"], values, namespace)
+
+
+def _daemon_set(
+    name: str, admin: int, chosen: Proxy, arguments: list[str], values: Values, namespace: str
+) -> Json:
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "DaemonSet",
+        "metadata": parts.metadata(name, name, namespace=namespace),
+        "spec": {
+            "selector": {"matchLabels": parts.selector(name)},
+            # The new one takes over the listeners before the old one drains: no connection is refused in between.
+            "updateStrategy": {
+                "type": "RollingUpdate",
+                "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
+            },
+            "template": {
+                "metadata": {"labels": parts.labels(name)},
+                "spec": {
+                    "serviceAccountName": name,
+                    "automountServiceAccountToken": False,
+                    "priorityClassName": chosen.priority_class_name,
+                    "securityContext": parts.unprivileged_pod(),
+                    "imagePullSecrets": list(values.image.pull_secrets),
+                    "tolerations": parts.EVERYTHING,
+                    "terminationGracePeriodSeconds": chosen.grace_seconds,
+                    "containers": [
+                        {
+                            "name": name.removeprefix("mycel-"),
+                            "image": f"{values.image.repository}/mesh:{values.image.tag}",
+                            "imagePullPolicy": values.image.pull_policy,
+                            "command": [name],
+                            "args": [
+                                "--node=$(NODE_NAME)",
+                                "--run=/run/mycel",
+                                f"--controller={parts.controller_address(values, namespace)}",
+                                f"--roots={parts.ROOTS_FOLDER}/roots.pem",
+                                f"--credential={parts.TOKENS}/token",
+                                f"--admin=$(POD_IP):{admin}",
+                                f"--drain={chosen.drain_seconds}",
+                                *arguments,
+                            ],
+                            "env": [
+                                parts.field("NODE_NAME", "spec.nodeName"),
+                                parts.field("POD_IP", "status.podIP"),
+                                *parts.logging(values),
+                            ],
+                            "ports": [{"name": "admin", "containerPort": admin, "protocol": "TCP"}],
+                            "readinessProbe": parts.ready(admin),
+                            "resources": parts.resources(chosen.resources),
+                            "securityContext": parts.unprivileged(),
+                            "volumeMounts": [
+                                {"name": "run", "mountPath": "/run/mycel"},
+                                {"name": "tmp", "mountPath": "/tmp"},
+                                parts.token_mount(),
+                                parts.roots_mount(),
+                            ],
+                        }
+                    ],
+                    "volumes": [
+                        parts.host_folder("run", values.node.run_dir),
+                        {"name": "tmp", "emptyDir": {}},
+                        parts.token_volume(),
+                        parts.roots_volume(),
+                    ],
+                },
+            },
+        },
+    }
