@@ -14,11 +14,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from common import logs, spiffe
 from common.admin import AdminServer
 from common.tasks import Tasks
-from controlplane.ca.authority import open_authority, utc_now
+from controlplane.ca.authority import Authority, open_authority, utc_now
 from controlplane.ca.service import CertificateService
 from controlplane.clients import Clients
 from controlplane.compiler import compile_snapshot, validate
-from controlplane.credentials import Credentials, Gate
+from controlplane.credentials import Credentials, FolderCredentials, Gate
 from controlplane.model.findings import Finding, from_fault
 from controlplane.model.snapshot import Snapshot
 from controlplane.model.world import Settings
@@ -36,13 +36,14 @@ _log = logs.get(__name__)
 _GRACE = 1.0
 #: Seconds until a source that failed is followed again.
 _SOURCE_AGAIN = 1.0
+#: Seconds between looks at whether those who are connected may stay.
+_CREDENTIALS_AGAIN = 5.0
 
 
 @dataclass(frozen=True)
 class Options:
     """What the command line says. Addresses are ``ADDRESS:PORT``; port 0 takes any."""
 
-    config: Path
     state: Path
     listen: str
     admin: str
@@ -50,28 +51,46 @@ class Options:
     trust_domain: str = "cluster.local"
 
 
+@dataclass(frozen=True)
+class Backing:
+    """What a controller stands on: where objects come from, who signs, and who is let in."""
+
+    source: Source
+    authority: Authority
+    credentials: Credentials
+
+
+def folder_backing(config: Path, credentials: Path, state: Path) -> Backing:
+    """Manifests, credentials and the root in folders.
+
+    :raises AuthorityError: the root is broken.
+    :raises OSError: ``state`` cannot be made.
+    """
+    state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    source = Folder(config, validate, LastGood(state / "last-good.json"))
+    return Backing(source, open_authority(state / "ca", utc_now()), FolderCredentials(credentials))
+
+
 class Controller:
     """Call :meth:`start`, then wait for what you like, then :meth:`stop`."""
 
-    def __init__(
-        self, options: Options, credentials: Credentials, registry: CollectorRegistry | None = None
-    ) -> None:
+    def __init__(self, options: Options, backing: Backing, registry: CollectorRegistry | None = None) -> None:
         spiffe.check_trust_domain(options.trust_domain)
         self._options = options
         self._registry = registry or CollectorRegistry()
         self._tasks = Tasks()
         options.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        authority = open_authority(options.state / "ca", utc_now())
+        authority = backing.authority
         _write_public(options.state / "roots.pem", authority.roots_pem)
         self._settings = Settings(options.trust_domain, authority.roots_pem)
         self._metrics()
-        self._source: Source = Folder(options.config, validate, LastGood(options.state / "last-good.json"))
+        self._source = backing.source
         self._faults: tuple[Finding, ...] = ()
         self._compiled: Mapping[Key, Object] = {}
         self._publisher = Publisher(compile_snapshot(self._compiled, self._settings))
         self.clients = Clients(self._registry)
         self._certificate = ServerCertificate(authority, options.server_names)
-        gate = Gate(credentials, self._registry)
+        self._gate = gate = Gate(backing.credentials, self._registry)
         self._mesh = MeshService(self._publisher, gate, self.clients)
         self._certificates = CertificateService(authority, self._publisher, gate, self._registry)
         self._discovery = DiscoveryService(self._publisher, gate, self.clients)
@@ -80,6 +99,11 @@ class Controller:
     @property
     def snapshot(self) -> Snapshot:
         return self._publisher.snapshot
+
+    @property
+    def objects(self) -> Mapping[Key, Object]:
+        """What is in force."""
+        return self._compiled
 
     @property
     def findings(self) -> tuple[Finding, ...]:
@@ -102,6 +126,7 @@ class Controller:
         await self._server.start()
         self._admin.start()
         self._tasks.start(self._follow(), name="source")
+        self._tasks.start(self._end_streams(), name="credentials")
         _log.info("serving", port=self.port, admin=self.admin_port, version=self.snapshot.version[:12])
 
     async def stop(self) -> None:
@@ -119,6 +144,12 @@ class Controller:
                 # No inotify instance to be had, or a bug of ours: what is served stays as it was meanwhile.
                 _log.exception("the source failed; it is followed again", e)
             await asyncio.sleep(_SOURCE_AGAIN)
+
+    async def _end_streams(self) -> None:
+        """End the streams of callers that were let in once and would not be now."""
+        while True:
+            await asyncio.sleep(_CREDENTIALS_AGAIN)
+            self.clients.end(self._gate.ended)
 
     def _take(self, state: State) -> None:
         started = time.monotonic()
@@ -219,9 +250,9 @@ def _write_public(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-async def run(options: Options, credentials: Credentials, stop: asyncio.Event) -> None:
+async def run(options: Options, backing: Backing, stop: asyncio.Event) -> None:
     """Serve until ``stop`` is set."""
-    controller = Controller(options, credentials)
+    controller = Controller(options, backing)
     await controller.start()
     try:
         await stop.wait()

@@ -17,8 +17,7 @@ import yaml
 
 from controlplane import api
 from controlplane.compiler import compile_snapshot, validate
-from controlplane.controller import Controller, Options
-from controlplane.credentials import FolderCredentials
+from controlplane.controller import Controller, Options, folder_backing
 from controlplane.model.snapshot import Snapshot
 from controlplane.model.world import Settings
 from controlplane.source.manifests import parse
@@ -167,7 +166,6 @@ class Harness:
 
     def options(self, **changes: Any) -> Options:
         values: dict[str, Any] = {
-            "config": self.config,
             "state": self.state,
             "listen": "127.0.0.1:0",
             "admin": "127.0.0.1:0",
@@ -177,7 +175,9 @@ class Harness:
 
     @asynccontextmanager
     async def serving(self, **changes: Any) -> AsyncIterator[Controller]:
-        self.controller = Controller(self.options(**changes), FolderCredentials(self.credentials))
+        self.controller = Controller(
+            self.options(**changes), folder_backing(self.config, self.credentials, self.state)
+        )
         await self.controller.start()
         try:
             yield self.controller
