@@ -7,13 +7,16 @@ BIN := .venv/bin
 # What bcc compiles against (scripts/setup merges it).
 export BCC_KERNEL_SOURCE ?= $(CACHE)/headers/current
 
-.PHONY: help setup demo test check bench fmt clean
+.PHONY: help setup image demo test check bench fmt clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 setup: ## Debian packages, kernel headers for bcc, .venv
 	@scripts/setup
+
+image: setup ## container images (OCI archives, SBOM, sizes) in build/images, without a daemon
+	@$(BIN)/python -m deploy.images
 
 demo: setup ## two nodes, a canary, mTLS, policy: one story, checked, under two minutes (root)
 	@$(BIN)/mycel demo
