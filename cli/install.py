@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from deploy import manifests
+from deploy.parts import Json
 from deploy.values import Values
 
 
-def objects(values: Values, namespace: str) -> list[manifests.Json]:
+def objects(values: Values, namespace: str) -> list[Json]:
     """Everything of an installation in apply order, the namespace first and our own definitions next."""
     return [
         manifests.namespace_object(namespace),

@@ -120,7 +120,7 @@ def install(
     values: ValuesOption = None,
     settings: SetOption = None,
 ) -> None:
-    """Write the objects of an installation as YAML: mycel install | kubectl apply --server-side -f -"""
+    """Write the objects of an installation as YAML, for kubectl apply --server-side -f - (and again to upgrade)."""
     from cli import install as installation
     from deploy import manifests
     from deploy.values import ValuesError, check_namespace, load

@@ -48,7 +48,7 @@ def daemon_set(values: Values, namespace: str) -> Json:
                     # Its controller is found by the cluster's DNS once that runs; it starts without.
                     "dnsPolicy": "ClusterFirstWithHostNet",
                     "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
-                    "imagePullSecrets": list(values.image.pull_secrets),
+                    "imagePullSecrets": values.image.pull_secrets,
                     "tolerations": parts.EVERYTHING,
                     "terminationGracePeriodSeconds": 30,
                     "containers": [_container(values, namespace)],

@@ -81,9 +81,9 @@ def deployment(values: Values, namespace: str) -> Json:
                     "serviceAccountName": CONTROLPLANE,
                     "priorityClassName": chosen.priority_class_name,
                     "securityContext": parts.unprivileged_pod(),
-                    "imagePullSecrets": list(values.image.pull_secrets),
-                    "nodeSelector": dict(chosen.node_selector),
-                    "tolerations": list(chosen.tolerations),
+                    "imagePullSecrets": values.image.pull_secrets,
+                    "nodeSelector": chosen.node_selector,
+                    "tolerations": chosen.tolerations,
                     "terminationGracePeriodSeconds": 20,
                     "affinity": {
                         "podAntiAffinity": {

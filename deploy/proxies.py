@@ -36,7 +36,7 @@ def _daemon_set(
                     "automountServiceAccountToken": False,
                     "priorityClassName": chosen.priority_class_name,
                     "securityContext": parts.unprivileged_pod(),
-                    "imagePullSecrets": list(values.image.pull_secrets),
+                    "imagePullSecrets": values.image.pull_secrets,
                     "tolerations": parts.EVERYTHING,
                     "terminationGracePeriodSeconds": chosen.grace_seconds,
                     "containers": [

@@ -96,7 +96,7 @@ def _controlplane_cluster() -> list[Json]:
         _rule(
             "admissionregistration.k8s.io",
             ["validatingwebhookconfigurations"],
-            ["get", "list", "patch", "watch"],
+            ["get", "patch"],
             ["mycel"],
         ),
     ]
@@ -107,9 +107,9 @@ def _controlplane_own() -> list[Json]:
         # The mesh's root key: written once by the first controller, only if nobody was faster.
         _rule("", ["secrets"], ["get", "update"], [parts.CA_SECRET]),
         # The bundle by which agents and proxies know us.
-        _rule("", ["configmaps"], ["get", "list", "patch", "update", "watch"], [parts.ROOTS]),
+        _rule("", ["configmaps"], ["get", "patch"], [parts.ROOTS]),
         # Who leads.
-        _rule("coordination.k8s.io", ["leases"], ["get", "list", "patch", "update", "watch"], [parts.LEASE]),
+        _rule("coordination.k8s.io", ["leases"], ["get", "update"], [parts.LEASE]),
     ]
 
 

@@ -139,7 +139,8 @@ class Values(_Values, frozen=True):
     outside: Annotated[
         tuple[Name, ...],
         msgspec.Meta(
-            description="Namespaces that stay outside the mesh whatever their labels, beside our own."
+            description="Namespaces that stay outside the mesh whatever their labels, beside our own.",
+            min_length=1,
         ),
     ] = ("kube-system",)
     log: Log = Log()
@@ -188,6 +189,8 @@ def load(files: Iterable[Path] = (), settings: Iterable[str] = ()) -> Values:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValuesError(f"{setting!r}: {error}") from error
+        if isinstance(value, float):
+            value = text  # as in Helm: 1.0 is a version more often than a number
         for part in reversed(path.split(".")):
             value = {part: value}
         _merge(merged, value)
