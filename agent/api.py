@@ -104,11 +104,16 @@ class Enroll(msgspec.Struct, frozen=True, tag="enroll"):
     listeners: tuple[ListenerKind, ...] = ()
 
 
-class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
-    """The pod leaves: close its listeners, its sockets and every connection in its namespace; forget its key."""
+class Withdraw(msgspec.Struct, frozen=True, tag="withdraw", omit_defaults=True):
+    """The pod leaves: close its listeners, its sockets and every connection in its namespace; forget its key.
+
+    With ``drain`` it has left the mesh and runs on: close its listeners, and keep what is open until it ends by itself. Sockets
+    for that can still be asked for. Another Withdraw follows when the pod ends, or an Enroll when it comes back.
+    """
 
     uid: str
     netns_cookie: int
+    drain: bool = False
 
 
 class GetSockets(msgspec.Struct, frozen=True, tag="get-sockets"):

@@ -122,7 +122,8 @@ def _policies(
     here = {
         workload.identity
         for uid, workload in mesh.workloads.items()
-        if workload.enrolled and (workload.node == node or uid in attached)
+        # One that is attached and not enrolled may have been: what it opened then goes on.
+        if uid in attached or (workload.enrolled and workload.node == node)
     }
     # Also numbers that were a workload's before its labels changed: connections from then still carry them.
     clients = numbers.principals(here)

@@ -21,6 +21,7 @@ from agent import processes
 from agent.cni_service import CniService
 from agent.debug import pages
 from agent.kernel import Kernel, KernelError
+from agent.live import Live
 from agent.metrics import CniLatencies, Collector, View, name_of
 from agent.namespaces import Namespaces
 from agent.node import Node
@@ -227,6 +228,9 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
         serving.set()
         tasks.start(sweeper.run(), name="sweep of late connections")
         tasks.start(cni.watch_notes(), name="notes")
+        live = Live(node)
+        node.on_change = live.changed
+        tasks.start(live.run(), name="running pods")
         tasks.start(stream.run(), name="stream")
         _log.info(
             "agent runs", node=options.node, run=str(options.run), pid=os.getpid(), admin_port=admin.port

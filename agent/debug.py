@@ -51,6 +51,7 @@ def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mappi
                     "known": workload is not None,
                     "enrolled": workload is not None and workload.enrolled,
                     "programmed": cookie in enrolled,
+                    "stage": stage.name.lower() if (stage := node.stage(cookie)) is not None else "",
                     "identity": workload.identity if workload is not None else "",
                     "mtls": workload.mtls.value if workload is not None else "",
                     "generation": policy[0] if policy is not None else 0,

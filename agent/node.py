@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,8 +20,10 @@ import msgspec
 from agent import api, processes
 from agent.compiler import EMPTY, Tables, compile_tables
 from agent.identities import Identities, IdentitiesError
+from agent.live import Candidate, is_found_running
 from agent.mesh import Mesh, apply, is_ipv4
 from agent.namespaces import Namespaces
+from agent.passage import GRACE, Passages, Stage
 from agent.pods import Attachment, AttachmentKey, Pods, PodsError, Refusal, Sandbox
 from agent.programmer import Outcome, PodSpec, Programmer
 from agent.storage import Storage
@@ -50,7 +52,7 @@ class Carriers(Protocol):
     """The proxies, as far as a node tells them of pods."""
 
     async def enroll(self, pod: api.Enroll) -> None: ...
-    async def withdraw(self, uid: str, netns_cookie: int) -> None: ...
+    async def withdraw(self, uid: str, netns_cookie: int, *, drain: bool = False) -> None: ...
 
 
 class Node:
@@ -88,6 +90,13 @@ class Node:
         #: ADDs under way; one that a DEL has overtaken is not in it any more.
         self._adding: dict[AttachmentKey, object] = {}
         self._told: dict[int, api.Enroll] = {}  # by netns cookie: what proxies were told
+        self._passages = Passages()
+        #: Pods of other nodes that came into the mesh as they run: until when they may still speak plain text, by UID.
+        self._joining: dict[str, float] = {}
+        self._next: asyncio.TimerHandle | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        #: Pods that left the mesh and run on, UID by netns cookie: proxies may hold connections of theirs until they end.
+        self._left: dict[int, str] = {}
         self._unsaved = asyncio.Event()
         self._saved = self.mesh
         self._last = Outcome()
@@ -106,6 +115,8 @@ class Node:
     async def stop(self) -> None:
         """Leave the kernel and the proxies as they are: an agent that ends is one that is replaced."""
         await self._tasks.cancel()
+        if self._next is not None:
+            self._next.cancel()
         if self._saved is not self.mesh:
             self._save_mesh(self.mesh)
 
@@ -122,10 +133,13 @@ class Node:
 
     async def apply(self, update: Update) -> tuple[ResourceError, ...]:
         """Bring an update into force; gives what of it is not."""
+        before = self.mesh
         self.mesh, errors = apply(self.mesh, update)
+        self._note_joining(before, update)
         changed, self._mesh_changed = self._mesh_changed, asyncio.Event()
         changed.set()
         outcome = await self._settled()
+        self.on_change()
         self._unsaved.set()
         return errors + outcome.resources
 
@@ -154,6 +168,9 @@ class Node:
                 f"addresses: {', '.join(attachment.addresses) or 'none'}",
             )
         attachment = msgspec.structs.replace(attachment, netns_cookie=cookie, netns_inode=inode)
+        if workload.enrolled:
+            # No process of it runs yet: nothing that could be cut off, and nothing that may pass.
+            self._passages.adopt(cookie, Stage.ENROLLED, self._now())
         self._namespaces.hold(cookie, netns)
         self.pods.put(attachment)
         self._save_pods()
@@ -252,11 +269,47 @@ class Node:
             and workload.uid not in attached
         )
 
+    # Running pods (agent.live.Book)
+
+    def candidates(self) -> Sequence[Candidate]:
+        attached = {attachment.pod_uid for attachment in self.pods}
+        return [
+            Candidate(workload.uid, workload.namespace, workload.name, address)
+            for workload in self.mesh.workloads.values()
+            if workload.enrolled and workload.node == self.name and workload.uid not in attached
+            # Without an address its sandbox is still being made, and will come by ADD.
+            for address in [next(filter(is_ipv4, workload.addresses), "")]
+            if address
+        ]
+
+    def found_running(self) -> Sequence[Attachment]:
+        return [attachment for attachment in self.pods if is_found_running(attachment)]
+
+    async def attach_running(self, attachment: Attachment, netns: int) -> None:
+        """Take a pod that runs already into the book; it joins stage by stage, see :mod:`agent.passage`."""
+        self._namespaces.hold(attachment.netns_cookie, netns)
+        self.pods.put(attachment)
+        self._save_pods()
+        await self._settled()
+        _log.info(
+            "running pod joins",
+            pod=f"{attachment.pod_namespace}/{attachment.pod_name}",
+            uid=attachment.pod_uid,
+            addresses=",".join(attachment.addresses),
+        )
+
+    def stage(self, netns_cookie: int) -> Stage | None:
+        """Where a pod is on its way into the mesh or out of it."""
+        return self._passages.stage(netns_cookie)
+
     # Proxies (agent.proxies.Enrolled)
 
     def enrolled(self) -> Sequence[api.Enroll]:
         """The pods that proxies carry, without listeners."""
         return tuple(self._told.values())
+
+    def attached(self, uid: str, netns_cookie: int) -> bool:
+        return any(a.pod_uid == uid and a.netns_cookie == netns_cookie for a in self.pods)
 
     def pod_namespaces(self) -> Collection[int]:
         return {attachment.netns_inode for attachment in self.pods}
@@ -375,15 +428,18 @@ class Node:
             self._storage.write(IDENTITIES_FILE, self.numbers.dump())
             # Not before: a number whose meaning a restart forgets must never be in the kernel.
             self.numbers.dirty = False
-        specs = {
-            cookie: PodSpec(sandbox.uid, cookie, _first_ipv4(sandbox), tables.identities.get(sandbox.uid, 0))
-            for cookie, sandbox in sandboxes.items()
-            if self._is_enrolled(mesh, sandbox)
-        }
         unknown = {cookie for cookie, sandbox in sandboxes.items() if sandbox.uid not in mesh.workloads}
+        specs = self._specs(mesh, tables, {c: s for c, s in sandboxes.items() if c not in unknown})
         self._orphans -= sandboxes.keys()
-        outcome = await self._programmer.program(tables, specs, sealed=unknown | self._orphans)
+        outcome = await self._programmer.program(
+            tables,
+            specs,
+            sealed=unknown | self._orphans,
+            joining=self._still_joining(),
+            left=sandboxes.keys() - specs.keys(),
+        )
         self.tables = tables
+        self._plan({cookie for cookie, spec in specs.items() if spec.leaving})
         if outcome.verdicts_changed:
             self._tasks.start(self._sweeper.sweep(), name="sweep")
         await self._tell(mesh, {cookie: sandboxes[cookie] for cookie in specs if cookie not in outcome.pods})
@@ -391,16 +447,75 @@ class Node:
         self._namespaces.release_others(self.pods.sandboxes().keys() | outcome.pods.keys())
         return outcome
 
+    def _specs(self, mesh: Mesh, tables: Tables, sandboxes: Mapping[int, Sandbox]) -> dict[int, PodSpec]:
+        """The pods that the kernel is to have, each at its stage."""
+        now = self._now()
+        self._passages.keep(self.pods.sandboxes().keys() | self._orphans)
+        kinds = [api.ListenerKind.OUTBOUND, api.ListenerKind.HBONE]
+        if any(service.l7 for service in tables.services.values()):
+            kinds.append(api.ListenerKind.OUTBOUND_L7)
+        specs: dict[int, PodSpec] = {}
+        for cookie, sandbox in sandboxes.items():
+            enrolled = self._is_enrolled(mesh, sandbox)
+            address = _first_ipv4(sandbox)
+            stage: Stage | None
+            if enrolled:
+                reachable = self._passages.stage(cookie) is not Stage.PREPARED or all(
+                    self._programmer.has_listener(address, kind.port) for kind in kinds
+                )
+                stage = self._passages.join(cookie, running=True, reachable=reachable, now=now)
+            else:
+                stage = self._passages.leave(cookie, now)
+            if stage is not None:
+                number = tables.identities.get(sandbox.uid, 0)
+                specs[cookie] = PodSpec(sandbox.uid, cookie, address, number, stage, leaving=not enrolled)
+        return specs
+
+    def _plan(self, leaving: Collection[int]) -> None:
+        """Come back when the next stage of a pod is due."""
+        loop = asyncio.get_running_loop()
+        if self._next is not None:
+            self._next.cancel()
+        waits = [until - self._now() for until in self._joining.values()]
+        if (stage := self._passages.next(leaving=leaving, now=self._now())) is not None:
+            waits.append(stage)
+        self._next = loop.call_later(max(0.0, min(waits)), self._dirty.set) if waits else None
+
+    def _note_joining(self, before: Mesh, update: Update) -> None:
+        until = self._now() + GRACE
+        for resource in update.upserts:
+            if isinstance(resource, Workload) and resource.enrolled:
+                known = before.workloads.get(resource.uid)
+                # To whom all is new, all may be new: the mesh itself may be younger than its pods.
+                if not before.known or (known is not None and not known.enrolled):
+                    self._joining[resource.uid] = until
+
+    def _still_joining(self) -> Collection[str]:
+        now = self._now()
+        self._joining = {uid: until for uid, until in self._joining.items() if until > now}
+        return self._joining.keys()
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
     def _is_enrolled(self, mesh: Mesh, sandbox: Sandbox) -> bool:
         workload = mesh.workloads.get(sandbox.uid)
         return workload is not None and workload.enrolled and _first_ipv4(sandbox) != ""
 
     async def _tell(self, mesh: Mesh, enrolled: Mapping[int, Sandbox]) -> None:
         """Tell the proxies what has changed since they were told last."""
+        attached = self.pods.sandboxes()
+        for cookie in self._left.keys() - attached.keys():
+            uid = self._left.pop(cookie)
+            if self.proxies is not None:
+                await self.proxies.withdraw(uid, cookie)
         for cookie in [cookie for cookie in self._told if cookie not in enrolled]:
             pod = self._told.pop(cookie)
+            runs_on = cookie in attached and pod.uid in mesh.workloads
+            if runs_on:
+                self._left[cookie] = pod.uid
             if self.proxies is not None:
-                await self.proxies.withdraw(pod.uid, cookie)
+                await self.proxies.withdraw(pod.uid, cookie, drain=runs_on)
         for cookie, sandbox in enrolled.items():
             workload = mesh.workloads[sandbox.uid]
             pod = api.Enroll(
@@ -471,6 +586,20 @@ class Node:
             changed = True
         if changed:
             self._save_pods()
+        for cookie, stage in self._programmer.stages().items():
+            self._passages.adopt(cookie, stage, self._now())
+        for cookie, sandbox in self.pods.sandboxes().items():
+            if self._passages.stage(cookie) is not None:
+                continue
+            if self._is_enrolled(self.mesh, sandbox):
+                # It was enrolled, and the kernel has lost it: there is no way in by stages that it could take.
+                self._passages.adopt(cookie, Stage.ENROLLED, self._now())
+            else:
+                self._left[cookie] = sandbox.uid
+        joining = self._programmer.joining()
+        for workload in self.mesh.workloads.values():
+            if not joining.isdisjoint(workload.addresses):
+                self._joining[workload.uid] = self._now() + GRACE
         self._orphans = set(living - self.pods.sandboxes().keys())
         if self._orphans:
             _log.error(

@@ -107,6 +107,10 @@ class Programmer:
             for cookie, pod in self._pods.items()
         }
 
+    def joining(self) -> frozenset[str]:
+        """The addresses of pods that other nodes may not have captured yet."""
+        return frozenset(address for address, peer in self._peers.items() if peer.joining)
+
     def has_listener(self, address: str, port: int) -> bool:
         """Whether a proxy listens there."""
         return self._kernel.has_listener(address, port)

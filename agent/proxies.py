@@ -52,6 +52,10 @@ class Enrolled(Protocol):
         """All of them, each without listeners."""
         ...
 
+    def attached(self, uid: str, netns_cookie: int) -> bool:
+        """Whether this is a pod of this node, enrolled or not: one that has left goes on with what it has open."""
+        ...
+
     def pod_namespaces(self) -> Collection[int]:
         """Inode numbers of the network namespaces of all attached pods: no proxy runs there."""
         ...
@@ -195,13 +199,13 @@ class Proxies:
         for session in tuple(self._sessions):
             await self._guarded(session, self._hand(session, pod.netns_cookie))
 
-    async def withdraw(self, uid: str, netns_cookie: int) -> None:
-        """A pod left."""
+    async def withdraw(self, uid: str, netns_cookie: int, *, drain: bool = False) -> None:
+        """A pod left; with ``drain`` it runs on."""
         # Behind whatever is being handed over at this moment: the last word on a pod is that it is gone.
         async with self._handing:
             for session in tuple(self._sessions):
                 session.holds = {(cookie, kind) for cookie, kind in session.holds if cookie != netns_cookie}
-                await self._guarded(session, session.send(api.Withdraw(uid, netns_cookie)))
+                await self._guarded(session, session.send(api.Withdraw(uid, netns_cookie, drain)))
 
     async def _guarded(self, session: Session, work: Awaitable[None]) -> None:
         """A proxy that cannot be reached does not hold up the others: its own task ends it."""
@@ -288,12 +292,8 @@ class Proxies:
     async def _get_sockets(self, session: Session, request: api.GetSockets) -> None:
         fds: list[int] = []
         error = ""
-        live = any(
-            pod.uid == request.uid and pod.netns_cookie == request.netns_cookie
-            for pod in self._enrolled.enrolled()
-        )
-        if not live:
-            error = f"pod {request.uid} is not enrolled on this node, or of another sandbox"
+        if not self._enrolled.attached(request.uid, request.netns_cookie):
+            error = f"pod {request.uid} is not enrolled on this node and was not, or of another sandbox"
         elif request.purpose is api.Purpose.DELIVERY and session.role is not api.Role.NODEPROXY:
             error = "only the node proxy delivers"
         elif not 1 <= request.count <= _MAX_SOCKETS:

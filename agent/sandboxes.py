@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from agent import processes
 from agent.kernel import namespace
 
 #: A pod's own folder: ``pod<UID>`` (driver cgroupfs) or ``kubepods-burstable-pod<UID with underscores>.slice`` (systemd).
@@ -72,8 +71,8 @@ def find(
     for pid, uid in processes_of_pods(proc):
         if uid in addresses:
             try:
-                candidates.setdefault(uid, []).append((processes.started(pid, proc), pid))
-            except processes.ProcessError:
+                candidates.setdefault(uid, []).append((_started(pid, proc), pid))
+            except (OSError, ValueError, IndexError):
                 continue
     found: dict[str, Sandbox] = {}
     for uid, pids in candidates.items():
@@ -108,6 +107,11 @@ def _look(pid: int, address: str, seen: set[int], proc: Path) -> Sandbox | None:
     finally:
         os.close(fd)
     return None
+
+
+def _started(pid: int, proc: Path) -> int:
+    """In clock ticks since boot: proc_pid_stat(5), field 22."""
+    return int((proc / str(pid) / "stat").read_text().rpartition(")")[2].split()[19])
 
 
 def _is_local(address: str) -> bool:

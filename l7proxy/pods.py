@@ -122,6 +122,7 @@ class Pod:
         self.series: dict[tuple[str, int, str], Series] = {}
         self.server: asyncio.Server | None = None
         self.withdrawn = False
+        self.left = False  #: the mesh, and runs on
 
     @property
     def key(self) -> PodKey:
@@ -133,6 +134,14 @@ class Pod:
         self.series.clear()
         for pool in self.pools.values():
             pool.series.clear()
+
+    def leave(self) -> None:
+        """It runs on outside the mesh: no new connections; those that are open go on until they end."""
+        self.left = True
+        if self.server is not None:
+            self.server.close()
+            self.server = None
+        _log.info("pod left", uid=self.enroll.uid, pod=f"{self.enroll.namespace}/{self.enroll.name}")
 
     def withdraw(self) -> None:
         """Close the listener, every connection and every socket."""

@@ -171,7 +171,7 @@ class Proxy:
             previous, self._captured = self._captured, CapturedMap(fd)
             if previous is not None:
                 previous.close()
-        self._unconfirmed = set(self.pods)
+        self._unconfirmed = {key for key, pod in self.pods.items() if not pod.left}
         if self._confirm_by is not None:
             self._confirm_by.cancel()  # an earlier agent's time is not this one's
         self._confirm_by = self.loop.call_later(_CONFIRM_LIMIT, self._drop_unconfirmed)
@@ -198,6 +198,7 @@ class Proxy:
             )
         elif pod.enroll != message:
             pod.describe(message)
+        pod.left = False
         pod.sockets.replenish()
         for kind, sock in listeners.items():
             if kind is not api.ListenerKind.OUTBOUND_L7 or self.draining:
@@ -218,7 +219,12 @@ class Proxy:
         pod.server = server
 
     def on_withdraw(self, message: api.Withdraw) -> None:
-        pod = self.pods.pop((message.uid, message.netns_cookie), None)
+        key = (message.uid, message.netns_cookie)
+        if message.drain:
+            if (pod := self.pods.get(key)) is not None:
+                pod.leave()
+            return
+        pod = self.pods.pop(key, None)
         if pod is not None:
             pod.withdraw()
 

@@ -26,7 +26,7 @@ CONTROLLER = "controlplane"
 COMPONENTS = ("agent", "nodeproxy", "l7proxy")
 ADMIN_PORTS = {CONTROLLER: 15014, "agent": 15020, "nodeproxy": 15021, "l7proxy": 15090}
 #: The agent's short list (see ARCHITECTURE.md); everything else of the mesh runs without any.
-AGENT_CAPABILITIES = ("bpf", "net_admin", "sys_admin", "perfmon")
+AGENT_CAPABILITIES = ("bpf", "net_admin", "sys_admin", "perfmon", "sys_ptrace")
 #: Seconds for all processes to be ready; compiling the kernel programs is most of it.
 START_TIMEOUT = 60.0
 

@@ -86,7 +86,7 @@ class Node(Place):
         self.address_on_fabric = f"10.99.0.{10 + number}"
         self.subnet = f"10.244.{number}.0/24"
         for part in (
-            "pods",
+            "kubepods",
             "runtime",
             "kubelet",
             "envoy",

@@ -37,7 +37,7 @@ class Pod(Place):
             self._args["IP"] = address
         self.deleted = False
         self._daemons: list[subprocess.Popen[str]] = []
-        cgroup = node.top / "pods" / record.uid
+        cgroup = node.top / "kubepods" / f"pod{record.uid}"
         cgroup.mkdir()
         cluster.put(record.manifest())
         path = node.add_netns(self._container)

@@ -47,6 +47,7 @@ class Pod:
     described: api.Enroll
     listeners: dict[ListenerKind, socket.socket] = field(default_factory=dict)
     withdrawn: bool = False
+    left: bool = False  #: the mesh, and runs on: no new connections, what is open goes on
 
     @property
     def address(self) -> str:
@@ -64,6 +65,9 @@ class PodOwner(Protocol):
         """New, or described anew."""
 
     def on_listener(self, pod: Pod, kind: ListenerKind, listener: socket.socket) -> None: ...
+
+    def on_left(self, pod: Pod) -> None:
+        """It runs on outside the mesh; its listeners are closed already."""
 
     def on_withdraw(self, pod: Pod) -> None:
         """Close every connection of the pod; its listeners and sockets are closed already."""
@@ -213,7 +217,11 @@ class AgentClient:
             case api.Enroll():
                 self._enroll(message, fds)
             case api.Withdraw():
-                self._withdraw((message.uid, message.netns_cookie))
+                pod_key = (message.uid, message.netns_cookie)
+                if message.drain:
+                    self._leave(pod_key)
+                else:
+                    self._withdraw(pod_key)
             case api.Sockets():
                 self._sockets(message, fds)
 
@@ -224,6 +232,7 @@ class AgentClient:
         if pod is None:
             pod = self.pods[key] = Pod(message.uid, message.netns_cookie, message)
         pod.described = message
+        pod.left = False
         self._owner.on_pod(pod)
         for kind in message.listeners:
             listener = socket.socket(fileno=fds.pop(0))
@@ -237,9 +246,19 @@ class AgentClient:
             self._fill((*key, purpose))
 
     def _withdraw_unnamed(self) -> None:
-        for key in [key for key in self.pods if key not in self._named]:
+        for key in [key for key, pod in self.pods.items() if key not in self._named and not pod.left]:
             _log.warning("pod is not known to the agent any more", uid=key[0])
             self._withdraw(key)
+
+    def _leave(self, key: tuple[str, int]) -> None:
+        pod = self.pods.get(key)
+        if pod is None:
+            return
+        pod.left = True
+        for listener in pod.listeners.values():
+            self._loop.close(listener)
+        pod.listeners.clear()
+        self._owner.on_left(pod)
 
     def _withdraw(self, key: tuple[str, int]) -> None:
         pod = self.pods.pop(key, None)

@@ -94,6 +94,14 @@ class Inbound:
     def links(self) -> list[Link]:
         return [server.link for server in self._servers if server.link is not None]
 
+    def leave(self, pod: Pod) -> None:
+        """Peers are to open no more streams; what is open goes on."""
+        for server in list(self._servers):
+            if server.pod is pod and server.link is not None:
+                server.link.shutdown()
+                if server.link.open and not server.link.core.streams:
+                    server.link.finish("the pod has left the mesh")
+
     def withdraw(self, pod: Pod) -> None:
         for server in list(self._servers):
             if server.pod is pod and server.link is not None:

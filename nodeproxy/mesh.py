@@ -6,6 +6,7 @@ data loop's thread, and whoever is concerned by a change is told afterwards.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from common import logs, spiffe
@@ -24,9 +25,15 @@ from nodeproxy.tls import Trust, load_roots
 
 _log = logs.get(__name__)
 
+#: Seconds that a node may need until it has taken a running pod into the mesh, or let one go.
+PASSAGE = 10.0
+
 
 class Mesh:
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        """``now`` in seconds of any clock."""
+        self._now = now
+        self._passages: dict[str, float] = {}  # when a running pod joined or left, by UID
         self.synced = False  #: a complete update has been applied
         self.version = ""
         self.trust: Trust | None = None
@@ -75,6 +82,11 @@ class Mesh:
         match resource:
             case Workload():
                 spiffe.parse(resource.identity)
+                known = self.workloads.get(resource.uid)
+                # To whom all is new, all may be new: the mesh itself may be younger than its pods.
+                was_enrolled = known.enrolled if known is not None else self.synced and resource.enrolled
+                if resource.enrolled is not was_enrolled:
+                    self._passages[resource.uid] = self._now()
                 self._remove_workload(resource.uid)
                 self.workloads[resource.uid] = resource
                 for address in resource.addresses:
@@ -118,6 +130,14 @@ class Mesh:
             return None
         enrolled = [w for w in holders.values() if w.enrolled]
         return (enrolled or list(holders.values()))[-1]
+
+    def in_passage(self, uid: str) -> bool:
+        """Whether a pod joined or left so lately that its node may not have followed yet."""
+        began = self._passages.get(uid)
+        if began is not None and self._now() - began > PASSAGE:
+            del self._passages[uid]
+            began = None
+        return began is not None
 
     def service_at(self, address: str, port: int) -> Service | None:
         return self._service_at.get((address, port))

@@ -91,6 +91,9 @@ class NodeProxy:
         else:
             self._capture(pod, kind, listener)
 
+    def on_left(self, pod: Pod) -> None:
+        self.inbound.leave(pod)
+
     def on_withdraw(self, pod: Pod) -> None:
         self.tunnels.withdraw(pod)
         self.pool.withdraw(pod)

@@ -32,6 +32,8 @@ _log = logs.get(__name__)
 ANSWER_TIMEOUT = 15.0
 #: Seconds that a destination may stay unknown: the controller's stream may be behind the kernel's tables.
 UNKNOWN_PATIENCE = 2.0
+#: Seconds between attempts to reach a pod that its node is just taking into the mesh.
+JOINING_RETRY = 0.05
 CLUSTER = "Kubernetes"
 
 STATUS = {
@@ -143,7 +145,7 @@ class Tunnel:
     def resolve(self) -> None:
         """Find the destination, now or after the next change of the mesh."""
         workload = self._all.mesh.at(self._destination[0])
-        if workload is None or not workload.enrolled:
+        if workload is None or not (workload.enrolled or self._all.mesh.in_passage(workload.uid)):
             return
         self._all.waiting.pop(self, None)
         self._workload = workload
@@ -176,6 +178,10 @@ class Tunnel:
         if self._over:
             return
         if isinstance(link, PoolError):
+            if link.outcome is Outcome.UNREACHABLE and self._is_joining():
+                # Nobody listens there yet, and plain text would be the wrong answer to that.
+                self._timer = self._all.loop.later(JOINING_RETRY, self._try_again)
+                return
             self.fail(link.outcome, link.reason)
             return
         self._link = link
@@ -183,6 +189,13 @@ class Tunnel:
         self._stream.owner = self
         self._timer = self._all.loop.later(ANSWER_TIMEOUT, lambda: self.fail(Outcome.TIMEOUT, "no answer"))
         link.mark()
+
+    def _is_joining(self) -> bool:
+        workload = self._all.mesh.at(self._destination[0])
+        return workload is not None and workload.enrolled and self._all.mesh.in_passage(workload.uid)
+
+    def _try_again(self) -> None:
+        self._all.certificates.wait(self.pod.uid, self._have_certificate)
 
     def _fields(self) -> list[tuple[bytes, bytes]]:
         """As Istio's ambient mode writes them."""

@@ -2,10 +2,11 @@
 
 import asyncio
 import os
+import time
 
 import pytest
 
-from agent import api
+from agent import api, passage
 from agent.identities import Label
 from agent.kernel import Connection, Direction, FlowCounters, FlowKey, Pressure
 from agent.kernel.model import Via
@@ -60,8 +61,8 @@ class Told:
         assert self.kernel.policy(pod.netns_cookie) is not None
         self.transcript.append(f"enroll {pod.name} {pod.version}")
 
-    async def withdraw(self, uid, netns_cookie) -> None:
-        self.transcript.append(f"withdraw {uid}")
+    async def withdraw(self, uid, netns_cookie, *, drain=False) -> None:
+        self.transcript.append(f"{'drain' if drain else 'withdraw'} {uid}")
 
 
 class World:
@@ -154,18 +155,108 @@ async def test_an_enrolled_pod_is_in_the_kernel_and_told_when_add_returns(world)
     await world.delete("web")
 
 
-async def test_a_pod_that_is_not_enrolled_gets_nothing_until_it_is(world):
-    await world.node.apply(complete(workload("web", enrolled=False)))
-    await world.add("web")
-    assert world.kernel.pods() == {}
-    assert world.told.transcript == []
-    await world.node.apply(Update(2, "v2", upserts=(workload("web"),)))
-    assert list(world.kernel.pods()) == [world.cookie("web")]
-    assert world.told.transcript == ["enroll web unknown"]
-    await world.node.apply(Update(3, "v3", upserts=(workload("web", enrolled=False),)))
-    assert world.kernel.pods() == {}
-    assert world.told.transcript[1:] == ["withdraw uid-web"]
-    assert not world.kernel.peers()["10.0.1.1"].enrolled
+async def until(condition) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+class TestPassage:
+    """A pod that runs already joins, and leaves."""
+
+    @pytest.fixture(autouse=True)
+    def hurry(self, monkeypatch):
+        monkeypatch.setattr(passage, "SETTLE", 0.1)
+        monkeypatch.setattr(passage, "LAST_CALL", 0.05)
+        monkeypatch.setattr(passage, "POLL", 0.01)
+
+    async def staged(self, world, name, *, passing, open):
+        pods = world.kernel.pods
+        cookie = world.cookie(name)
+        await until(lambda: cookie in pods() and pods()[cookie][3:] == (passing, open))
+
+    async def gone(self, world):
+        await until(lambda: not world.kernel.pods())
+
+    def listen(self, world, address="10.0.1.1"):
+        for kind in (api.ListenerKind.OUTBOUND, api.ListenerKind.HBONE):
+            world.kernel.fake_listeners[address, kind.port] = (0, 0)
+
+    async def test_it_is_captured_when_the_proxies_listen_and_judged_when_others_know(self, world):
+        await world.node.apply(complete(workload("web", enrolled=False)))
+        await world.add("web")
+        assert world.kernel.pods() == {}
+        assert world.told.transcript == []
+        await world.node.apply(Update(2, "v2", upserts=(workload("web"),)))
+        await self.staged(world, "web", passing=True, open=True)
+        assert world.told.transcript == ["enroll web unknown"]
+        await asyncio.sleep(0.3)
+        await self.staged(world, "web", passing=True, open=True)  # nobody listens yet
+        self.listen(world)
+        await self.staged(world, "web", passing=False, open=True)
+        await self.staged(world, "web", passing=False, open=False)
+
+    async def test_it_leaves_the_same_way_and_its_policy_stays_until_then(self, world):
+        await world.node.apply(complete(workload("web")))
+        await world.add("web")
+        await self.staged(world, "web", passing=False, open=False)
+        world.kernel.calls.clear()
+        await world.node.apply(Update(2, "v2", upserts=(workload("web", enrolled=False),)))
+        await self.staged(world, "web", passing=False, open=True)
+        await self.staged(world, "web", passing=True, open=True)
+        assert world.told.transcript == ["enroll web unknown"]
+        await self.gone(world)
+        assert not [call for call in world.kernel.calls if call.startswith("policy")]
+        assert not world.kernel.peers()["10.0.1.1"].enrolled
+        await asyncio.sleep(0)
+        assert world.told.transcript[1:] == ["drain uid-web"]
+        # What it had open ends with it.
+        assert world.node.attached("uid-web", world.cookie("web"))
+        await world.delete("web")
+        assert world.told.transcript[2:] == ["withdraw uid-web"]
+        assert not world.node.attached("uid-web", world.cookie("web"))
+
+    async def test_one_that_changes_its_mind_goes_back(self, world):
+        await world.node.apply(complete(workload("web")))
+        await world.add("web")
+        self.listen(world)
+        await world.node.apply(Update(2, "v2", upserts=(workload("web", enrolled=False),)))
+        await self.staged(world, "web", passing=False, open=True)
+        await world.node.apply(Update(3, "v3", upserts=(workload("web"),)))
+        await self.staged(world, "web", passing=False, open=False)
+        assert world.told.transcript == ["enroll web unknown"]
+
+    async def test_a_restarted_agent_goes_on_where_it_was(self, world):
+        await world.node.apply(complete(workload("web", enrolled=False)))
+        await world.add("web")
+        await world.node.apply(Update(2, "v2", upserts=(workload("web"),)))
+        await self.staged(world, "web", passing=True, open=True)
+        await world.restart()
+        await self.staged(world, "web", passing=True, open=True)
+        self.listen(world)
+        await self.staged(world, "web", passing=False, open=False)
+
+    async def test_one_that_the_kernel_has_lost_is_enrolled_at_once(self, world):
+        await world.node.apply(complete(workload("web")))
+        await world.add("web")
+        world.kernel.fake_pods.clear()
+        world.kernel.fake_policies.clear()
+        await world.restart()
+        await self.staged(world, "web", passing=False, open=False)
+
+    async def test_pods_of_other_nodes_may_be_behind_for_a_while(self, world, monkeypatch):
+        monkeypatch.setattr("agent.node.GRACE", 0.3)
+        await world.node.apply(complete(workload("far", addresses=("10.0.2.1",), node="n2", enrolled=False)))
+        new = workload("new", addresses=("10.0.2.2",), node="n2")
+        await world.node.apply(
+            Update(2, "v2", upserts=(workload("far", addresses=("10.0.2.1",), node="n2"), new))
+        )
+        peers = world.kernel.peers
+        assert peers()["10.0.2.1"].joining
+        assert not peers()["10.0.2.2"].joining  # it came by ADD, and never spoke plain text
+        await until(lambda: not peers()["10.0.2.1"].joining)
+        assert peers()["10.0.2.1"].enrolled
 
 
 async def test_add_waits_for_the_controller(world, monkeypatch):

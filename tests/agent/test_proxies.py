@@ -35,6 +35,9 @@ class Enrolled:
     def enrolled(self):
         return tuple(self.pods)
 
+    def attached(self, uid, netns_cookie):
+        return any((pod.uid, pod.netns_cookie) == (uid, netns_cookie) for pod in self.pods)
+
     def pod_namespaces(self):
         return self.namespaces
 

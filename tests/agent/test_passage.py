@@ -1,0 +1,113 @@
+"""The stages of a pod that joins or leaves as it runs, and how a running pod's namespace is found."""
+
+import os
+import subprocess
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from agent import processes, sandboxes
+from agent.passage import LAST_CALL, SETTLE, Passages, Stage
+from lab import cgroups
+from tests.agent.pods import Netns
+
+UID = "0b1f6c2e-6c5d-4a7b-9a53-1d6f4f6d0c11"
+UNDERSCORES = UID.replace("-", "_")
+
+
+def test_a_pod_of_an_add_is_enrolled_at_once():
+    assert Passages().join(1, running=False, reachable=False, now=0.0) is Stage.ENROLLED
+
+
+def test_the_way_in_and_out():
+    passages = Passages()
+    join = lambda now, reachable=True: passages.join(1, running=True, reachable=reachable, now=now)  # noqa: E731
+    assert join(0.0, False) is Stage.PREPARED
+    assert join(99.0, False) is Stage.PREPARED
+    assert join(100.0) is Stage.CAPTURED
+    assert passages.next(leaving=(), now=101.0) == pytest.approx(SETTLE - 1)
+    assert join(100.0 + SETTLE - 0.1) is Stage.CAPTURED
+    assert join(100.0 + SETTLE) is Stage.ENROLLED
+    assert passages.next(leaving=(), now=200.0) is None
+    assert passages.leave(1, 200.0) is Stage.CAPTURED
+    assert passages.leave(1, 200.0 + SETTLE - 0.1) is Stage.CAPTURED
+    assert passages.leave(1, 200.0 + SETTLE) is Stage.PREPARED
+    assert passages.next(leaving=(1,), now=200.0 + SETTLE) == pytest.approx(LAST_CALL)
+    assert passages.leave(1, 200.0 + SETTLE + LAST_CALL) is None
+    assert passages.stage(1) is None
+    assert passages.leave(1, 300.0) is None
+
+
+@pytest.mark.parametrize(
+    ("line", "uid"),
+    [
+        (f"0::/kubepods/besteffort/pod{UID}/0123", UID),
+        (f"0::/kubepods/pod{UID}", UID),
+        (
+            f"0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{UNDERSCORES}.slice/cri-containerd-1.scope",
+            UID,
+        ),
+        (f"0::/kubepods.slice/kubepods-pod{UNDERSCORES}.slice/crio-1.scope", UID),
+        (f"11:memory:/kubepods/burstable/pod{UID}/0123", UID),
+        # As from a cgroup namespace beside it.
+        (f"0::/../../besteffort/pod{UID}/0123", UID),
+        # kind, and the cluster lab: nodes below a cgroup of their own.
+        (f"0::/docker/abc/kubelet/kubepods/pod{UID}/0123", UID),
+        # What a container makes below its own is no pod's.
+        (f"0::/kubepods/pod{UID}/0123/pod{uuid.uuid4()}", UID),
+        ("0::/system.slice/kubelet.service", ""),
+        ("0::/user.slice/podman-1.scope", ""),
+        ("0::/", ""),
+        ("", ""),
+    ],
+)
+def test_whose_a_cgroup_is(line, uid):
+    assert sandboxes.pod_uid(line) == uid
+
+
+@pytest.mark.privileged
+def test_a_namespace_is_found_by_cgroup_and_address(tmp_path):
+    """Neither the node's own nor one that a container of the pod has made for itself."""
+    uid = str(uuid.uuid4())
+    top = cgroups.root() / f"mycel-node-{uid[:8]}"
+    pod = top / f"pod{uid}"
+    held: list[subprocess.Popen[bytes]] = []
+
+    def run(*command: str) -> int:
+        process = subprocess.Popen([*cgroups.joining(pod), *command])
+        held.append(process)
+        return process.pid
+
+    with Netns() as own, Netns() as made:
+        own.add_address("10.98.7.1/24")
+        try:
+            pod.mkdir(parents=True)
+            node_process = run("sleep", "60")
+            run("nsenter", f"--net={made.path}", "sleep", "60")
+            cgroups_ready(pod, 2)
+            host = processes.netns_inode_of("self")
+            assert sandboxes.find([(uid, "10.98.7.1")], not_in=(host,)) == {}
+            run("nsenter", f"--net={own.path}", "sleep", "60")
+            cgroups_ready(pod, 3)
+            found = sandboxes.find([(uid, "10.98.7.1"), (str(uuid.uuid4()), "10.98.7.1")], not_in=(host,))
+            assert set(found) == {uid}
+            sandbox = found[uid]
+            assert sandbox.inode == Path(own.path).stat().st_ino
+            assert sandbox.pid != node_process
+            assert set(sandbox.interfaces) == {"lo", "eth0", "peer0"}
+            os.close(sandbox.fd)
+        finally:
+            for process in held:
+                process.kill()
+                process.wait()
+            cgroups.remove(top)
+
+
+def cgroups_ready(cgroup: Path, count: int) -> None:
+    deadline = time.monotonic() + 5
+    while len((cgroup / "cgroup.procs").read_text().split()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)  # nsenter has become what it runs

@@ -1,0 +1,178 @@
+"""Pods that run already come into the mesh and leave it, on both nodes at once, under traffic.
+
+Nothing that is open ends, no connection and no request fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from lab import Lab, Pod, Talker, Traffic
+from tests.mesh.helpers import ECHO, HTTP, echo_server, echoes, http_server
+
+pytestmark = pytest.mark.privileged
+
+NODES = ("node1", "node2")
+PLAIN_ECHO = 9001  #: of the same pods, without a greeting
+
+
+@dataclass(frozen=True)
+class World:
+    namespace: str
+    pods: dict[str, Pod]  #: ``client1``, ``server2`` and so on, by what they do and where
+    service: str
+
+
+@contextlib.contextmanager
+def before_the_plugin(lab: Lab) -> Iterator[None]:
+    """Pods that are made inside never came by our plugin."""
+    try:
+        for name in NODES:
+            lab.node(name).mesh = False
+            lab.node(name).configure_network()
+        yield
+    finally:
+        for name in NODES:
+            lab.node(name).mesh = True
+            lab.node(name).configure_network()
+
+
+@pytest.fixture(params=["came by CNI ADD", "older than the plugin"])
+def world(lab: Lab, request: pytest.FixtureRequest) -> Iterator[World]:
+    old = request.param == "older than the plugin"
+    namespace = "old" if old else "young"
+    lab.namespace(namespace, mesh=False)
+    pods: dict[str, Pod] = {}
+    with before_the_plugin(lab) if old else contextlib.nullcontext():
+        for number, node in enumerate(NODES, 1):
+            pods[f"client{number}"] = lab.pod(f"client{number}", node=node, namespace=namespace)
+            pods[f"client{number}"].serve(["/bin/sleep", "3600"])
+            pods[f"server{number}"] = echo_server(lab, f"server{number}", node=node, namespace=namespace)
+            pods[f"server{number}"].serve(pods[f"server{number}"].app("tcp_server", PLAIN_ECHO), PLAIN_ECHO)
+            pods[f"web{number}"] = http_server(
+                lab, f"web{number}", node=node, namespace=namespace, labels={"app": "web"}
+            )
+    service = lab.service("web", 80, target_port=HTTP, namespace=namespace)
+    lab.settle()
+    yield World(namespace, pods, service)
+    lab.namespace(namespace, mesh=False)
+    for pod in pods.values():
+        pod.delete()
+    lab.settle()
+
+
+def stages(lab: Lab, world: World) -> dict[str, str]:
+    """By the name of each of this world's pods that its agent knows of."""
+    return {
+        row["name"]: row["stage"]
+        for node in NODES
+        for row in lab.get_json(node, "agent", "/debug/pods")
+        if row["namespace"] == world.namespace
+    }
+
+
+def enrolled(lab: Lab, world: World) -> bool:
+    found = stages(lab, world)
+    return set(found) == set(world.pods) and set(found.values()) == {"enrolled"}
+
+
+def left(lab: Lab, world: World) -> bool:
+    return set(stages(lab, world).values()) == {""}
+
+
+def label(lab: Lab, world: World, **labels: str) -> None:
+    lab.namespace(world.namespace, labels, mesh=bool(labels))
+
+
+def failures(traffic: dict[str, Traffic]) -> dict[str, list[Any]]:
+    found = {}
+    for name, one in traffic.items():
+        records = one.end()
+        assert len(records) > 100, f"{name}: {len(records)} connections"
+        if bad := [record for record in records if record["outcome"] != "ok"]:
+            found[name] = bad
+    return found
+
+
+def steady(world: World) -> dict[str, Traffic]:
+    """New connections from every client to every server, on the same node and on the other."""
+    return {
+        f"{client} to {server}": Traffic.echo(
+            world.pods[client], world.pods[server].address, ECHO, interval=0.02
+        )
+        for client in ("client1", "client2")
+        for server in ("server1", "server2")
+    }
+
+
+def test_join_and_leave_under_traffic(lab: Lab, world: World):
+    pods = world.pods
+    with contextlib.ExitStack() as stack:
+        talkers = [stack.enter_context(Talker(pods[name])) for name in ("client1", "client2")]
+
+        def open_all(generation: str) -> None:
+            for talker in talkers:
+                for server in ("server1", "server2"):
+                    assert talker.open(pods[server].address, PLAIN_ECHO, f"{generation} {server}").ok
+
+        def all_work(*generations: str) -> None:
+            for talker in talkers:
+                for generation in generations:
+                    for server in ("server1", "server2"):
+                        answer = talker.exchange(f"{generation} {server}")
+                        assert answer.ok, (generation, server, answer)
+
+        open_all("before")
+        traffic = steady(world)
+        time.sleep(1.0)
+
+        label(lab, world, **{"istio.io/dataplane-mode": "ambient"})
+        lab.settle()
+        open_all("joining")
+        lab.wait(
+            lambda: enrolled(lab, world), 15, "all pods are enrolled", explain=lambda: stages(lab, world)
+        )
+        open_all("inside")
+        all_work("before", "joining", "inside")
+        time.sleep(1.0)
+        assert failures(traffic) == {}
+
+        # What is dialled now is the mesh's: between the nodes nothing is plain text, on one node it has an identity.
+        marker = b"in the mesh, not to be read " + world.namespace.encode()
+        with lab.capture() as capture:
+            done = pods["client1"].run(
+                pods["client1"].app("traffic", pods["server2"].address, ECHO, "--count", 5, "--greeted")
+            )
+            assert '"ok"' in done.stdout
+            ports = {segment[3] for segment in capture.segments() if segment[0] == pods["client1"].address}
+            assert ports == {15008}, (ports, marker)
+
+        traffic = steady(world)
+        time.sleep(1.0)
+        label(lab, world)
+        lab.settle()
+        open_all("leaving")
+        all_work("before", "joining", "inside", "leaving")
+        lab.wait(lambda: left(lab, world), 15, "all pods have left", explain=lambda: stages(lab, world))
+        all_work("before", "joining", "inside", "leaving")
+        time.sleep(1.0)
+        assert failures(traffic) == {}
+        open_all("outside")
+        all_work("before", "joining", "inside", "leaving", "outside")
+        with lab.capture() as capture:
+            assert echoes(pods["client1"], pods["server2"].address, ECHO) == ""
+            ports = {segment[3] for segment in capture.segments() if segment[0] == pods["client1"].address}
+            assert ECHO in ports
+
+        # And once more in, with what has seen it all.
+        label(lab, world, **{"istio.io/dataplane-mode": "ambient"})
+        lab.wait(
+            lambda: enrolled(lab, world), 15, "all pods are enrolled", explain=lambda: stages(lab, world)
+        )
+        all_work("before", "joining", "inside", "leaving", "outside")
