@@ -13,6 +13,7 @@ from common import logs, spiffe
 from common.kubernetes import AccessError
 from controlplane.ca.authority import AuthorityError
 from controlplane.controller import Options, folder_backing, run
+from controlplane.model.world import OUTSIDE
 
 _log = logs.get(__name__)
 
@@ -45,6 +46,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         admin=arguments.admin,
         server_names=tuple(arguments.server_name or ()),
         trust_domain=arguments.trust_domain,
+        outside=OUTSIDE | {arguments.namespace} if arguments.kubernetes else OUTSIDE,
     )
     if arguments.kubernetes:
         from controlplane import cluster

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from common import spiffe
 from controlplane import schema
-from controlplane.api import Endpoint, MeshConfig, Resource, Service, ServicePort, Workload
+from controlplane.api import Endpoint, MeshConfig, Service, ServicePort, Workload
 from controlplane.istio import GROUP_NETWORKING, GROUP_SECURITY
 from controlplane.istio import validate as istio_validate
-from controlplane.istio.authorizationpolicy import Authorizations
-from controlplane.istio.peerauthentication import PeerAuthentications
-from controlplane.istio.routing import Routing, compile_routing
+from controlplane.istio.authorizationpolicy import authorization, policies_of
+from controlplane.istio.destinationrule import destination_rule_notes
+from controlplane.istio.peerauthentication import mtls_of, peer_authentications
+from controlplane.istio.routing import cluster, routing, virtual_service_notes
 from controlplane.model import checks
-from controlplane.model.findings import Findings
-from controlplane.model.kubernetes import Pod, Port, ServiceView, ready_pods, target_port
-from controlplane.model.snapshot import Snapshot, build
-from controlplane.model.world import Settings, World, read
+from controlplane.model.endpoints import Backends, addresses, backends, older_claim, service
+from controlplane.model.enrolment import Asked, asks, foreign_revision
+from controlplane.model.graph import Graph
+from controlplane.model.kubernetes import Pod, Port, ServiceView
+from controlplane.model.snapshot import Assembly, Change, Changes, Snapshot
+from controlplane.model.world import Settings, World, any_pod, identity, namespace, owner, pods_at, store
 from controlplane.source import Key, Object
 
-#: Kinds that have an effect today.
+#: Kinds that have an effect today, or are only read for others.
 _COMPILED = frozenset(
-    {("", k) for k in ("Namespace", "Pod", "Service", "ServiceAccount")}
+    {
+        ("", k)
+        for k in ("Namespace", "Pod", "Service", "ServiceAccount", "Node", "Secret", "ConfigMap", "Endpoints")
+    }
+    | {("discovery.k8s.io", "EndpointSlice")}
     | {(GROUP_NETWORKING, k) for k in ("VirtualService", "DestinationRule")}
     | {(GROUP_SECURITY, k) for k in ("PeerAuthentication", "AuthorizationPolicy")}
 )
@@ -43,102 +50,204 @@ def validate(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield from istio_validate.validate(manifest)
 
 
-def compile_snapshot(objects: Mapping[Key, Object], settings: Settings) -> Snapshot:
-    """Compile objects that :func:`validate` accepts.
+class Compiler:
+    """Compiles one state after the other; each costs what has changed since the one before.
 
-    :raises controlplane.model.snapshot.SnapshotError: a bug here; the last snapshot has to stay.
+    What comes out depends on the objects alone, not on those before: one that has seen a thousand states and a new one make
+    the same snapshot of the same objects.
     """
-    world = read(objects, settings)
-    findings = Findings()
-    _note_kinds(world, findings)
-    _note_pods(world, findings)
-    for older, younger, address in world.address_twins:
-        text = f"{older.object.key} has the address {address}: this service is not reached by it"
-        findings.error(younger.object, "spec.clusterIP", text, "give every service an address of its own")
-    identities = {
-        p.uid: str(spiffe.workload_id(settings.trust_domain, p.namespace, p.service_account))
-        for p in world.pods
-    }
-    authorizations = Authorizations(world, findings)
-    mtls = PeerAuthentications(world, findings)
-    routing = compile_routing(world, identities, findings)
-    resources: list[Resource] = [MeshConfig(settings.trust_domain, settings.roots), *authorizations.compiled]
-    for pod in world.pods:
-        resources.append(_workload(pod, identities[pod.uid], authorizations, mtls))
-    for service in world.services.values():
-        resources.append(_service(service, routing, findings))
-    return build(resources, routing.clusters.values(), routing.tables.values(), findings.sorted())
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._mesh: MeshConfig | None = None
+        self._begin()
+
+    def compile(self, objects: Mapping[Key, Object], settings: Settings | None = None) -> Snapshot:
+        """Compile objects that :func:`validate` accepts. ``settings``: others than before.
+
+        :raises Exception: a bug here; the last snapshot has to stay. Other objects may be compiled afterwards.
+        """
+        if settings is not None and settings != self._settings:
+            anew = settings != replace(self._settings, roots=settings.roots)
+            self._settings = settings
+            if anew:
+                self._begin()
+        world: World = self._graph.settings
+        came, went = world.store.replace(objects, self._graph)
+        for key in went:
+            for cell in _roots(key):
+                self._graph.unroot(cell, key)
+        for key in came:
+            for cell in _roots(key):
+                self._graph.root(cell, key)
+        for item, before in self._graph.update().items():
+            # What a snapshot that failed would have taken in is still to be taken in.
+            self._pending.setdefault(item, before)
+        mesh = MeshConfig(self._settings.trust_domain, self._settings.roots)
+        changes = Changes()
+        if mesh != self._mesh:
+            changes.resources.append(Change(self._mesh, mesh))
+        for (cell, key), before in self._pending.items():
+            now = self._graph.result(cell, key)
+            if cell is routing:
+                changes.tables += [Change(t, None) for t in before or ()] + [
+                    Change(None, t) for t in now or ()
+                ]
+            elif cell is cluster:
+                changes.clusters.append(Change(before, now))
+            else:
+                changes.resources.append(Change(before, now))
+        try:
+            snapshot = self._assembly.apply(changes, self._graph.notes())
+        except Exception:
+            self._begin()
+            raise
+        self._pending.clear()
+        self._mesh = mesh
+        return snapshot
+
+    def _begin(self) -> None:
+        settings = self._settings
+        world = World(settings.trust_domain, settings.root_namespace, frozenset(settings.outside))
+        self._graph = Graph(world, (_workload, _service, authorization, routing, cluster))
+        self._assembly = Assembly()
+        self._pending: dict[tuple[Any, Any], Any] = {}
+        self._mesh = None
 
 
-def _workload(pod: Pod, identity: str, authorizations: Authorizations, mtls: PeerAuthentications) -> Workload:
-    mode = mtls.of(pod)
+def compile_snapshot(objects: Mapping[Key, Object], settings: Settings) -> Snapshot:
+    """The snapshot of these objects, made from nothing.
+
+    :raises Exception: as :meth:`Compiler.compile`.
+    """
+    return Compiler(settings).compile(objects)
+
+
+def _roots(key: Key) -> tuple[Any, ...]:
+    """The cells that are wanted because an object is there."""
+    return _CELLS.get((key.group, key.kind)) or (() if (key.group, key.kind) in _COMPILED else (_kind_note,))
+
+
+def _workload(g: Graph, key: Key) -> Workload | None:
+    pod = g.get(any_pod, key)
+    if pod is None:
+        return None
+    _note_pod(g, pod)
+    first = owner(g, pod)
+    if first.key != key:
+        text = f"{first.key} has the same UID {pod.uid}: this pod is unknown to the mesh"
+        g.findings.error(pod, "metadata.uid", text, "give every pod a UID of its own")
+        return None
+    mode = mtls_of(g, pod)
     return Workload(
         uid=pod.uid,
         namespace=pod.namespace,
         name=pod.name,
         service_account=pod.service_account,
         node=pod.node,
-        identity=identity,
+        identity=identity(g, pod),
         addresses=pod.addresses,
         enrolled=pod.enrolled,
         ready=pod.ready,
         mtls=mode.mode,
         port_mtls=mode.ports,
-        policies=authorizations.of(pod),
+        policies=policies_of(g, pod),
         workload_name=pod.workload,
         app=pod.label("app", "app.kubernetes.io/name"),
         version=pod.label("version", "app.kubernetes.io/version"),
     )
 
 
-def _service(service: ServiceView, routing: Routing, findings: Findings) -> Service:
-    ports = tuple(_port(service, port, routing, findings) for port in service.ports)
-    return Service(service.namespace, service.name, service.host, service.addresses, ports)
+def _service(g: Graph, key: Key) -> Service | None:
+    view = g.get(service, key)
+    if view is None:
+        return None
+    for address in view.addresses:
+        older = older_claim(g, view, address)
+        if older:
+            text = f"{older.key} has the address {address}: this service is not reached by it"
+            g.findings.error(view, "spec.clusterIP", text, "give every service an address of its own")
+    if view.external_name:
+        text = f"{view.external_name} is outside of the cluster: calls pass as without a mesh"
+        g.findings.info(view, "spec.externalName", text)
+    found = g.get(backends, key)
+    routed = {table.port for table in g.get(routing, key)}
+    for number, pod in found.unnamed:
+        target = next(p.target for p in view.ports if p.number == number)
+        text = f"{pod} has no container port named {target}: it gets no traffic of port {number}"
+        g.findings.warning(view, "spec.ports", text, "name the port in the pod, or use its number")
+    return Service(
+        view.namespace,
+        view.name,
+        view.host,
+        addresses(g, view),
+        tuple(_port(g, view, port, found, i, routed) for i, port in enumerate(view.ports)),
+        view.session_affinity,
+        view.internal_local,
+    )
 
 
-def _port(service: ServiceView, port: Port, routing: Routing, findings: Findings) -> ServicePort:
-    endpoints = []
-    for pod in ready_pods(service):
-        target = target_port(port, pod)
-        if target is None:
-            text = f"{pod.object.key} has no container port named {port.target}: it gets no traffic of port {port.number}"
-            findings.warning(
-                service.object, "spec.ports", text, "name the port in the pod, or use its number"
-            )
-            continue
-        endpoints += [Endpoint(pod.uid, address, target, pod.node) for address in pod.addresses]
-    if port.transport == "UDP" and any(p.enrolled for p in service.pods):
+def _port(g: Graph, view: ServiceView, port: Port, found: Backends, i: int, routed: set[int]) -> ServicePort:
+    endpoints = [
+        Endpoint(b.pod.uid if b.pod else "", b.address, b.port, b.node, b.terminating) for b in found.ports[i]
+    ]
+    if port.transport == "UDP" and any(b.pod and b.pod.enrolled for b in found.ports[i]):
         text = f"UDP port {port.number} passes as without a mesh: not encrypted, not authorized"
-        findings.info(service.object, "spec.ports", text)
-    l7 = port.transport == "TCP" and (service.host, port.number) in routing.tables
+        g.findings.info(view, "spec.ports", text)
+    l7 = port.transport == "TCP" and port.number in routed
     return ServicePort(port.number, port.name, port.transport, l7, tuple(endpoints))
 
 
-def _note_kinds(world: World, findings: Findings) -> None:
-    for group, kind in sorted(world.kinds()):
-        if (group, kind) in _COMPILED:
-            continue
-        mesh = (
-            any(group == g or group.endswith(f".{g}") for g in _MESH_GROUPS) or (group, kind) in _MESH_KINDS
-        )
-        for o in world.of_kind(group, kind):
-            if mesh:
-                checked = "" if schema.known(group, kind) else " (nor are its fields checked)"
-                findings.warning(o, "", f"{kind} is accepted, not in force yet{checked}")
-            else:
-                findings.info(o, "", f"{kind} means nothing to the mesh")
+def _note_pod(g: Graph, pod: Pod) -> None:
+    if pod.enrolment.refused:
+        if pod.enrolment.action:
+            g.findings.warning(pod, "", pod.enrolment.refused, pod.enrolment.action)
+        else:
+            g.findings.info(pod, "", pod.enrolment.refused)
+    if pod.host_network:
+        return
+    for address in pod.addresses:
+        if len(g.read(store(g).pods_by_address, address)) > 1:
+            first = g.get(pods_at, address)[:1]
+            if first and first[0].key != pod.key:
+                text = f"address {address} is {first[0].key}'s too"
+                g.findings.warning(pod, "status.podIPs", text, "remove the pod that has ended")
 
 
-def _note_pods(world: World, findings: Findings) -> None:
-    for kept, left_out in world.twins:
-        text = f"{kept.object.key} has the same UID {kept.uid}: this pod is unknown to the mesh"
-        findings.error(left_out.object, "metadata.uid", text, "give every pod a UID of its own")
-    owner: dict[str, Pod] = {}
-    for pod in world.pods:
-        if pod.object.spec.get("hostNetwork"):
-            continue
-        for address in pod.addresses:
-            other = owner.setdefault(address, pod)
-            if other is not pod:
-                text = f"address {address} is {other.object.key}'s too"
-                findings.warning(pod.object, "status.podIPs", text, "remove the pod that has ended")
+def _namespace_note(g: Graph, key: Key) -> None:
+    o: Object = g.read(store(g).objects, key)
+    asked = g.get(namespace, key.name)
+    revision = foreign_revision(asked)
+    if revision:
+        text = f"revision {revision} is another control plane's: its pods stay outside of the mesh"
+        action = "use istio.io/rev: default, or mycel.io/mesh: enabled, to have them in this one"
+        g.findings.info(o, "metadata.labels", text, action)
+    if key.name in g.settings.outside and asks(Asked(), asked):
+        text = "this namespace is always outside of the mesh, whatever its labels say"
+        g.findings.warning(o, "metadata.labels", text, "remove the label")
+
+
+def _peer_authentication_note(g: Graph, key: Key) -> None:
+    # Also where no pod asks for it, what is wrong with it is to be said.
+    g.get(peer_authentications, key.namespace)
+
+
+def _kind_note(g: Graph, key: Key) -> None:
+    o: Object = g.read(store(g).objects, key)
+    group, kind = key.group, key.kind
+    if any(group == m or group.endswith(f".{m}") for m in _MESH_GROUPS) or (group, kind) in _MESH_KINDS:
+        checked = "" if schema.known(group, kind) else " (nor are its fields checked)"
+        g.findings.warning(o, "", f"{kind} is accepted, not in force yet{checked}")
+    else:
+        g.findings.info(o, "", f"{kind} means nothing to the mesh")
+
+
+_CELLS: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("", "Namespace"): (_namespace_note,),
+    ("", "Pod"): (_workload,),
+    ("", "Service"): (_service, routing),
+    (GROUP_SECURITY, "AuthorizationPolicy"): (authorization,),
+    (GROUP_SECURITY, "PeerAuthentication"): (_peer_authentication_note,),
+    (GROUP_NETWORKING, "VirtualService"): (virtual_service_notes,),
+    (GROUP_NETWORKING, "DestinationRule"): (destination_rule_notes,),
+}

@@ -17,11 +17,11 @@ from common.tasks import Tasks
 from controlplane.ca.authority import Authority, open_authority, utc_now
 from controlplane.ca.service import CertificateService
 from controlplane.clients import Clients
-from controlplane.compiler import compile_snapshot, validate
+from controlplane.compiler import Compiler, validate
 from controlplane.credentials import Credentials, FolderCredentials, Gate
 from controlplane.model.findings import Finding, from_fault
 from controlplane.model.snapshot import Snapshot
-from controlplane.model.world import Settings
+from controlplane.model.world import OUTSIDE, Settings
 from controlplane.publisher import Publisher
 from controlplane.quarantine import settle
 from controlplane.server import ServerCertificate, make_server
@@ -49,6 +49,7 @@ class Options:
     admin: str
     server_names: Sequence[str]
     trust_domain: str = "cluster.local"
+    outside: frozenset[str] = OUTSIDE  #: namespaces of which no pod is ever in the mesh
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,14 @@ class Controller:
         options.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         authority = backing.authority
         _write_public(options.state / "roots.pem", authority.roots_pem)
-        self._settings = Settings(options.trust_domain, authority.roots_pem)
+        self._compiler = Compiler(
+            Settings(options.trust_domain, authority.roots_pem, outside=options.outside)
+        )
         self._metrics()
         self._source = backing.source
         self._faults: tuple[Finding, ...] = ()
         self._compiled: Mapping[Key, Object] = {}
-        self._publisher = Publisher(compile_snapshot(self._compiled, self._settings))
+        self._publisher = Publisher(self._compiler.compile(self._compiled))
         self.clients = Clients(self._registry)
         self._certificate = ServerCertificate(authority, options.server_names)
         self._gate = gate = Gate(backing.credentials, self._registry)
@@ -162,7 +165,7 @@ class Controller:
 
     def _attempt(self, objects: Mapping[Key, Object]) -> Snapshot:
         """Compile, down to the last byte that is served."""
-        snapshot = compile_snapshot(objects, self._settings)
+        snapshot = self._compiler.compile(objects)
         self._discovery.prepare(snapshot)
         return snapshot
 

@@ -13,10 +13,13 @@ from typing import Any, NamedTuple
 from controlplane.api import Action, Authorization, Operation, Rule, Source
 from controlplane.api.authorization import pattern_matches
 from controlplane.istio import GROUP_SECURITY
+from controlplane.model.endpoints import members
 from controlplane.model.findings import Findings
+from controlplane.model.graph import Graph
 from controlplane.model.kubernetes import Pod, selects
-from controlplane.model.world import World
-from controlplane.source import Object
+from controlplane.model.store import rows
+from controlplane.model.world import store
+from controlplane.source import Key, Object
 
 _L7_SOURCE = ("requestPrincipals", "notRequestPrincipals", "remoteIpBlocks", "notRemoteIpBlocks")
 _UNJUDGED_SOURCE = ("ipBlocks", "notIpBlocks")
@@ -27,43 +30,60 @@ class _Unseen(Exception):
     """An attribute that L4 cannot judge; only raised while an ALLOW rule is compiled."""
 
 
-class Authorizations:
-    """All policies of a world, compiled, and which of them select a workload."""
+class Selector(NamedTuple):
+    """Which workloads of its scope a policy selects: by labels, or those behind services of its namespace."""
 
-    def __init__(self, world: World, findings: Findings) -> None:
-        self._world = world
-        self.compiled: list[Authorization] = []
-        self._selecting: dict[
-            str, list[tuple[Object, str]]
-        ] = {}  # namespace ("" is every one) -> policy, key
-        for policy in world.of_kind(GROUP_SECURITY, "AuthorizationPolicy"):
-            authorization = _Compiler(policy, world, findings).policy()
-            if authorization is None:
-                continue
-            self.compiled.append(authorization)
-            namespace = policy.key.namespace
-            scope = "" if namespace == world.settings.root_namespace else namespace
-            self._selecting.setdefault(scope, []).append((policy, f"{namespace}/{policy.key.name}"))
+    policy: str  #: key of the Authorization, ``NAMESPACE/NAME``
+    labels: Mapping[str, str]
+    services: tuple[Key, ...] | None
 
-    def of(self, pod: Pod) -> tuple[str, ...]:
-        """Keys of the policies that select a workload, sorted."""
-        candidates = [*self._selecting.get("", ()), *self._selecting.get(pod.namespace, ())]
-        return tuple(sorted(key for policy, key in candidates if self._selects(policy, pod)))
 
-    def _selects(self, policy: Object, pod: Pod) -> bool:
-        targets = target_refs(policy)
-        if not targets:
-            return selects((policy.spec.get("selector") or {}).get("matchLabels") or {}, pod.labels)
-        names = {
-            t.get("name")
-            for t in targets
-            if t.get("kind") == "Service" and t.get("group", "") in ("", "core")
-        }
-        # A Service as target means its waypoint in Istio. Here its workloads enforce, for whoever reaches them.
-        return any(
-            s.namespace == pod.namespace == policy.key.namespace and s.name in names and pod in s.pods
-            for s in self._world.services.values()
-        )
+def authorization(g: Graph, key: Key) -> Authorization | None:
+    """One policy, compiled; None if it decides nothing."""
+    policy = g.read(store(g).objects, key)
+    if policy is None:
+        return None
+    return _Compiler(policy, g.settings.trust_domain, g.findings).policy()
+
+
+def selectors(g: Graph, namespace: str) -> tuple[Selector, ...]:
+    """Of all policies of a namespace that decide something."""
+    kind = (GROUP_SECURITY, "AuthorizationPolicy", namespace)
+    return tuple(
+        _selector(policy)
+        for policy in rows(store(g).by_namespace, g, kind)
+        if g.get(authorization, policy.key) is not None
+    )
+
+
+def policies_of(g: Graph, pod: Pod) -> tuple[str, ...]:
+    """Keys of the policies that select a workload, sorted."""
+    found = g.get(selectors, pod.namespace)
+    if pod.namespace != g.settings.root_namespace:
+        found = (*g.get(selectors, g.settings.root_namespace), *found)
+    return tuple(sorted(s.policy for s in found if _selects(g, s, pod)))
+
+
+def _selector(policy: Object) -> Selector:
+    namespace, name = policy.key.namespace, policy.key.name
+    targets = target_refs(policy)
+    services = [
+        Key("", "Service", namespace, t["name"])
+        for t in targets
+        if t.get("kind") == "Service" and t.get("group", "") in ("", "core") and t.get("name")
+    ]
+    labels = (policy.spec.get("selector") or {}).get("matchLabels") or {}
+    return Selector(f"{namespace}/{name}", labels, tuple(services) if targets else None)
+
+
+def _selects(g: Graph, selector: Selector, pod: Pod) -> bool:
+    if selector.services is None:
+        return selects(selector.labels, pod.labels)
+    # A Service as target means its waypoint in Istio. Here its workloads enforce, for whoever reaches them.
+    return any(
+        service.namespace == pod.namespace and any(p.key == pod.key for p in g.get(members, service))
+        for service in selector.services
+    )
 
 
 def target_refs(policy: Object) -> list[Mapping[str, Any]]:
@@ -82,10 +102,10 @@ class _Part(NamedTuple):
 
 
 class _Compiler:
-    def __init__(self, policy: Object, world: World, findings: Findings) -> None:
+    def __init__(self, policy: Object, trust_domain: str, findings: Findings) -> None:
         self._policy = policy
         self._namespace = policy.key.namespace
-        self._domain = world.settings.trust_domain
+        self._domain = trust_domain
         self._findings = findings
         self._action = policy.spec.get("action") or "ALLOW"
 

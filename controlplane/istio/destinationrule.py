@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from controlplane.istio import GROUP_NETWORKING
-from controlplane.istio.hosts import closeness, note_export, reaches, resolve
+from controlplane.istio.hosts import Hosts, note_export, reaches, resolve, services_matching
 from controlplane.model.findings import Findings
-from controlplane.model.kubernetes import Pod, ServiceView, selects
+from controlplane.model.graph import Graph
+from controlplane.model.kubernetes import Pod, host_of, selects
 from controlplane.model.routing import Balancing
-from controlplane.model.world import World
-from controlplane.source import Object
+from controlplane.model.store import rows
+from controlplane.model.world import store
+from controlplane.source import Key, Object
 
 _BALANCING = {
     "LEAST_REQUEST": Balancing.LEAST_REQUEST,
@@ -72,82 +74,71 @@ class Rules:
         return simple
 
 
-class DestinationRules:
-    """All rules of a world, by the services that they are for."""
+def rules(g: Graph, key: Key) -> Rules:
+    """What holds for a service."""
+    host = host_of(key)
+    for namespace in dict.fromkeys((key.namespace, g.settings.root_namespace)):
+        hosts = g.get(_hosts, namespace)
+        found = [
+            (close, rule)
+            for close, k in hosts.matching(host)
+            if reaches(rule := g.read(store(g).objects, k), key.namespace)
+        ]
+        if found:
+            best = max(c for c, _ in found)
+            return _merge([rule for c, rule in found if c == best], g.findings)
+    return Rules()
 
-    def __init__(self, world: World, findings: Findings) -> None:
-        self._root = world.settings.root_namespace
-        self._by_namespace: dict[str, list[tuple[str, Object]]] = {}
-        self._findings = findings
-        for rule in world.of_kind(GROUP_NETWORKING, "DestinationRule"):
-            host = resolve(rule.spec["host"], rule.key.namespace)
-            note_export(rule, findings)
-            if rule.spec.get("workloadSelector"):
-                text = "a rule for some callers only is not in force yet: it is left out"
-                findings.warning(rule, "spec.workloadSelector", text, "make it a rule for all callers")
+
+def destination_rule_notes(g: Graph, key: Key) -> None:
+    """What there is to say about one rule, whatever it is used for."""
+    rule = g.read(store(g).objects, key)
+    if rule is None:
+        return
+    note_export(rule, g.findings)
+    if rule.spec.get("workloadSelector"):
+        text = "a rule for some callers only is not in force yet: it is left out"
+        g.findings.warning(rule, "spec.workloadSelector", text, "make it a rule for all callers")
+        return
+    _note(rule, g.findings)
+    host = resolve(rule.spec["host"], key.namespace)
+    namespaces = {k.namespace for k in services_matching(g, host)}
+    if not namespaces:
+        text = f"no service has the host {host}"
+        g.findings.warning(rule, "spec.host", text, "create it, or correct the host")
+    elif key.namespace != g.settings.root_namespace and key.namespace not in namespaces:
+        text = "a rule in the namespace of the clients only is not in force yet"
+        action = f"move it to the service's namespace or to {g.settings.root_namespace}"
+        g.findings.warning(rule, "spec.host", text, action)
+
+
+def _hosts(g: Graph, namespace: str) -> Hosts:
+    return Hosts.of(
+        (resolve(rule.spec["host"], namespace), rule.key)
+        for rule in rows(store(g).by_namespace, g, (GROUP_NETWORKING, "DestinationRule", namespace))
+        if not rule.spec.get("workloadSelector")
+    )
+
+
+def _merge(found: list[Object], findings: Findings) -> Rules:
+    policy: Mapping[str, Any] = {}
+    subsets: dict[str, Subset] = {}
+    origin: dict[str, Object] = {}
+    for rule in found:
+        own = rule.spec.get("trafficPolicy") or {}
+        if policy and own:
+            text = f"{found[0].key} is older and its policy holds"
+            findings.warning(rule, "spec.trafficPolicy", text, "merge the two rules")
+        policy = policy or own
+        for i, subset in enumerate(rule.spec.get("subsets") or ()):
+            name = subset["name"]
+            if name in subsets:
+                text = f"subset {name} is already defined by {origin[name].key}, which is older"
+                findings.warning(rule, f"spec.subsets[{i}]", text, "merge the two rules")
                 continue
-            self._by_namespace.setdefault(rule.key.namespace, []).append((host, rule))
-            _note(rule, findings)
-            self._note_host(rule, host, world)
-        self._cache: dict[str, Rules] = {}
-
-    def of(self, service: ServiceView) -> Rules:
-        """What holds for a service."""
-        if service.host not in self._cache:
-            self._cache[service.host] = self._collect(service)
-        return self._cache[service.host]
-
-    def _collect(self, service: ServiceView) -> Rules:
-        for namespace in (service.namespace, self._root):
-            found = [
-                (closeness(host, service.host), rule)
-                for host, rule in self._by_namespace.get(namespace, ())
-                if closeness(host, service.host) and reaches(rule, service.namespace)
-            ]
-            if found:
-                best = max(c for c, _ in found)
-                return self._merge([rule for c, rule in found if c == best])
-        return Rules()
-
-    def _merge(self, rules: list[Object]) -> Rules:
-        policy: Mapping[str, Any] = {}
-        subsets: dict[str, Subset] = {}
-        origin: dict[str, Object] = {}
-        for rule in rules:
-            own = rule.spec.get("trafficPolicy") or {}
-            if policy and own:
-                self._findings.warning(
-                    rule,
-                    "spec.trafficPolicy",
-                    f"{rules[0].key} is older and its policy holds",
-                    "merge the two rules",
-                )
-            policy = policy or own
-            for i, subset in enumerate(rule.spec.get("subsets") or ()):
-                name = subset["name"]
-                if name in subsets:
-                    text = f"subset {name} is already defined by {origin[name].key}, which is older"
-                    self._findings.warning(rule, f"spec.subsets[{i}]", text, "merge the two rules")
-                    continue
-                subsets[name] = Subset(subset.get("labels") or {}, subset.get("trafficPolicy") or {})
-                origin[name] = rule
-        return Rules(policy, subsets)
-
-    def _note_host(self, rule: Object, host: str, world: World) -> None:
-        matching = [s for s in world.services.values() if closeness(host, s.host)]
-        if not matching:
-            self._findings.warning(
-                rule, "spec.host", f"no service has the host {host}", "create it, or correct the host"
-            )
-        elif rule.key.namespace != self._root and not any(
-            s.namespace == rule.key.namespace for s in matching
-        ):
-            self._findings.warning(
-                rule,
-                "spec.host",
-                "a rule in the namespace of the clients only is not in force yet",
-                f"move it to the service's namespace or to {self._root}",
-            )
+            subsets[name] = Subset(subset.get("labels") or {}, subset.get("trafficPolicy") or {})
+            origin[name] = rule
+    return Rules(policy, subsets)
 
 
 def _note(rule: Object, findings: Findings) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
 from controlplane.model.findings import Findings
-from controlplane.model.kubernetes import CLUSTER_DOMAIN
-from controlplane.source import Object
+from controlplane.model.graph import Graph
+from controlplane.model.kubernetes import CLUSTER_DOMAIN, host_of, service_of
+from controlplane.model.world import store
+from controlplane.source import Key, Object
 
 
 def resolve(host: str, namespace: str) -> str:
@@ -23,6 +28,42 @@ def closeness(pattern: str, host: str) -> int:
     if pattern.startswith("*") and host.endswith(pattern[1:]) and host != pattern[1:]:
         return 1 + len(pattern)
     return 0
+
+
+class Hosts(NamedTuple):
+    """Which objects speak of which hosts: by exact host, and by pattern; the oldest first."""
+
+    exact: dict[str, tuple[Key, ...]]
+    patterns: tuple[tuple[str, Key], ...]
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[str, Key]]) -> Hosts:
+        """From (resolved host, object), the oldest first."""
+        exact: dict[str, tuple[Key, ...]] = {}
+        patterns = []
+        for host, key in pairs:
+            if host.startswith("*"):
+                patterns.append((host, key))
+            else:
+                exact[host] = (*exact.get(host, ()), key)
+        return cls(exact, tuple(patterns))
+
+    def matching(self, host: str) -> Iterator[tuple[int, Key]]:
+        """(closeness, object) of all that speak of a host."""
+        for key in self.exact.get(host, ()):
+            yield closeness(host, host), key
+        for pattern, key in self.patterns:
+            close = closeness(pattern, host)
+            if close:
+                yield close, key
+
+
+def services_matching(g: Graph, pattern: str) -> list[Key]:
+    """The services that a resolved host or pattern speaks of."""
+    if not pattern.startswith("*"):
+        key = service_of(pattern)
+        return [key] if key and g.read(store(g).objects, key) is not None else []
+    return [k for k in g.read(store(g).by_kind, ("", "Service")) if closeness(pattern, host_of(k))]
 
 
 def reaches(about: Object, namespace: str) -> bool:

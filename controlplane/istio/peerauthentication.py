@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from controlplane.api import MtlsMode
 from controlplane.istio import GROUP_SECURITY
 from controlplane.model.findings import Findings
+from controlplane.model.graph import Graph
 from controlplane.model.kubernetes import Pod, selects
-from controlplane.model.world import World
+from controlplane.model.store import rows
+from controlplane.model.world import store
 from controlplane.source import Object
 
 _UNSET = "UNSET"
@@ -27,58 +30,61 @@ class Mtls:
     ports: tuple[tuple[int, MtlsMode], ...] = ()
 
 
-class PeerAuthentications:
-    """All policies of a world; asks for one workload at a time."""
+class _Policy(NamedTuple):
+    selector: Mapping[str, str]
+    mode: str
+    ports: tuple[tuple[int, str], ...]
 
-    def __init__(self, world: World, findings: Findings) -> None:
-        self._mesh: Object | None = None
-        self._namespaces: dict[str, Object] = {}
-        self._workloads: dict[str, list[Object]] = {}
-        for policy in world.of_kind(GROUP_SECURITY, "PeerAuthentication"):
-            namespace = policy.key.namespace
-            _note_disable(policy, findings)
-            if _selector(policy):
-                if namespace == world.settings.root_namespace:
-                    findings.warning(
-                        policy,
-                        "spec.selector",
-                        "a selector in the root namespace has no effect",
-                        "move it to the namespace",
-                    )
-                else:
-                    self._workloads.setdefault(namespace, []).append(policy)
-            elif namespace == world.settings.root_namespace:
-                self._mesh = self._first(self._mesh, policy, "the mesh", findings)
-            else:
-                first = self._first(
-                    self._namespaces.get(namespace), policy, f"namespace {namespace}", findings
-                )
-                self._namespaces[namespace] = first
 
-    @staticmethod
-    def _first(known: Object | None, policy: Object, level: str, findings: Findings) -> Object:
-        if known is None:
-            return policy
-        findings.warning(policy, "", f"{known.key} is older and is the one for {level}", "remove one of them")
-        return known
+class Level(NamedTuple):
+    """The policies of one namespace: those with a selector, the oldest first, and the one without."""
 
-    def of(self, pod: Pod) -> Mtls:
-        """What holds for a workload."""
-        own = next(
-            (p for p in self._workloads.get(pod.namespace, ()) if selects(_selector(p), pod.labels)), None
-        )
-        mode = _UNSET
-        for policy in (own, self._namespaces.get(pod.namespace), self._mesh):
-            if policy is not None and mode == _UNSET:
-                mode = (policy.spec.get("mtls") or {}).get("mode") or _UNSET
-        ports = []
-        for port, mtls in sorted(
-            ((own.spec if own else {}).get("portLevelMtls") or {}).items(), key=lambda p: int(p[0])
-        ):
-            port_mode = _mode((mtls or {}).get("mode") or _UNSET, mode)
-            if port_mode is not _mode(mode):
-                ports.append((int(port), port_mode))
-        return Mtls(_mode(mode), tuple(ports))
+    workloads: tuple[_Policy, ...]
+    own: _Policy | None
+
+
+def peer_authentications(g: Graph, namespace: str) -> Level:
+    """A namespace's policies; the root namespace's are the mesh's."""
+    root = namespace == g.settings.root_namespace
+    first: Object | None = None
+    workloads = []
+    for policy in rows(store(g).by_namespace, g, (GROUP_SECURITY, "PeerAuthentication", namespace)):
+        _note_disable(policy, g.findings)
+        if _selector(policy) and root:
+            text = "a selector in the root namespace has no effect"
+            g.findings.warning(policy, "spec.selector", text, "move it to the namespace")
+        elif _selector(policy):
+            workloads.append(_read(policy))
+        elif first is None:
+            first = policy
+        else:
+            level = "the mesh" if root else f"namespace {namespace}"
+            text = f"{first.key} is older and is the one for {level}"
+            g.findings.warning(policy, "", text, "remove one of them")
+    return Level(tuple(workloads), _read(first) if first else None)
+
+
+def mtls_of(g: Graph, pod: Pod) -> Mtls:
+    """What holds for a workload."""
+    level = g.get(peer_authentications, pod.namespace)
+    mesh = g.get(peer_authentications, g.settings.root_namespace).own
+    own = next((p for p in level.workloads if selects(p.selector, pod.labels)), None)
+    mode = next((p.mode for p in (own, level.own, mesh) if p and p.mode != _UNSET), _UNSET)
+    ports = []
+    for port, written in own.ports if own else ():
+        port_mode = _mode(written, mode)
+        if port_mode is not _mode(mode):
+            ports.append((port, port_mode))
+    return Mtls(_mode(mode), tuple(ports))
+
+
+def _read(policy: Object) -> _Policy:
+    ports = (policy.spec.get("portLevelMtls") or {}).items()
+    return _Policy(
+        _selector(policy),
+        (policy.spec.get("mtls") or {}).get("mode") or _UNSET,
+        tuple(sorted((int(port), (mtls or {}).get("mode") or _UNSET) for port, mtls in ports)),
+    )
 
 
 def _mode(mode: str, inherited: str = _UNSET) -> MtlsMode:

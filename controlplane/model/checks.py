@@ -13,6 +13,10 @@ Problem = tuple[str, str]
 
 def validate(manifest: Mapping[str, Any]) -> Iterator[Problem]:
     """(field, reason) of everything wrong with one object that its schema accepts."""
+    if manifest["apiVersion"] == "discovery.k8s.io/v1" and manifest.get("addressType") != "FQDN":
+        for i, endpoint in enumerate(manifest.get("endpoints") or ()):
+            for j, address in enumerate(endpoint.get("addresses") or ()):
+                yield from _address(address, f"endpoints[{i}].addresses[{j}]")
     if manifest["apiVersion"] != "v1":
         return
     spec = manifest.get("spec") or {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
 
-from controlplane.source import Fault, Object
+from controlplane.source import Fault, Key
 
 
 class Severity(enum.IntEnum):
@@ -34,29 +36,46 @@ class Finding:
         )
 
 
-@dataclass
+class About(Protocol):
+    """What a finding can be about: an object, or what was read from one."""
+
+    @property
+    def key(self) -> Key: ...
+
+    @property
+    def file(self) -> str: ...
+
+
 class Findings:
     """Collects findings; each only once."""
 
-    _all: dict[Finding, None] = field(default_factory=dict)
+    __slots__ = ("_all",)
 
-    def error(self, about: Object, field: str, message: str, action: str = "") -> None:
+    def __init__(self) -> None:
+        self._all: dict[Finding, None] = {}
+
+    def error(self, about: About, field: str, message: str, action: str = "") -> None:
         self._add(Severity.ERROR, about, field, message, action)
 
-    def warning(self, about: Object, field: str, message: str, action: str = "") -> None:
+    def warning(self, about: About, field: str, message: str, action: str = "") -> None:
         self._add(Severity.WARNING, about, field, message, action)
 
-    def info(self, about: Object, field: str, message: str, action: str = "") -> None:
+    def info(self, about: About, field: str, message: str, action: str = "") -> None:
         self._add(Severity.INFO, about, field, message, action)
 
-    def _add(self, severity: Severity, about: Object, field: str, message: str, action: str) -> None:
+    def _add(self, severity: Severity, about: About, field: str, message: str, action: str) -> None:
         self._all[Finding(severity, str(about.key), field, message, action, about.file)] = None
 
-    def sorted(self) -> tuple[Finding, ...]:
-        """The worst first, then by object."""
-        return tuple(
-            sorted(self._all, key=lambda f: (-f.severity, f.object, f.field, f.message, f.action, f.file))
-        )
+    def all(self) -> tuple[Finding, ...]:
+        """In order of collection."""
+        return tuple(self._all)
+
+
+def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """The worst first, then by object."""
+    return tuple(
+        sorted(findings, key=lambda f: (-f.severity, f.object, f.field, f.message, f.action, f.file))
+    )
 
 
 def from_fault(fault: Fault) -> Finding:

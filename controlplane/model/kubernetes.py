@@ -1,4 +1,4 @@
-"""Kubernetes' own objects as the compiler sees them: namespaces, pods, services, and who is enrolled.
+"""Kubernetes' own objects as the compiler sees them: pods and services.
 
 Everything here is a plain reading of single objects; what a mesh makes of them is the compiler's business.
 """
@@ -8,13 +8,19 @@ from __future__ import annotations
 import enum
 import ipaddress
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
-from controlplane.source import Object
+from controlplane.model.enrolment import Asked, Enrolment, enrolment
+from controlplane.source import Key, Object
 
 #: Suffix of the hosts of services. The cluster domain is fixed for now, as everywhere in the wild.
 CLUSTER_DOMAIN = "cluster.local"
+#: Label of an EndpointSlice that names its service.
+SLICE_SERVICE = "kubernetes.io/service-name"
+_SESSION_AFFINITY_S = 10800  # the API's default
 
 
 class Protocol(enum.Enum):
@@ -41,18 +47,36 @@ _PROTOCOLS = {
 class Pod:
     """A pod that is, or will be, somewhere: not one that has ended."""
 
-    object: Object
+    key: Key
+    file: str
+    age: tuple[str, str, str]
     uid: str
-    namespace: str
-    name: str
     service_account: str
     node: str
     addresses: tuple[str, ...]
-    ready: bool
+    serving: bool  #: its readiness probes succeed, also while it ends
+    terminating: bool
     labels: Mapping[str, str]
-    enrolled: bool
-    named_ports: Mapping[str, int]
+    host_network: bool
+    enrolment: Enrolment
+    named_ports: Mapping[tuple[str, str], int]  #: by name and transport
     workload: str
+
+    @property
+    def namespace(self) -> str:
+        return self.key.namespace
+
+    @property
+    def name(self) -> str:
+        return self.key.name
+
+    @property
+    def enrolled(self) -> bool:
+        return self.enrolment.enrolled
+
+    @property
+    def ready(self) -> bool:
+        return self.serving and not self.terminating
 
     def label(self, *names: str) -> str:
         """The first of these labels that is there, else ``unknown``."""
@@ -70,56 +94,65 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class ServiceView:
-    object: Object
-    namespace: str
-    name: str
+    """A Service as written; which pods it has is another question."""
+
+    key: Key
+    file: str
+    age: tuple[str, str, str]
     host: str
-    addresses: tuple[str, ...]
+    addresses: tuple[str, ...]  #: cluster addresses that it claims; empty for headless
     ports: tuple[Port, ...]
-    pods: tuple[Pod, ...]  #: all that it selects, sorted; ready or not
+    selector: Mapping[str, str]
+    publish_not_ready: bool
+    external_name: str
+    session_affinity: int  #: seconds; 0 is none
+    internal_local: bool
+
+    @property
+    def namespace(self) -> str:
+        return self.key.namespace
+
+    @property
+    def name(self) -> str:
+        return self.key.name
 
     def port(self, number: int) -> Port | None:
         return next((p for p in self.ports if p.number == number and p.transport == "TCP"), None)
 
 
-def read_pod(pod: Object, namespace: Object | None) -> Pod | None:
+def read_pod(pod: Object, namespace: Asked, outside: Collection[str]) -> Pod | None:
     """None for a pod that has ended: its address may be someone else's already."""
     spec, status = pod.spec, pod.manifest.get("status") or {}
     if status.get("phase") in ("Succeeded", "Failed"):
         return None
     metadata = pod.manifest["metadata"]
-    written = [status.get("podIP"), *(p["ip"] for p in status.get("podIPs") or ())]
-    addresses = tuple(dict.fromkeys(_address(a) for a in written if a))
+    addresses = addresses_of(pod)
     conditions = {c["type"]: c["status"] for c in status.get("conditions") or ()}
-    named = {
-        p["name"]: p["containerPort"]
-        for container in spec.get("containers") or ()
-        for p in container.get("ports") or ()
-        if p.get("name") and p.get("containerPort")
-    }
     return Pod(
-        object=pod,
+        key=pod.key,
+        file=pod.file,
+        age=pod.age,
         uid=metadata["uid"],
-        namespace=pod.key.namespace,
-        name=pod.key.name,
         service_account=spec.get("serviceAccountName") or "default",
         node=spec.get("nodeName") or "",
         addresses=addresses,
-        ready=conditions.get("Ready") == "True" and bool(addresses) and not metadata.get("deletionTimestamp"),
+        serving=conditions.get("Ready") == "True" and bool(addresses),
+        terminating=bool(metadata.get("deletionTimestamp")),
         labels=pod.labels,
-        enrolled=_enrolled(pod, namespace),
-        named_ports=named,
+        host_network=bool(spec.get("hostNetwork")),
+        enrolment=enrolment(pod, namespace, outside),
+        named_ports=dict(_named_ports(spec)),
         workload=_workload_name(pod),
     )
 
 
-def read_service(service: Object, pods: Sequence[Pod]) -> ServiceView:
-    """``pods``: at least those of the service's namespace that it selects, and no other namespace's."""
+def read_service(service: Object) -> ServiceView:
     spec = service.spec
-    written = [spec.get("clusterIP"), *(spec.get("clusterIPs") or ())]
-    addresses = tuple(dict.fromkeys(_address(a) for a in written if a and a != "None"))
-    selector = spec.get("selector") or {}
-    chosen = [p for p in pods if selector and selects(selector, p.labels)]
+    external = spec.get("type") == "ExternalName"
+    affinity = 0
+    if spec.get("sessionAffinity") == "ClientIP":
+        config = (spec.get("sessionAffinityConfig") or {}).get("clientIP") or {}
+        affinity = config.get("timeoutSeconds") or _SESSION_AFFINITY_S
     ports = tuple(
         Port(
             p["port"],
@@ -130,16 +163,43 @@ def read_service(service: Object, pods: Sequence[Pod]) -> ServiceView:
         )
         for p in spec.get("ports") or ()
     )
-    namespace, name = service.key.namespace, service.key.name
     return ServiceView(
-        service,
-        namespace,
-        name,
-        f"{name}.{namespace}.svc.{CLUSTER_DOMAIN}",
-        addresses,
-        ports,
-        tuple(sorted(chosen, key=lambda p: p.uid)),
+        key=service.key,
+        file=service.file,
+        age=service.age,
+        host=host_of(service.key),
+        addresses=addresses_of(service),
+        ports=ports,
+        selector={} if external else spec.get("selector") or {},
+        publish_not_ready=spec.get("publishNotReadyAddresses", False),
+        external_name=(spec.get("externalName") or "") if external else "",
+        session_affinity=affinity,
+        internal_local=spec.get("internalTrafficPolicy") == "Local",
     )
+
+
+def addresses_of(o: Object) -> tuple[str, ...]:
+    """The addresses of a pod, or the cluster addresses of a service, as canonical text."""
+    if o.key.kind == "Pod":
+        status = o.manifest.get("status") or {}
+        written = [status.get("podIP"), *(p["ip"] for p in status.get("podIPs") or ())]
+    elif o.spec.get("type") == "ExternalName":
+        return ()
+    else:
+        written = [o.spec.get("clusterIP"), *(o.spec.get("clusterIPs") or ())]
+    return tuple(dict.fromkeys(canonical(a) for a in written if a and a != "None"))
+
+
+def host_of(service: Key) -> str:
+    """A service's host name."""
+    return f"{service.name}.{service.namespace}.svc.{CLUSTER_DOMAIN}"
+
+
+def service_of(host: str) -> Key | None:
+    """The service that a host would be; None if it can be none's."""
+    name, _, rest = host.partition(".")
+    namespace, _, domain = rest.partition(".")
+    return Key("", "Service", namespace, name) if domain == f"svc.{CLUSTER_DOMAIN}" else None
 
 
 def target_port(port: Port, pod: Pod) -> int | None:
@@ -148,13 +208,7 @@ def target_port(port: Port, pod: Pod) -> int | None:
         return port.target
     if port.target.isdigit():
         return int(port.target)
-    return pod.named_ports.get(port.target)
-
-
-def ready_pods(service: ServiceView) -> list[Pod]:
-    """The pods that get the service's traffic."""
-    unready_too = service.object.spec.get("publishNotReadyAddresses", False)
-    return [p for p in service.pods if p.ready or (unready_too and p.addresses)]
+    return pod.named_ports.get((port.target, port.transport))
 
 
 def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
@@ -162,17 +216,19 @@ def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
     return all(labels.get(k) == v for k, v in selector.items())
 
 
-def _enrolled(pod: Object, namespace: Object | None) -> bool:
-    if pod.spec.get("hostNetwork"):
-        return False  # its network is the node's
-    own = pod.labels
-    if own.get("istio.io/dataplane-mode") == "none" or own.get("mycel.io/mesh") == "disabled":
-        return False
-    for labels in (own, namespace.labels if namespace else {}):
-        if labels.get("mycel.io/mesh") == "enabled" or labels.get("istio.io/dataplane-mode") == "ambient":
-            return True
-    injected = namespace is not None and namespace.labels.get("istio-injection") == "enabled"
-    return injected and own.get("sidecar.istio.io/inject") != "false"
+def _named_ports(spec: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], int]]:
+    """From the last to the first: of a name that stands twice the first counts, and an init container's comes after all others.
+
+    Init containers have ports while they run on as sidecars (``restartPolicy: Always``).
+    """
+    containers = [
+        *(spec.get("containers") or ()),
+        *(c for c in spec.get("initContainers") or () if c.get("restartPolicy") == "Always"),
+    ]
+    for container in reversed(containers):
+        for port in container.get("ports") or ():
+            if port.get("name") and port.get("containerPort"):
+                yield (port["name"], port.get("protocol") or "TCP"), port["containerPort"]
 
 
 def _workload_name(pod: Object) -> str:
@@ -197,5 +253,7 @@ def _protocol(name: str, app_protocol: str) -> Protocol:
     return _PROTOCOLS.get(lower.split("-", 1)[0], Protocol.UNKNOWN)
 
 
-def _address(text: str) -> str:
-    return str(ipaddress.ip_address(text))
+@lru_cache(1 << 16)
+def canonical(address: str) -> str:
+    """An address as it is compared."""
+    return str(ipaddress.ip_address(address))

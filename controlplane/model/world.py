@@ -1,80 +1,86 @@
-"""All objects of one compilation, read once and indexed: what dialects look things up in."""
+"""What all of the compiler looks up: settings, namespaces, pods."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
-from controlplane.model.kubernetes import Pod, ServiceView, read_pod, read_service
+from common import spiffe
+from controlplane.model.enrolment import Asked
+from controlplane.model.graph import Graph
+from controlplane.model.kubernetes import Pod, read_pod
+from controlplane.model.store import Store
 from controlplane.source import Key, Object
+
+#: Namespaces that are never in the mesh; that of the mesh itself is added where it has one.
+OUTSIDE = frozenset({"kube-system"})
+_NAMESPACE_ASKS = ("mycel.io/mesh", "istio.io/dataplane-mode", "istio-injection", "istio.io/rev")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the process was told, not the objects. ``roots`` is a PEM bundle."""
+    """What the process was told, not the objects. ``roots`` is a PEM bundle; ``outside`` are namespaces never in the mesh."""
 
     trust_domain: str = "cluster.local"
     roots: str = ""
     root_namespace: str = "istio-system"
+    outside: Collection[str] = OUTSIDE
 
 
 @dataclass(frozen=True)
 class World:
-    settings: Settings
-    pods: tuple[Pod, ...]  #: by UID
-    services: Mapping[str, ServiceView]  #: by host
-    #: one of two pods that claim the same UID: (kept, left out)
-    twins: tuple[tuple[Pod, Pod], ...]
-    #: services that claim an address that an older one has: (older, younger, address)
-    address_twins: tuple[tuple[ServiceView, ServiceView, str], ...]
-    _by_kind: Mapping[tuple[str, str], tuple[Object, ...]]
+    """What a graph's cells find as ``graph.settings``."""
 
-    def of_kind(self, group: str, kind: str) -> tuple[Object, ...]:
-        """All objects of a kind, the oldest first."""
-        return self._by_kind.get((group, kind), ())
-
-    def kinds(self) -> Iterable[tuple[str, str]]:
-        return self._by_kind.keys()
+    trust_domain: str
+    root_namespace: str
+    outside: Collection[str]
+    store: Store = field(default_factory=Store, compare=False)
 
 
-def read(objects: Mapping[Key, Object], settings: Settings) -> World:
-    """Index the objects. Their order means nothing."""
-    by_kind: dict[tuple[str, str], list[Object]] = {}
-    for o in sorted(objects.values(), key=lambda o: o.age):
-        by_kind.setdefault((o.key.group, o.key.kind), []).append(o)
-    namespaces = {o.key.name: o for o in by_kind.get(("", "Namespace"), ())}
-    pods: dict[str, Pod] = {}
-    twins = []
-    for o in by_kind.get(("", "Pod"), ()):
-        pod = read_pod(o, namespaces.get(o.key.namespace))
-        if pod is None:
-            continue
-        if pod.uid in pods:
-            twins.append((pods[pod.uid], pod))
-            continue
-        pods[pod.uid] = pod
-    by_label: dict[tuple[str, str, str], list[Pod]] = {}
-    for pod in pods.values():
-        for name, value in pod.labels.items():
-            by_label.setdefault((pod.namespace, name, value), []).append(pod)
-    services: list[ServiceView] = []
-    address_twins = []
-    owners: dict[str, ServiceView] = {}
-    for o in by_kind.get(("", "Service"), ()):
-        selector = o.spec.get("selector") or {}
-        # Only the pods with the rarest pair of the selector are compared: not every service with every pod.
-        having = [by_label.get((o.key.namespace, *pair), []) for pair in selector.items()]
-        service = read_service(o, min(having, key=len, default=[]))
-        taken = [a for a in service.addresses if a in owners]
-        address_twins += [(owners[a], service, a) for a in taken]
-        service = replace(service, addresses=tuple(a for a in service.addresses if a not in taken))
-        owners |= dict.fromkeys(service.addresses, service)
-        services.append(service)
-    return World(
-        settings,
-        tuple(sorted(pods.values(), key=lambda p: p.uid)),
-        {s.host: s for s in sorted(services, key=lambda s: s.host)},
-        tuple(twins),
-        tuple(address_twins),
-        {k: tuple(v) for k, v in by_kind.items()},
-    )
+def store(g: Graph) -> Store:
+    result: Store = g.settings.store
+    return result
+
+
+def namespace(g: Graph, name: str) -> Asked:
+    """What a namespace says about the mesh; nothing if there is no Namespace object."""
+    o: Object | None = g.read(store(g).objects, Key("", "Namespace", "", name))
+    if o is None:
+        return Asked()
+    labels = {k: o.labels[k] for k in _NAMESPACE_ASKS if k in o.labels}
+    annotations = {k: v for k, v in o.annotations.items() if k == "linkerd.io/inject"}
+    return Asked(labels, annotations)
+
+
+def live(g: Graph, key: Key) -> Pod | None:
+    """A pod; None if it is not there, has ended, or has a UID that an older one has too."""
+    pod = any_pod(g, key)
+    if pod is None or owner(g, pod).key != key:
+        return None
+    return pod
+
+
+def owner(g: Graph, pod: Pod) -> Pod:
+    """The pod that has this pod's UID: the oldest that claims it."""
+    claim = [pod]
+    for key in g.read(store(g).pods_by_uid, pod.uid):
+        if key != pod.key and (other := any_pod(g, key)):
+            claim.append(other)
+    return min(claim, key=lambda p: p.age)
+
+
+def pods_at(g: Graph, address: str) -> tuple[Pod, ...]:
+    """The pods with an address of their own network, by UID. More than one: somebody has not noticed yet that one has ended."""
+    pods = [g.get(live, key) for key in g.read(store(g).pods_by_address, address)]
+    return tuple(sorted((p for p in pods if p and not p.host_network), key=lambda p: p.uid))
+
+
+def identity(g: Graph, pod: Pod) -> str:
+    """A pod's SPIFFE ID."""
+    return str(spiffe.workload_id(g.settings.trust_domain, pod.namespace, pod.service_account))
+
+
+def any_pod(g: Graph, key: Key) -> Pod | None:
+    """A pod whoever has its UID; None if it is not there or has ended."""
+    o = g.read(store(g).objects, key)
+    return None if o is None else read_pod(o, g.get(namespace, key.namespace), g.settings.outside)

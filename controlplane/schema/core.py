@@ -38,6 +38,18 @@ METADATA = _open(
 )
 
 _ADDRESS = {**_STRING, "pattern": _IP_PATTERN}
+_TRANSPORT: dict[str, Any] = {**_STRING, "enum": ["TCP", "UDP", "SCTP"]}
+_AFFINITY_SECONDS: dict[str, Any] = {"type": "integer", "minimum": 1, "maximum": 86400, "nullable": True}
+_CONTAINERS = _list(
+    _open(
+        {
+            "name": _STRING,
+            "restartPolicy": {**_STRING, "nullable": True},
+            "ports": _list(_open({"containerPort": _PORT, "name": _STRING, "protocol": _TRANSPORT})),
+        }
+    )
+)
+_CONDITION = {"type": "boolean", "nullable": True}
 _CLUSTER_IP = {**_STRING, "pattern": rf"^None$|{_IP_PATTERN}"}
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -55,12 +67,19 @@ KINDS: dict[str, dict[str, Any]] = {
                     "clusterIPs": _list(_CLUSTER_IP),
                     "selector": {**_STRINGS, "nullable": True},
                     "publishNotReadyAddresses": {"type": "boolean"},
+                    "externalName": _STRING,
+                    "sessionAffinity": {**_STRING, "enum": ["None", "ClientIP"]},
+                    "sessionAffinityConfig": _open(
+                        {"clientIP": _open({"timeoutSeconds": _AFFINITY_SECONDS}, nullable=True)},
+                        nullable=True,
+                    ),
+                    "internalTrafficPolicy": {**_STRING, "enum": ["Cluster", "Local"]},
                     "ports": _list(
                         _open(
                             {
                                 "port": _PORT,
                                 "name": _STRING,
-                                "protocol": {**_STRING, "enum": ["TCP", "UDP", "SCTP"]},
+                                "protocol": _TRANSPORT,
                                 "appProtocol": {**_STRING, "nullable": True},
                                 "targetPort": {"anyOf": [_PORT, {**_STRING, "minLength": 1}]},
                             },
@@ -80,9 +99,8 @@ KINDS: dict[str, dict[str, Any]] = {
                     "nodeName": _STRING,
                     "serviceAccountName": _STRING,
                     "hostNetwork": {"type": "boolean"},
-                    "containers": _list(
-                        _open({"ports": _list(_open({"containerPort": _PORT, "name": _STRING}))}),
-                    ),
+                    "containers": _CONTAINERS,
+                    "initContainers": _CONTAINERS,
                 }
             ),
             "status": _open(
@@ -97,5 +115,38 @@ KINDS: dict[str, dict[str, Any]] = {
             ),
         },
         required=["spec"],
+    ),
+    "discovery.k8s.io/EndpointSlice": _open(
+        {
+            "addressType": {**_STRING, "enum": ["IPv4", "IPv6", "FQDN"]},
+            "endpoints": _list(
+                _open(
+                    {
+                        "addresses": _list(_STRING),
+                        "nodeName": {**_STRING, "nullable": True},
+                        "zone": {**_STRING, "nullable": True},
+                        "conditions": _open(
+                            {"ready": _CONDITION, "serving": _CONDITION, "terminating": _CONDITION},
+                            nullable=True,
+                        ),
+                        "targetRef": _open(
+                            {"kind": _STRING, "name": _STRING, "namespace": _STRING, "uid": _STRING},
+                            nullable=True,
+                        ),
+                    },
+                    required=["addresses"],
+                )
+            ),
+            "ports": _list(
+                _open(
+                    {
+                        "name": {**_STRING, "nullable": True},
+                        "port": {**_PORT, "nullable": True},
+                        "protocol": {**_TRANSPORT, "nullable": True},
+                    }
+                )
+            ),
+        },
+        required=["addressType"],
     ),
 }

@@ -23,7 +23,7 @@ def _custom() -> dict[str, Any]:
 
 def known(group: str, kind: str) -> bool:
     """True if there is a schema for this kind (in any version)."""
-    return f"{group}/{kind}" in _custom() or (not group and f"/{kind}" in core.KINDS)
+    return f"{group}/{kind}" in _custom() or f"{group}/{kind}" in core.KINDS
 
 
 def validate(manifest: dict[str, Any]) -> Iterator[Problem]:
@@ -43,8 +43,8 @@ def validate(manifest: dict[str, Any]) -> Iterator[Problem]:
         # The status is what a cluster wrote there: it is not configuration, and judged by nobody here.
         body.pop("status", None)
         yield from problems(body, custom["schema"])
-    elif not group and f"/{kind}" in core.KINDS:
+    elif f"{group}/{kind}" in core.KINDS:
         if version != "v1":
             yield "apiVersion", f"{kind} has version v1, not {version}"
             return
-        yield from problems(manifest, core.KINDS[f"/{kind}"])
+        yield from problems(manifest, core.KINDS[f"{group}/{kind}"])

@@ -304,11 +304,11 @@ def test_kinds_that_have_no_effect_say_so() -> None:
         "metadata": {"name": "r"},
         "spec": {},
     }
-    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "c"}}
+    config = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "c"}}
     snapshot = compile_all(*(json.dumps(m) for m in (gateway, route, config)))
     assert "Gateway is accepted, not in force yet\n" in messages(snapshot) + "\n"
     assert "HTTPRoute is accepted, not in force yet (nor are its fields checked)" in messages(snapshot)
-    assert "ConfigMap means nothing to the mesh" in messages(snapshot)
+    assert "Deployment means nothing to the mesh" in messages(snapshot)
 
 
 def test_the_trust_domain_is_a_setting() -> None:
