@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from cli import output, watch
-from cli.http import Unreachable, read_json, read_text
+from cli.http import Direct, Reader, Unreachable
 from controlplane.model.findings import Finding, Severity
 
 #: Seconds that clients get to take a change before it is said of them that they have not.
@@ -41,20 +42,29 @@ def offline(folder: Path) -> list[Finding]:
     return [*check.check(folder), *LIMITS]
 
 
-def online(controller: str) -> list[Finding]:
-    """What the controller says of its objects, and how its clients are.
+def online(controllers: Sequence[str], reader: Reader | None = None) -> list[Finding]:
+    """What the controllers say of their objects, and how their clients are.
 
-    :raises Unreachable: the controller does not answer, or not so that this version understands it.
+    :param controllers: admin addresses of all replicas.
+    :raises Unreachable: a controller does not answer, or not so that this version understands it.
     """
-    answer = read_json(controller, "/debug/findings", who="the controller")
-    try:
-        found = [decode(item) for item in answer]
-    except (KeyError, TypeError, ValueError) as error:
-        raise Unreachable(
-            f"the controller at {controller} writes its findings in a way that this version does not know: {error!r}"
-        ) from error
-    found += _clients(_settled_fleet(controller))
-    return sorted([*found, *LIMITS], key=lambda f: (-f.severity, f.object, f.field, f.message))
+    reader = reader or Direct()
+    found: set[Finding] = set()
+    for controller in controllers:
+        answer = reader.read_json(controller, "/debug/findings", who="the controller")
+        try:
+            found |= {decode(item) for item in answer}
+        except (KeyError, TypeError, ValueError) as error:
+            raise Unreachable(
+                f"the controller at {controller} writes its findings in a way that this version does not know: {error!r}"
+            ) from error
+    fleet = _settled_fleet(controllers, reader)
+    return ordered([*found, *clients(fleet, reader), *LIMITS])
+
+
+def ordered(found: Iterable[Finding]) -> list[Finding]:
+    """The worst first."""
+    return sorted(set(found), key=lambda f: (-f.severity, f.object, f.field, f.message))
 
 
 def decode(item: dict[str, Any]) -> Finding:
@@ -105,18 +115,19 @@ def write(found: list[Finding], *, as_json: bool) -> None:
         print("no errors")
 
 
-def _settled_fleet(controller: str) -> watch.Fleet:
+def _settled_fleet(controllers: Sequence[str], reader: Reader) -> watch.Fleet:
     """The fleet, given a moment to take a change that has just been made."""
     deadline = time.monotonic() + _SETTLE
     while True:
-        fleet = watch.fleet(controller)
-        if all(client.acked == fleet.version for client in fleet.clients) or time.monotonic() > deadline:
+        fleet = watch.fleet(controllers, reader)
+        settled = len(fleet.versions) == 1 and all(client.current for client in fleet.clients)
+        if settled or time.monotonic() > deadline:
             return fleet
         time.sleep(0.1)
 
 
-def _clients(fleet: watch.Fleet) -> list[Finding]:
-    """Nodes without one of the components, and clients that do not have what the controller serves."""
+def clients(fleet: watch.Fleet, reader: Reader) -> list[Finding]:
+    """Nodes without one of the components, and clients that do not have what their controller serves."""
     found: list[Finding] = []
     by_node: dict[str, dict[str, watch.Client]] = {}
     for client in fleet.clients:
@@ -145,38 +156,38 @@ def _clients(fleet: watch.Fleet) -> list[Finding]:
                 )
             )
         for client in here.values():
-            found += _state(client, fleet.version)
+            found += _state(client, reader)
     return found
 
 
-def _state(client: watch.Client, version: str) -> list[Finding]:
+def _state(client: watch.Client, reader: Reader) -> list[Finding]:
     found = []
     where = f"Node {client.node}"
     for key, reason in sorted(client.errors.items()):
         message = f"{client.component} refuses {key}: {reason}"
         action = "its last good state stays in force there; correct the object that it comes from"
         found.append(Finding(Severity.ERROR, where, "", message, action))
-    if client.acked != version and not client.errors:
+    if not client.current and not client.errors:
         message = f"{client.component} has not acknowledged the configuration that is being served"
         action = f"if this stays, look at the log of mycel-{client.component} on {client.node}"
         found.append(Finding(Severity.WARNING, where, "", message, action))
     if client.admin:
         try:
-            read_text(client.admin, "/healthz/ready", who=str(client))
+            reader.read_text(client.admin, "/healthz/ready", who=str(client))
         except Unreachable as error:
             action = f"look at the log of mycel-{client.component} on {client.node}"
             found.append(Finding(Severity.WARNING, where, "", str(error), action))
         else:
-            found += _unattached(client)
+            found += _unattached(client, reader)
     return found
 
 
-def _unattached(client: watch.Client) -> list[Finding]:
+def _unattached(client: watch.Client, reader: Reader) -> list[Finding]:
     """Pods that are to be in the mesh and are not captured."""
     if client.component != "agent":
         return []
     try:
-        pods = read_json(client.admin, "/debug/status", who=str(client))["unattached"]
+        pods = reader.read_json(client.admin, "/debug/status", who=str(client))["unattached"]
     except (Unreachable, KeyError, TypeError):
         return []  # an agent of another version: this is the one thing that it cannot be asked
     message = (

@@ -7,7 +7,7 @@ import http.client
 import json
 import urllib.error
 import urllib.request
-from typing import Any
+from typing import Any, Protocol
 
 _TIMEOUT = 5.0  # seconds
 _LONGEST_REASON = 500  # bytes
@@ -15,6 +15,24 @@ _LONGEST_REASON = 500  # bytes
 
 class Unreachable(Exception):
     """A process did not answer, or answered with something else than what it serves. The text is for people."""
+
+
+class Reader(Protocol):
+    """How admin servers are reached: directly, or through the API server (:class:`cli.cluster.Cluster`)."""
+
+    def read_text(self, address: str, path: str, *, who: str) -> str: ...
+
+    def read_json(self, address: str, path: str, *, who: str) -> Any: ...
+
+
+class Direct:
+    """Admin servers at the addresses that they have."""
+
+    def read_text(self, address: str, path: str, *, who: str) -> str:
+        return read_text(address, path, who=who)
+
+    def read_json(self, address: str, path: str, *, who: str) -> Any:
+        return decode(self.read_text(address, path, who=who), address, path, who=who)
 
 
 def read_text(address: str, path: str, *, who: str) -> str:
@@ -43,12 +61,8 @@ def read_text(address: str, path: str, *, who: str) -> str:
         raise Unreachable(f"{who} does not answer at {address}: {reason}") from error
 
 
-def read_json(address: str, path: str, *, who: str) -> Any:
-    """As :func:`read_text`, decoded.
-
-    :raises Unreachable: also when the answer is no JSON.
-    """
-    body = read_text(address, path, who=who)
+def decode(body: str, address: str, path: str, *, who: str) -> Any:
+    """:raises Unreachable: what was answered is no JSON."""
     try:
         return json.loads(body)
     except ValueError as error:

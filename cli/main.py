@@ -89,7 +89,7 @@ def check(
         found = checks.offline(config)
     else:
         try:
-            found = checks.online(controller)
+            found = checks.online([controller])
         except Unreachable as error:
             _cannot_reach(error)
     checks.write(found, as_json=as_json)
@@ -108,7 +108,7 @@ def stat(
     from cli.http import Unreachable
 
     try:
-        measured = watch.measure(controller, interval)
+        measured = watch.measure([controller], interval)
     except Unreachable as error:
         _cannot_reach(error)
     watch.write(measured, as_json=as_json)
