@@ -19,9 +19,11 @@ import grpc
 import grpc.aio
 import pytest
 
+from controlplane import compiler
 from controlplane.check import Severity, check
-from controlplane.compiler import compile_snapshot
 from controlplane.controller import Controller
+from controlplane.model.graph import Graph
+from controlplane.source import Key
 from tests.controlplane.support import Harness, MeshClient, eventually, namespace, pod, two_versions, write
 from tests.requirements import ROOT
 
@@ -161,14 +163,12 @@ def test_check_is_silent_where_all_is_well(tmp_path: Path) -> None:
 
 async def test_a_bug_of_ours_costs_one_object(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler raises for one object: that one is left out, running or at the start, and all others are served."""
-    real = compile_snapshot
 
-    def broken(objects: Any, settings: Any) -> Any:
-        if any(key.name == "poison" for key in objects):
+    def broken(g: Graph, key: Key) -> None:
+        if key.name == "poison":
             raise KeyError("a bug")
-        return real(objects, settings)
 
-    monkeypatch.setattr("controlplane.controller.compile_snapshot", broken)
+    monkeypatch.setitem(compiler._CELLS, ("", "Namespace"), (broken,))
     async with harness.serving() as controller, harness.channel() as channel:
         client = MeshClient(channel)
         await client.hello()
