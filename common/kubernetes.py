@@ -13,13 +13,12 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any, Self
 from urllib.parse import quote
 
 import aiohttp
 import msgspec
-from multidict import CIMultiDict
 
 from common.kubeconfig import Access, AccessError
 
@@ -37,6 +36,8 @@ _ATTEMPTS = 5
 _MAX_RETRY_AFTER = 10.0
 #: Seconds that the server keeps a watch open: at random between, so that they do not all end at once.
 _WATCH_SECONDS = (300, 600)
+#: Seconds without any event until a watch counts as broken; bookmarks come every minute.
+_WATCH_SILENCE = 180.0
 #: Bytes of one event: etcd takes no object beyond 1.5 MB, JSON may be somewhat larger.
 _MAX_EVENT = 32 << 20
 _MERGE_PATCH = "application/merge-patch+json"
@@ -70,7 +71,8 @@ class Client:
     """Use as an async context manager; any number of tasks may use it at once.
 
     Paths are absolute (``/api/v1/pods``, see :func:`path_of`); keyword parameters go into the query as they are named
-    (``labelSelector="app=a"``); True and False become ``true`` and ``false``, None leaves one out.
+    (``labelSelector="app=a"``); True and False become ``true`` and ``false``, None leaves one out. ``accept`` goes into
+    the header of that name: other forms of the answer (PartialObjectMetadata, say).
     """
 
     def __init__(
@@ -82,19 +84,21 @@ class Client:
 
     async def __aenter__(self) -> Self:
         self._requests = self._session(_CONNECTIONS, self._timeout)
-        self._watches = self._session(0, None)
+        self._watches = self._session(0, None, _WATCH_SILENCE)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._requests.close()
         await self._watches.close()
 
-    def _session(self, connections: int, total: float | None) -> aiohttp.ClientSession:
+    def _session(
+        self, connections: int, total: float | None, silence: float | None = None
+    ) -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=connections, ttl_dns_cache=10, keepalive_timeout=60, socket_factory=_socket
             ),
-            timeout=aiohttp.ClientTimeout(total=total, sock_connect=_CONNECT_TIMEOUT),
+            timeout=aiohttp.ClientTimeout(total=total, sock_connect=_CONNECT_TIMEOUT, sock_read=silence),
             headers={"User-Agent": self._agent, "Accept": "application/json, */*"},
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=True,
@@ -114,26 +118,37 @@ class Client:
         ``resourceVersion`` is left unset unless given: the most recent state, as a quorum has it. When a page's token expires
         (410) all is read again at once, unpaged.
         """
-        params = {"limit": _PAGE} | params
-        result = await self.get(path, **params)
-        items: list[dict[str, Any]] = list(result.get("items") or ())
-        page = result
         try:
-            while token := page["metadata"].get("continue"):
-                # The token stands for the first page's version; naming one beside it is an error.
-                following = {k: v for k, v in params.items() if not k.startswith("resourceVersion")}
-                page = await self.get(path, **following, **{"continue": token})
-                items += page.get("items") or ()
+            return await self._list(path, params)
         except ApiError as e:
             if not e.expired:
                 raise
-            return await self.get(path, **(params | {"limit": None}))
-        result["items"] = items
-        result["metadata"].pop("continue", None)
-        result["metadata"].pop("remainingItemCount", None)
+            return await self._list(path, params | {"limit": None})
+
+    async def _list(self, path: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        async for items, version in self.pages(path, **params):
+            result.setdefault("items", []).extend(items)
+            result["metadata"] = {"resourceVersion": version}
         return result
 
-    async def watch(self, path: str, **params: Any) -> AsyncIterator[dict[str, Any]]:
+    async def pages(self, path: str, **params: Any) -> AsyncIterator[tuple[Sequence[dict[str, Any]], str]]:
+        """A list page by page: objects (of built-in kinds without apiVersion and kind), and the version of the whole list.
+
+        :raises ApiError: ``expired`` if reading took too long; then begin again, with ``limit=None``.
+        """
+        params = {"limit": _PAGE} | params
+        while True:
+            page = await self.get(path, **params)
+            metadata = page["metadata"]
+            yield page.get("items") or [], metadata["resourceVersion"]
+            if not metadata.get("continue"):
+                return
+            # The token stands for the first page's version; naming one beside it is an error.
+            params = {k: v for k, v in params.items() if not k.startswith("resourceVersion")}
+            params["continue"] = metadata["continue"]
+
+    async def watch(self, path: str, **params: Any) -> AsyncGenerator[dict[str, Any], None]:
         """Events (``type``, ``object``) from ``resourceVersion`` on, until the server ends the watch (5 to 10 minutes).
 
         Bookmarks are asked for and come as events of type BOOKMARK. Close the iterator (``contextlib.aclosing``) to end
@@ -269,10 +284,13 @@ class Client:
             except (aiohttp.ClientError, OSError, TimeoutError, AccessError) as e:
                 raise Unreachable(f"watch {path}: {_text(e)}") from e
 
-    async def _options(self, params: Mapping[str, Any], headers: Mapping[str, str]) -> dict[str, Any]:
+    async def _options(self, params: Mapping[str, Any], content: Mapping[str, str]) -> dict[str, Any]:
+        headers = [*await self.access.authorization(), *content.items()]
+        if "accept" in params:
+            headers.append(("Accept", params["accept"]))
         result: dict[str, Any] = {
-            "params": {k: _parameter(v) for k, v in params.items() if v is not None},
-            "headers": CIMultiDict([*await self.access.authorization(), *headers.items()]),
+            "params": {k: _parameter(v) for k, v in params.items() if v is not None and k != "accept"},
+            "headers": headers,
             "allow_redirects": False,
         }
         context = self.access.tls()
@@ -335,4 +353,8 @@ def _status_error(status: int, answer: Mapping[str, Any]) -> ApiError:
 
 
 def _text(error: BaseException) -> str:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return f"{error.host}:{error.port}: {error.certificate_error}"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"{error.host}:{error.port}: {error.os_error.strerror or error.os_error}"
     return str(error) or type(error).__name__

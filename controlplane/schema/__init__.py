@@ -4,6 +4,6 @@ Owns the structural schemas and their rules. What needs other objects to be judg
 defines) is the compiler's finding, not this package's error.
 """
 
-from controlplane.schema.validation import known, validate
+from controlplane.schema.validation import known, validate, versions
 
-__all__ = ["known", "validate"]
+__all__ = ["known", "validate", "versions"]

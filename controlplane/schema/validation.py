@@ -26,6 +26,11 @@ def known(group: str, kind: str) -> bool:
     return f"{group}/{kind}" in _custom() or f"{group}/{kind}" in core.KINDS
 
 
+def versions(group: str, kind: str) -> tuple[str, ...]:
+    """The versions in which a custom kind may be written; none if there is no schema for it."""
+    return tuple((_custom().get(f"{group}/{kind}") or {}).get("versions", ()))
+
+
 def validate(manifest: dict[str, Any]) -> Iterator[Problem]:
     """What is wrong with an object: (field, reason) each.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -71,6 +72,7 @@ class Fault:
     field: str  #: ``spec.http[0].route``; empty if the object as a whole is meant
     reason: str
     action: str = ""
+    key: Key | None = dataclasses.field(default=None, compare=False)  #: the object's, where there is one
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class State:
 
     objects: Mapping[Key, Object] = field(default_factory=dict)
     faults: tuple[Fault, ...] = ()
+    #: objects as they are written that are refused: an older version of theirs is in force, or none
+    refused: Mapping[Key, Object] = field(default_factory=dict)
 
 
 #: (field, reason) of everything that is wrong with a manifest taken alone.
