@@ -45,10 +45,18 @@ class State:
         return self.boot != _boot() or self.started != _started(self.pid)
 
 
-def create() -> State:
-    """A new lab's folder and state file, owned by this process."""
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base()))
-    # Proxies without capabilities read their files here by their owner's right; nobody else has business in it.
+def create(id: str = "") -> State:
+    """A new lab's folder and state file, owned by this process.
+
+    :raises FileExistsError: a lab of this ``id`` is there.
+    """
+    if id:
+        folder = base() / f"{PREFIX}{id}"
+        folder.mkdir(mode=0o700)
+    else:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base()))
+    # Proxies are somebody else, and read their bundle and credential below; nobody else has business in it.
+    folder.chmod(0o711)
     state = State(folder.name.removeprefix(PREFIX), os.getpid(), _started(os.getpid()), _boot())
     temporary = folder / ".state.json"
     temporary.write_text(json.dumps(asdict(state)))

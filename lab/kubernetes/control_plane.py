@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +92,31 @@ class ControlPlane:
 
     @property
     def kubeconfig(self) -> Path:
-        return self.folder / "admin.kubeconfig"
+        return self.pki / "admin.kubeconfig"
 
     @property
     def certificate_authority(self) -> Path:
-        return self.folder / "pki/ca.crt"
+        return self.pki / "ca.crt"
 
     def service(self, name: str) -> Service:
         """One of its daemons, by the program's name (``kube-apiserver``), to stop and start."""
         return Service(
             name,
-            [*self._entering, str(self.folder / "services" / name)],
+            [str(self.folder / "services" / name)],
+            entering=self._entering,
             cgroup=self.cgroup / name,
             log=self.folder / f"{name}.log",
         )
 
-    def configure(self) -> None:
+    @property
+    def pki(self) -> Path:
+        """The folder of certificates and kubeconfigs; ``nodes/NAME`` in it is all that a node gets."""
+        return self.folder / "pki"
+
+    def configure(self, nodes: Mapping[str, str] | None = None) -> None:
+        """:param nodes: name to address of those that get credentials."""
+        wanted = [f"{name}={address}" for name, address in (nodes or {}).items()]
+        programs.configure("pki", self.pki, f"{self.address}:{self.port}", *wanted)
         programs.configure("control-plane", self.folder, programs.folder(), self.address, self.port)
 
     def start(self, timeout: float = 60.0) -> None:

@@ -21,14 +21,27 @@ class Service:
     """One daemon.
 
     :param command: ends up as the daemon by ``exec`` alone.
-    :param cgroup: in the unified hierarchy, made at the start, holds this service and nothing else.
+    :param cgroup: in the unified hierarchy, made at the start; holds this service and nothing else.
+    :param entering: the front of a command line that enters the namespaces it lives in.
+    :param everywhere: it joins the cgroup of this name in each other hierarchy too, as it would on a real machine.
     """
 
-    def __init__(self, name: str, command: Sequence[str], *, cgroup: Path, log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        cgroup: Path,
+        log: Path,
+        entering: Sequence[str] = (),
+        everywhere: bool = False,
+    ) -> None:
         self.name = name
         self.command = list(command)
         self.cgroup = cgroup
         self.log = log
+        self._entering = list(entering)
+        self._everywhere = everywhere
 
     @property
     def pids(self) -> list[int]:
@@ -42,9 +55,13 @@ class Service:
         """:raises LabError: it runs already, or cannot be started."""
         if self.running:
             raise LabError(f"{self.name} runs already")
-        self.cgroup.mkdir(parents=True, exist_ok=True)
+        groups = same_in_all(self.cgroup) if self._everywhere else [self.cgroup]
+        joining: list[str] = []
+        for group in groups:
+            group.mkdir(parents=True, exist_ok=True)
+            joining += cgroups.joining(group)
         # setsid --fork: its parent becomes init, so that whoever started it need not wait for it.
-        command = [*cgroups.joining(self.cgroup), "/usr/bin/setsid", "--fork", *self.command]
+        command = [*joining, *self._entering, "/usr/bin/setsid", "--fork", *self.command]
         with open(self.log, "ab") as log:
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", check=False
@@ -81,3 +98,9 @@ class Service:
             return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
         except FileNotFoundError:
             return ""
+
+
+def same_in_all(cgroup: Path) -> list[Path]:
+    """The cgroup of this path below the root of every mounted hierarchy, the unified one among them."""
+    below = cgroup.relative_to(cgroups.root())
+    return [hierarchy / below for hierarchy in cgroups.hierarchies()]
