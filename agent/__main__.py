@@ -6,9 +6,11 @@ import argparse
 import asyncio
 import os
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
 
-from agent.daemon import Options, StartError, run
+from agent import host
+from agent.daemon import Options, StartError, leave_node, run
 from common import logs
 
 
@@ -24,7 +26,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--pins", type=Path, default=Path("/sys/fs/bpf/mycel"), help="folder on a bpf file system"
     )
     parser.add_argument(
-        "--cgroup", type=Path, required=True, help="the node's cgroup: pods and our processes below it"
+        "--cgroup",
+        type=Path,
+        required=True,
+        metavar="FOLDER|auto",
+        help="the node's cgroup: pods and our processes below it; auto finds it, also from inside of a container",
     )
     parser.add_argument("--controller", required=True, metavar="HOST:PORT")
     parser.add_argument(
@@ -32,7 +38,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--credential", type=Path, required=True, help="file with this node's token")
     parser.add_argument("--admin", type=_address, default=("0.0.0.0", 15020), metavar="ADDRESS:PORT")
-    parser.add_argument("--prober-cgroup", type=Path, help="processes in it are probers (kubelet)")
+    probers = parser.add_mutually_exclusive_group()
+    probers.add_argument(
+        "--prober",
+        choices=("auto", "none"),
+        default="none",
+        help="auto: find kubelet, whose probes pass always",
+    )
+    probers.add_argument("--prober-cgroup", type=Path, help="processes in it are probers (kubelet)")
     parser.add_argument("--envoy-cgroup", type=Path, help="processes in it are an Envoy in l7proxy's place")
     logs.add_arguments(parser)
     return parser.parse_args(arguments)
@@ -45,14 +58,47 @@ def _address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def parse_leave(arguments: list[str] | None = None) -> argparse.Namespace:
+    """:raises SystemExit: the command line is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="mycel-agent --leave", description="Take the mesh off this node; no agent may run here."
+    )
+    parser.add_argument("--leave", action="store_true", required=True)
+    parser.add_argument("--run", type=Path, default=Path("/run/mycel"))
+    parser.add_argument("--state", type=Path, default=Path("/var/lib/mycel"))
+    parser.add_argument("--pins", type=Path, default=Path("/sys/fs/bpf/mycel"))
+    logs.add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
 def main() -> None:
     """Run until SIGTERM; status 1 and a message if that is not possible."""
+    if "--leave" in sys.argv[1:]:
+        options = parse_leave()
+        logs.setup_from(options)
+        _end(leave_node(options.run, options.state, options.pins))
+        return
     options = parse()
     logs.setup_from(options)
+    if options.cgroup == Path("auto"):
+        try:
+            # Before any thread is there: it is a thread that changes, and all that it starts.
+            host.join_cgroup_namespace()
+        except host.HostError as error:
+            logs.get("agent").warning("cgroups of others have no names here", reason=str(error))
+        try:
+            options.cgroup = host.cgroup_root()
+        except host.HostError as error:
+            logs.get("agent").error("agent cannot run", reason=str(error))
+            sys.exit(1)
     given = {name: value for name, value in vars(options).items() if not name.startswith("log_")}
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    _end(run(Options(**given)))
+
+
+def _end(work: Coroutine[None, None, None]) -> None:
     try:
-        asyncio.run(run(Options(**given)))
+        asyncio.run(work)
     except StartError as error:
         logs.get("agent").error("agent cannot run", reason=str(error))
         sys.exit(1)

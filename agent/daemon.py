@@ -21,11 +21,13 @@ from agent import processes
 from agent.cni_service import CniService
 from agent.debug import pages
 from agent.kernel import Kernel, KernelError
+from agent.leave import leave
 from agent.live import Live
 from agent.metrics import CniLatencies, Collector, View, name_of
 from agent.namespaces import Namespaces
 from agent.node import Node
 from agent.packets import Server
+from agent.prober import Prober
 from agent.programmer import Programmer
 from agent.proxies import Proxies
 from agent.refusals import Refusals
@@ -67,6 +69,7 @@ class Options:
     roots: Path
     credential: Path
     admin: tuple[str, int]
+    prober: str = "none"
     prober_cgroup: Path | None = None
     envoy_cgroup: Path | None = None
 
@@ -90,13 +93,22 @@ async def run(options: Options) -> None:
             await _serve(options, kernel, stop)
 
 
-async def _alone(folder: Path) -> BinaryIO:
+async def leave_node(run: Path, state: Path, pins: Path) -> None:
+    """Take the mesh off this node.
+
+    :raises StartError: an agent runs.
+    """
+    with await _alone(run, patience=2.0):
+        await asyncio.to_thread(leave, pins, (run, state))
+
+
+async def _alone(folder: Path, *, patience: float = _PREDECESSOR_TIMEOUT) -> BinaryIO:
     """Wait until no other agent runs on this node, and keep others out while the file is open.
 
     :raises StartError: it does not end.
     """
     file = _lock_file(folder)
-    attempts = int(_PREDECESSOR_TIMEOUT / 0.1)
+    attempts = int(patience / 0.1)
     for attempt in range(attempts):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,7 +119,7 @@ async def _alone(folder: Path) -> BinaryIO:
         else:
             return file
     file.close()
-    raise StartError(f"another agent runs with {folder}, and did not end in {_PREDECESSOR_TIMEOUT:g} s")
+    raise StartError(f"another agent runs with {folder}, and did not end in {patience:g} s")
 
 
 def _lock_file(folder: Path) -> BinaryIO:
@@ -228,6 +240,8 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
         serving.set()
         tasks.start(sweeper.run(), name="sweep of late connections")
         tasks.start(cni.watch_notes(), name="notes")
+        if options.prober == "auto":
+            tasks.start(Prober(roles, options.cgroup).run(), name="prober")
         live = Live(node)
         node.on_change = live.changed
         tasks.start(live.run(), name="running pods")

@@ -49,6 +49,21 @@ class Roles:
         self._give(cgroup, role)
         self._fixed[cgroup.id] = role
 
+    def only(self, role: Role, cgroup: processes.Cgroup | None) -> None:
+        """Give a role that one cgroup has at most; any other loses it.
+
+        :raises RoleError: as :meth:`fix`.
+        """
+        try:
+            for cgroup_id, found in self._kernel.roles().items():
+                if found is role and (cgroup is None or cgroup_id != cgroup.id):
+                    self._kernel.set_role(cgroup_id, Role.NONE)
+                    self._fixed.pop(cgroup_id, None)
+        except KernelError as error:
+            raise RoleError(str(error)) from None
+        if cgroup is not None:
+            self.fix(cgroup, role)
+
     def register(self, role: api.Role, cgroup: processes.Cgroup) -> None:
         """Give a proxy's cgroup its role.
 

@@ -34,6 +34,8 @@ _log = logs.get(__name__)
 #: Seconds between attempts: doubled from the first to the last, each drawn from its upper half.
 _FIRST_DELAY = 0.2
 _LAST_DELAY = 15.0
+#: Seconds between looks at the files meanwhile.
+_LOOK = 0.25
 _MAX_UPDATE = 256 * 1024 * 1024
 #: A controller that vanished without a word is noticed after about the sum of both, in seconds.
 _KEEPALIVE = 20
@@ -89,7 +91,26 @@ class Stream:
                 reason=self.problem,
                 retry_s=round(wait, 2),
             )
-            await asyncio.sleep(wait)
+            await self._pause(wait)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not longer than until one of the files changes: the roots may come after us, a token is renewed."""
+        before = self._files()
+        while seconds > 0:
+            await asyncio.sleep(min(_LOOK, seconds))
+            seconds -= _LOOK
+            if self._files() != before:
+                return
+
+    def _files(self) -> tuple[tuple[int, int] | None, ...]:
+        found: list[tuple[int, int] | None] = []
+        for path in (self._settings.roots, self._settings.credential):
+            try:
+                stat = path.stat()
+                found.append((stat.st_ino, stat.st_mtime_ns))
+            except OSError:
+                found.append(None)
+        return tuple(found)
 
     async def _serve(self) -> bool:
         """One connection; returns when the controller ends it. True if it ever served an update."""

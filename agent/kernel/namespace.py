@@ -97,6 +97,11 @@ def restore(netns: int) -> None:
     inside(netns, work)
 
 
+def is_prepared(netns: int) -> bool:
+    """Whether the way back is there."""
+    return inside(netns, lambda: netlink.is_local_by_mark(DELIVERY_MARK))
+
+
 def lacks(netns: int) -> list[str]:
     """What of the way back is not there."""
 

@@ -383,7 +383,9 @@ def test_a_pod_without_room_leaves_nothing(tmp_path):
         assert node.kernel.missing(pods[1].cookie, pods[1].netns) == ["the pod is not in the kernel's tables"]
         assert "fwmark" not in run(pods[1].netns, "ip", "rule")
         assert run(pods[1].netns, "cat", "/proc/sys/net/ipv4/tcp_fwmark_accept") == "0\n"
-        assert [path.name for path in (node.pins / f"v{wire.ABI}" / "netns").iterdir()] == [str(pods[0].cookie)]
+        assert [path.name for path in (node.pins / f"v{wire.ABI}" / "netns").iterdir()] == [
+            str(pods[0].cookie)
+        ]
         node.kernel.remove_pod(pods[0].cookie)
         pods[1].enrol({})
     finally:
