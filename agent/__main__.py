@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 
 from agent import host
+from agent.cni_node import BUNDLE
 from agent.daemon import Options, StartError, leave_node, run
 from common import logs
 
@@ -47,8 +48,55 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     probers.add_argument("--prober-cgroup", type=Path, help="processes in it are probers (kubelet)")
     parser.add_argument("--envoy-cgroup", type=Path, help="processes in it are an Envoy in l7proxy's place")
+    parser.add_argument(
+        "--cni-bin", type=Path, metavar="DIR", help="the node's CNI plugins: ours is put there"
+    )
+    parser.add_argument(
+        "--cni-bin-host",
+        default="",
+        metavar="DIR",
+        help="where the host sees it; default: without a leading /host",
+    )
+    parser.add_argument(
+        "--cni-conf",
+        type=Path,
+        metavar="DIR",
+        help="the node's CNI configuration: our entry is chained into it",
+    )
+    parser.add_argument(
+        "--cni-bundle",
+        type=Path,
+        default=BUNDLE,
+        metavar="DIR",
+        help="interpreter and libraries for the plugin",
+    )
+    parser.add_argument(
+        "--daemonset",
+        default="",
+        type=_namespaced,
+        metavar="NAMESPACE/NAME",
+        help="runs this agent: when it is gone or going at SIGTERM, the mesh is taken off the node",
+    )
+    parser.add_argument(
+        "--outside",
+        default=(),
+        type=_names,
+        metavar="NAMESPACE,...",
+        help="namespaces that are never in the mesh",
+    )
     logs.add_arguments(parser)
     return parser.parse_args(arguments)
+
+
+def _namespaced(text: str) -> str:
+    namespace, slash, name = text.partition("/")
+    if text and not (namespace and slash and name and "/" not in name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAMESPACE/NAME")
+    return text
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
 
 
 def _address(text: str) -> tuple[str, int]:

@@ -17,7 +17,10 @@ from typing import BinaryIO
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from agent import processes
+from agent import leaving, processes
+from agent.cni_node import BUNDLE, CniNode, entry
+from agent.cni_node import InstallError as CniInstallError
+from agent.cni_node import Settings as CniSettings
 from agent.cni_service import CniService
 from agent.debug import pages
 from agent.kernel import Kernel, KernelError
@@ -58,7 +61,11 @@ class StartError(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """The command line. ``admin`` is (address, port)."""
+    """The command line. ``admin`` is (address, port).
+
+    Without ``cni_bin`` and ``cni_conf`` the node's CNI configuration is somebody else's; ``daemonset`` is the one that runs this
+    agent, ``outside`` are namespaces whose pods are never in the mesh.
+    """
 
     node: str
     run: Path
@@ -72,6 +79,12 @@ class Options:
     prober: str = "none"
     prober_cgroup: Path | None = None
     envoy_cgroup: Path | None = None
+    cni_bin: Path | None = None
+    cni_bin_host: str = ""
+    cni_conf: Path | None = None
+    cni_bundle: Path = BUNDLE
+    daemonset: str = ""
+    outside: tuple[str, ...] = ()
 
 
 async def run(options: Options) -> None:
@@ -205,6 +218,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
         )
 
     serving = asyncio.Event()
+    plugin = _plugin(options)
     registry = CollectorRegistry()
     registry.register(Collector(look, latencies))
     ProcessCollector(registry=registry)
@@ -214,7 +228,12 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
         admin = AdminServer(
             *options.admin,
             registry=registry,
-            ready=lambda: node.problem or serving.is_set() or "not serving plugins and proxies yet",
+            ready=lambda: (
+                node.problem
+                or (plugin.problem if plugin is not None else "")
+                or serving.is_set()
+                or "not serving plugins and proxies yet"
+            ),
             json=pages(node, kernel, proxies, stream),
         )
     except OSError as error:
@@ -246,11 +265,22 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
         node.on_change = live.changed
         tasks.start(live.run(), name="running pods")
         tasks.start(stream.run(), name="stream")
+        if plugin is not None:
+            # Now that ADD is answered.
+            tasks.start(plugin.watch(), name="CNI plugin on the node")
         _log.info(
             "agent runs", node=options.node, run=str(options.run), pid=os.getpid(), admin_port=admin.port
         )
         await stop.wait()
-        _log.info("agent ends; kernel state and proxies stay as they are")
+        leaves = bool(options.daemonset) and not failed and await leaving.for_good(options.daemonset)
+        if leaves and plugin is not None:
+            # Nobody puts back what is taken out, and ADD is answered until no runtime asks.
+            await tasks.cancel()
+            await _take_out(plugin)
+        _log.info(
+            "agent ends",
+            mesh="leaves this node" if leaves else "stays: kernel state and proxies are as they were",
+        )
         for server in servers:
             await server.close()
         await tasks.cancel()
@@ -258,6 +288,28 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
     asyncio.get_running_loop().remove_reader(kernel.events_fd())
     if failed:
         raise StartError(f"a task of the agent failed: {failed[0]!r}")
+
+
+def _plugin(options: Options) -> CniNode | None:
+    if options.cni_bin is None or options.cni_conf is None:
+        return None
+    settings = CniSettings(
+        options.cni_bin,
+        options.cni_conf,
+        entry(options.run, options.pins, options.outside),
+        host_binaries=options.cni_bin_host,
+        bundle=options.cni_bundle if options.cni_bundle.exists() else None,
+    )
+    return CniNode(settings)
+
+
+async def _take_out(plugin: CniNode) -> None:
+    try:
+        await plugin.take_out()
+    except OSError as error:
+        _log.error("CNI plugin cannot be taken out", file=error.filename, reason=error.strerror)
+    except CniInstallError as error:
+        _log.error("CNI plugin cannot be taken out", reason=str(error))
 
 
 def _roles(options: Options, kernel: Kernel) -> Roles:

@@ -8,11 +8,15 @@ A runtime starts this process several times per pod, so the modules it imports a
 
 Keys of its own in the configuration:
 
-``runDir``       the agent's run folder (default ``/run/mycel``)
-``pinDir``       the agent's pins; only STATUS looks, to tell whether traffic flows without the agent
-``unknownPods``  ``refuse`` (default) or ``pass``: a pod without K8S_POD_UID, as podman's are, cannot be in the mesh
-``timeout``      seconds to wait for the agent, 0.1 to 60 (default 15)
-``logLevel``     ``debug``, ``info``, ``warning`` (default) or ``error``, on standard error
+``runDir``             the agent's run folder (default ``/run/mycel``)
+``pinDir``             the agent's pins; only STATUS looks, to tell whether traffic flows without the agent
+``outsideNamespaces``  namespaces of Kubernetes whose pods are never in the mesh: they pass without asking anybody
+``unknownPods``        ``refuse`` (default) or ``pass``: a pod without K8S_POD_UID, as podman's are, cannot be in the mesh
+``timeout``            seconds to wait for the agent, 0.1 to 60 (default 15)
+``logLevel``           ``debug``, ``info``, ``warning`` (default) or ``error``, on standard error
+
+With the agent away, ADD waits for it until the timeout, because an upgrade is over by then, and is refused with "try again"
+after that: a pod of the mesh never starts unnoticed. Pods of namespaces that the agent left word of as outside pass at once.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import fcntl
 import json
 import os
 import sys
+import time
 
 from cni import protocol
 
@@ -30,8 +35,7 @@ TYPE_CHECKING = False  # typing itself is not imported: 3 ms
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-#: Versions that ADD accepts, oldest first. 0.3.1 is the first with the present form of results.
-SUPPORTED = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
+SUPPORTED = protocol.SUPPORTED
 #: Commands that came after 0.3.1, and the first version that has them.
 SINCE = {"CHECK": "0.4.0", "STATUS": "1.1.0", "GC": "1.1.0"}
 REQUIRED = {
@@ -49,6 +53,8 @@ _ID_REST = _ID_FIRST | frozenset("_.-")
 _NS_GET_NSTYPE = 0xB703  # linux/nsfs.h
 _CLONE_NEWNET = 0x40000000
 _MAX_REPLY = 128 * 1024
+#: Seconds between two attempts to reach an agent that is away.
+_AGAIN = 0.1
 
 
 class CniError(Exception):
@@ -80,6 +86,10 @@ class Settings:
         self.log_level = _text(config, "logLevel", "warning")
         if self.log_level not in LEVELS:
             raise _invalid("logLevel", self.log_level, "none of " + ", ".join(LEVELS))
+        outside = config.get("outsideNamespaces", [])
+        if not isinstance(outside, list) or not all(isinstance(name, str) for name in outside):
+            raise _invalid("outsideNamespaces", outside, "not a list of names")
+        self.outside = outside
         timeout = config.get("timeout", protocol.REPLY_TIMEOUT)
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0.1 <= timeout <= 60:
             raise _invalid("timeout", timeout, "not a number of seconds from 0.1 to 60")
@@ -154,8 +164,10 @@ def _add(settings: Settings, attachment: Attachment, config: dict[str, Any], ver
     # The namespace is opened before anything else is decided: a wrong path is an error for every pod.
     netns = _open_netns(attachment.netns)
     try:
-        if attachment.pod_uid:
-            _require(_ask("ADD", settings, attachment, config, addresses, netns))
+        if attachment.pod_namespace in settings.outside:
+            settings.log("debug", f"namespace {attachment.pod_namespace} is outside of the mesh: passed by")
+        elif attachment.pod_uid:
+            _add_by_agent(settings, attachment, config, addresses, netns)
         elif settings.unknown_pods == "refuse":
             raise CniError(
                 protocol.ERR_REFUSED,
@@ -172,12 +184,33 @@ def _add(settings: Settings, attachment: Attachment, config: dict[str, Any], ver
     return {**previous, "cniVersion": version}
 
 
+def _add_by_agent(
+    settings: Settings, attachment: Attachment, config: dict[str, Any], addresses: list[str], netns: int
+) -> None:
+    deadline = time.monotonic() + settings.timeout
+    while True:
+        try:
+            _require(_ask("ADD", settings, attachment, config, addresses, netns))
+            return
+        except AgentAway as error:
+            if attachment.pod_namespace in protocol.read_outside(settings.run_dir):
+                settings.log(
+                    "warning", f"{error}: namespace {attachment.pod_namespace} is outside, its pod passes"
+                )
+                return
+            if time.monotonic() + _AGAIN >= deadline:
+                raise
+        time.sleep(_AGAIN)
+
+
 def _check(settings: Settings, attachment: Attachment, config: dict[str, Any], version: str) -> None:
     previous = _previous(config)
     addresses = _addresses(previous, attachment.ifname)
     netns = _open_netns(attachment.netns)
     try:
-        if attachment.pod_uid or settings.unknown_pods == "refuse":
+        if attachment.pod_namespace not in settings.outside and (
+            attachment.pod_uid or settings.unknown_pods == "refuse"
+        ):
             _require(_ask("CHECK", settings, attachment, config, addresses, netns))
     finally:
         os.close(netns)

@@ -9,6 +9,9 @@ Versioning: ``version`` stands in every request and reply; the agent serves N an
 Notes: a DEL that found no agent is left as a file in the folder :data:`NOTES` of the run folder, its content the request.
 The agent works them off at its start, before every ADD, and from time to time.
 
+Enrolment: in the file :data:`ENROLMENT` of the run folder the agent leaves word of the namespaces in which no pod is in the
+mesh, for a plugin that does not find it. What is not in there is not let pass.
+
 This module is a leaf and imports only ``json``, ``os`` and ``time``: start-up time is part of the contract.
 """
 
@@ -24,9 +27,13 @@ if TYPE_CHECKING:
 
 VERSION = 1
 
+#: Versions of the CNI specification that ADD accepts, oldest first. 0.3.1 is the first with the present form of results.
+SUPPORTED = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
+
 #: In the run folder: the agent's socket, and the folder of notes.
 SOCKET_NAME = "cni.sock"
 NOTES = "cni-notes"
+ENROLMENT = "enrolment.json"
 
 #: Seconds that the plugin waits for the agent's reply; longer than any wait inside the agent.
 REPLY_TIMEOUT = 15.0
@@ -104,6 +111,36 @@ def write_note(run_dir: str, message: bytes) -> None:
     finally:
         os.close(fd)
     os.rename(f"{folder}/.{name}", f"{folder}/{name}")
+
+
+def write_outside(run_dir: str, namespaces: list[str]) -> None:
+    """Leave word of the namespaces in which no pod is in the mesh. The file is whole or as it was.
+
+    :raises OSError: it could not be written.
+    """
+    aside = f"{run_dir}/.{ENROLMENT}.{os.getpid()}"
+    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        data = memoryview(json.dumps({"version": VERSION, "outside": namespaces}).encode())
+        while data:
+            data = data[os.write(fd, data) :]
+    finally:
+        os.close(fd)
+    os.rename(aside, f"{run_dir}/{ENROLMENT}")
+
+
+def read_outside(run_dir: str) -> list[str]:
+    """What :func:`write_outside` wrote; nothing if it is not there, or not as it should be."""
+    try:
+        fd = os.open(f"{run_dir}/{ENROLMENT}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            message = decode(b"".join(iter(lambda: os.read(fd, 1 << 16), b"")))
+        finally:
+            os.close(fd)
+    except (OSError, ProtocolError):
+        return []
+    outside = message.get("outside")
+    return [name for name in outside if isinstance(name, str) and name] if isinstance(outside, list) else []
 
 
 def decode(data: bytes) -> dict[str, Any]:
