@@ -103,7 +103,9 @@ async def run(options: Options) -> None:
         except KernelError as error:
             raise StartError(str(error)) from None
         with kernel:
-            await _serve(options, kernel, stop)
+            leaves = await _serve(options, kernel, stop)
+        if leaves:
+            await asyncio.to_thread(leave, options.pins, (options.run, options.state))
 
 
 async def leave_node(run: Path, state: Path, pins: Path) -> None:
@@ -166,7 +168,8 @@ async def _load(options: Options) -> None:
     _log.info("kernel programs in force", loader=done.decode(errors="replace").strip())
 
 
-async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
+async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
+    """Serve until ``stop``; true if the mesh is to leave this node."""
     try:
         storage = Storage(options.state)
     except OSError as error:
@@ -288,6 +291,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> None:
     asyncio.get_running_loop().remove_reader(kernel.events_fd())
     if failed:
         raise StartError(f"a task of the agent failed: {failed[0]!r}")
+    return leaves
 
 
 def _plugin(options: Options) -> CniNode | None:
