@@ -11,6 +11,7 @@ from pathlib import Path
 
 from common import logs, spiffe
 from common.kubernetes import AccessError
+from controlplane import cluster
 from controlplane.ca.authority import AuthorityError
 from controlplane.controller import Options, folder_backing, run
 from controlplane.model.world import OUTSIDE
@@ -49,8 +50,6 @@ async def _serve(arguments: argparse.Namespace) -> None:
         outside=OUTSIDE | {arguments.namespace} if arguments.kubernetes else OUTSIDE,
     )
     if arguments.kubernetes:
-        from controlplane import cluster
-
         await cluster.run(
             options,
             cluster.Options(

@@ -38,6 +38,16 @@ _MESH_GROUPS = ("istio.io", "linkerd.io", "smi-spec.io", "gateway.networking.k8s
 _MESH_KINDS = frozenset({("networking.k8s.io", "NetworkPolicy")})
 
 
+def is_compiled(group: str, kind: str) -> bool:
+    """True for kinds that have an effect."""
+    return (group, kind) in _COMPILED
+
+
+def is_policy(group: str, kind: str) -> bool:
+    """True for kinds that are for a mesh to put in force."""
+    return any(group == m or group.endswith(f".{m}") for m in _MESH_GROUPS) or (group, kind) in _MESH_KINDS
+
+
 def validate(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(field, reason) of everything wrong with one manifest taken alone: what sources are given as their validator."""
     faulty = False
@@ -125,7 +135,7 @@ def compile_snapshot(objects: Mapping[Key, Object], settings: Settings) -> Snaps
 
 def _roots(key: Key) -> tuple[Any, ...]:
     """The cells that are wanted because an object is there."""
-    return _CELLS.get((key.group, key.kind)) or (() if (key.group, key.kind) in _COMPILED else (_kind_note,))
+    return _CELLS.get((key.group, key.kind)) or (() if is_compiled(key.group, key.kind) else (_kind_note,))
 
 
 def _workload(g: Graph, key: Key) -> Workload | None:
@@ -235,9 +245,9 @@ def _peer_authentication_note(g: Graph, key: Key) -> None:
 def _kind_note(g: Graph, key: Key) -> None:
     o: Object = g.read(store(g).objects, key)
     group, kind = key.group, key.kind
-    if any(group == m or group.endswith(f".{m}") for m in _MESH_GROUPS) or (group, kind) in _MESH_KINDS:
+    if is_policy(group, kind):
         checked = "" if schema.known(group, kind) else " (nor are its fields checked)"
-        g.findings.warning(o, "", f"{kind} is accepted, not in force yet{checked}")
+        g.findings.warning(o, "", f"{kind} is read, not in force yet{checked}")
     else:
         g.findings.info(o, "", f"{kind} means nothing to the mesh")
 

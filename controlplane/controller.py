@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,14 @@ from controlplane.model.snapshot import Snapshot
 from controlplane.model.world import OUTSIDE, Settings
 from controlplane.publisher import Publisher
 from controlplane.quarantine import settle
+from controlplane.room import Room
 from controlplane.server import ServerCertificate, make_server
 from controlplane.source import Key, Object, Source, State
 from controlplane.source.folder import Folder
 from controlplane.source.lastgood import LastGood
+from controlplane.status.keeper import Keeper, page
+from controlplane.status.programming import Programming
+from controlplane.status.replicas import ReplicaService
 from controlplane.stream.service import MeshService
 from controlplane.xds.service import DiscoveryService
 
@@ -59,6 +63,10 @@ class Backing:
     source: Source
     authority: Authority
     credentials: Credentials
+    #: False while the source has nothing to serve yet: what is served before would be taken for all that there is.
+    ready: Callable[[], bool] = lambda: True
+    #: (node, component) of our processes that should be connected to some controller
+    expected: Callable[[], Iterable[tuple[str, str]]] = tuple
 
 
 def folder_backing(config: Path, credentials: Path, state: Path) -> Backing:
@@ -89,15 +97,23 @@ class Controller:
         self._metrics()
         self._source = backing.source
         self._faults: tuple[Finding, ...] = ()
+        self.refused: Mapping[Key, Object] = {}  #: as written; an older version is in force, or none
         self._compiled: Mapping[Key, Object] = {}
         self._publisher = Publisher(self._compiler.compile(self._compiled))
         self.clients = Clients(self._registry)
         self._certificate = ServerCertificate(authority, options.server_names)
         self._gate = gate = Gate(backing.credentials, self._registry)
-        self._mesh = MeshService(self._publisher, gate, self.clients)
+        room = Room()
+        self._mesh = MeshService(self._publisher, gate, self.clients, room)
         self._certificates = CertificateService(authority, self._publisher, gate, self._registry)
-        self._discovery = DiscoveryService(self._publisher, gate, self.clients)
-        self._publisher.publish(self._compile(self._source.load()))
+        self._discovery = DiscoveryService(self._publisher, gate, self.clients, room)
+        self._backing = backing
+        self._programming = Programming()
+        self.status = Keeper(self, self.clients, self._programming, backing.expected)
+        self._replicas = ReplicaService(gate, self.clients, self._programming)
+        self._serving = False
+        self._has_objects = asyncio.Event()
+        self._accept(self._compile(self._source.load()))
 
     @property
     def snapshot(self) -> Snapshot:
@@ -113,24 +129,42 @@ class Controller:
         """What is wrong in files, then what the compiler says."""
         return self._faults + self.snapshot.findings
 
+    def ready(self) -> bool | str:
+        """True, or why not."""
+        return self._serving or "the configuration was not read yet"
+
     async def start(self) -> None:
-        """Serve. Ports are bound when this returns.
+        """Serve, as soon as there is something to serve. Ports are bound when this returns.
 
         :raises OSError: an address cannot be bound.
         """
         self._server, self.port = make_server(
             self._options.listen, self._certificate, self._mesh, self._certificates, self._discovery
         )
+        self._server.add_generic_rpc_handlers((self._replicas.handler(),))
         host, _, port = self._options.admin.rpartition(":")
         self._admin = AdminServer(
-            host.strip("[]"), int(port), registry=self._registry, ready=lambda: True, json=self._pages()
+            host.strip("[]"), int(port), registry=self._registry, ready=self.ready, json=self._pages()
         )
         self.admin_port = self._admin.port
-        await self._server.start()
         self._admin.start()
         self._tasks.start(self._follow(), name="source")
+        if self._has_objects.is_set():
+            await self._serve()
+        else:
+            self._tasks.start(self._serve_when_ready(), name="serve")
+        self._tasks.start(self.status.run(), name="status")
         self._tasks.start(self._end_streams(), name="credentials")
+
+    async def _serve(self) -> None:
+        await self._server.start()
+        self._serving = True
         _log.info("serving", port=self.port, admin=self.admin_port, version=self.snapshot.version[:12])
+
+    async def _serve_when_ready(self) -> None:
+        _log.info("waiting for the configuration", admin=self.admin_port)
+        await self._has_objects.wait()
+        await self._serve()
 
     async def stop(self) -> None:
         """End all streams and the admin server."""
@@ -158,10 +192,17 @@ class Controller:
         started = time.monotonic()
         snapshot = self._compile(state)
         before = self.snapshot
-        self._publisher.publish(snapshot)
+        self._accept(snapshot)
         self._duration.observe(time.monotonic() - started)
         if snapshot.version != before.version:
             _log.info("snapshot", version=snapshot.version[:12], objects=len(state.objects))
+
+    def _accept(self, snapshot: Snapshot) -> None:
+        self._publisher.publish(snapshot)
+        self._programming.published(snapshot.version, self._compiled)
+        self.status.published()
+        if self._backing.ready():
+            self._has_objects.set()
 
     def _attempt(self, objects: Mapping[Key, Object]) -> Snapshot:
         """Compile, down to the last byte that is served."""
@@ -181,6 +222,7 @@ class Controller:
             faults += tuple(from_fault(f) for f in quarantined)
             snapshot = self._attempt(objects)
         self._compiled = objects
+        self.refused = state.refused
         for fault in faults:
             if fault not in self._faults:
                 _log.error("configuration refused", finding=str(fault))
@@ -215,6 +257,7 @@ class Controller:
             "/debug/snapshot": self._snapshot_page,
             "/debug/findings": lambda: [_finding(f) for f in self.findings],
             "/debug/clients": lambda: {"version": self.snapshot.version, "clients": list(self.clients)},
+            "/debug/status": lambda: page(self.status.verdicts),
             "/debug/workloads": lambda: list(self.snapshot.workloads.values()),
         }
 

@@ -47,7 +47,9 @@ def _settle(
         if len(changed) == 1:
             about = wanted.get(changed[0]) or good[changed[0]]
             reason = f"the controller cannot compile it, which is its bug: {type(e).__name__}: {e}"
-            faults.append(Fault(about.file, str(about.key), "", reason, "its last good version stays"))
+            faults.append(
+                Fault(about.file, str(about.key), "", reason, "its last good version stays", about.key)
+            )
             return good
         half = len(changed) // 2
         good = _settle(good, wanted, changed[:half], attempt, faults)

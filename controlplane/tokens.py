@@ -31,7 +31,7 @@ _log = logs.get(__name__)
 AUDIENCE = "mycel.io"
 _REVIEWS = "/apis/authentication.k8s.io/v1/tokenreviews"
 _EXTRA = "authentication.kubernetes.io/"
-_PREFIX = "mycel-"  #: service accounts are ``mycel-COMPONENT``
+ACCOUNT_PREFIX = "mycel-"  #: service accounts are ``mycel-COMPONENT``
 
 #: Seconds that a TokenReview is believed; that a refusal is; that a token checked without the API server is.
 _GOOD_FOR = 60.0
@@ -138,7 +138,7 @@ class TokenReviewCredentials:
         spec, status = pod.get("spec") or {}, pod.get("status") or {}
         if spec.get("nodeName") != caller.node:
             return f"{name} lives on node {spec.get('nodeName')}, not {caller.node}"
-        if spec.get("serviceAccountName") != f"{_PREFIX}{caller.component}":
+        if spec.get("serviceAccountName") != f"{ACCOUNT_PREFIX}{caller.component}":
             return f"{name} has service account {spec.get('serviceAccountName')}"
         if status.get("phase") in ("Succeeded", "Failed"):
             return f"{name} has ended"
@@ -180,7 +180,7 @@ class TokenReviewCredentials:
             return values[0] if len(values) == 1 else ""
 
         caller = claims.caller
-        account = f"system:serviceaccount:{caller.namespace}:{_PREFIX}{caller.component}"
+        account = f"system:serviceaccount:{caller.namespace}:{ACCOUNT_PREFIX}{caller.component}"
         said = (user.get("username"), one("node-name"), one("pod-name"), one("pod-uid"))
         if said != (account, caller.node, caller.pod, caller.uid):
             return self._refuse(claims, "TokenReview says otherwise than the token")
@@ -210,7 +210,7 @@ def read_claims(token: str, namespace: str) -> Claims | None:
         audiences = body["aud"]
         bound = body["kubernetes.io"]
         account = bound["serviceaccount"]["name"]
-        component = account.removeprefix(_PREFIX)
+        component = account.removeprefix(ACCOUNT_PREFIX)
         caller = Caller(
             node=bound["node"]["name"],
             component=component,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Finding:
     message: str
     action: str = ""
     file: str = ""
+    #: the object's; None where a finding is about no object, or about something of which nobody can tell what it is
+    key: Key | None = dataclasses.field(default=None, compare=False)
 
     def __str__(self) -> str:
         place = " ".join(p for p in (self.file, self.object, self.field) if p)
@@ -64,7 +67,7 @@ class Findings:
         self._add(Severity.INFO, about, field, message, action)
 
     def _add(self, severity: Severity, about: About, field: str, message: str, action: str) -> None:
-        self._all[Finding(severity, str(about.key), field, message, action, about.file)] = None
+        self._all[Finding(severity, str(about.key), field, message, action, about.file, about.key)] = None
 
     def all(self) -> tuple[Finding, ...]:
         """In order of collection."""
@@ -80,4 +83,6 @@ def in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 
 def from_fault(fault: Fault) -> Finding:
     """A source's fault as a finding: something in a file is not in force, so it is an error."""
-    return Finding(Severity.ERROR, fault.object, fault.field, fault.reason, fault.action, fault.file)
+    return Finding(
+        Severity.ERROR, fault.object, fault.field, fault.reason, fault.action, fault.file, fault.key
+    )

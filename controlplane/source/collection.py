@@ -29,6 +29,7 @@ class Table:
         self.dirty = dirty
         self.objects: dict[Key, Object] = {}
         self.faults: dict[Key, tuple[Fault, ...]] = {}
+        self.refused: dict[Key, Object] = {}  #: objects with faults, as they are written
 
 
 class Collection:
@@ -103,12 +104,21 @@ class Collection:
             return
         table = self._table
         if found.problems:
-            faults = tuple(Fault("", str(key), field, reason, _ACTION) for field, reason in found.problems)
-            if table.faults.get(key) != faults:
+            faults = tuple(
+                Fault("", str(key), field, reason, _ACTION, key) for field, reason in found.problems
+            )
+            refused = table.refused.get(key)
+            if (
+                table.faults.get(key) != faults
+                or refused is None
+                or refused.manifest != found.object.manifest
+            ):
                 table.faults[key] = faults
+                table.refused[key] = found.object
                 table.dirty(key)
             return
         cleared = table.faults.pop(key, None) is not None
+        table.refused.pop(key, None)
         known = table.objects.get(key)
         if known is None or known.manifest != found.object.manifest:
             table.objects[key] = found.object
@@ -118,6 +128,7 @@ class Collection:
 
     def _remove(self, key: Key) -> None:
         self._versions.pop(key, None)
+        self._table.refused.pop(key, None)
         gone = self._table.objects.pop(key, None) is not None
         if (self._table.faults.pop(key, None) is not None) or gone:
             self._table.dirty(key)

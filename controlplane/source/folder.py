@@ -130,7 +130,7 @@ class Folder:
                 if problems:
                     refused.add(key)
                     faults += [
-                        Fault(name, str(key), f, r, "correct it; its last good version stays")
+                        Fault(name, str(key), f, r, "correct it; its last good version stays", key)
                         for f, r in problems
                     ]
                 else:
@@ -174,7 +174,9 @@ def resolve(
         result[key] = chosen
         reason = f"two objects of one name, in {' and '.join(places)}"
         action = f"remove all but one; meanwhile the version from {chosen.file} is in force"
-        faults += [Fault(place, str(key), "metadata.name", reason, action) for place in dict.fromkeys(places)]
+        faults += [
+            Fault(place, str(key), "metadata.name", reason, action, key) for place in dict.fromkeys(places)
+        ]
     for key in refused:
         if key not in result and key in before:
             result[key] = before[key]

@@ -124,7 +124,7 @@ class KubernetesSource:
                 self._store.save(self._table.objects)
 
     def _state(self) -> State:
-        return State(dict(self._table.objects), tuple(sorted(self._all_faults())))
+        return State(dict(self._table.objects), tuple(sorted(self._all_faults())), dict(self._table.refused))
 
     def _dirty(self, key: Key) -> None:
         self._note_references(key)

@@ -306,8 +306,8 @@ def test_kinds_that_have_no_effect_say_so() -> None:
     }
     config = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "c"}}
     snapshot = compile_all(*(json.dumps(m) for m in (gateway, route, config)))
-    assert "Gateway is accepted, not in force yet\n" in messages(snapshot) + "\n"
-    assert "HTTPRoute is accepted, not in force yet (nor are its fields checked)" in messages(snapshot)
+    assert "Gateway is read, not in force yet\n" in messages(snapshot) + "\n"
+    assert "HTTPRoute is read, not in force yet (nor are its fields checked)" in messages(snapshot)
     assert "Deployment means nothing to the mesh" in messages(snapshot)
 
 
