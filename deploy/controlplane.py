@@ -96,6 +96,8 @@ def deployment(values: Values, namespace: str) -> Json:
                     "volumes": [
                         # A controller keeps what it must keep in the cluster; this is for the last good objects.
                         {"name": "state", "emptyDir": {}},
+                        # The copy of the root, for a restart without the API server: never on a disk.
+                        {"name": "ca", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
                         {"name": "tmp", "emptyDir": {}},
                         parts.token_volume(),
                     ],
@@ -139,6 +141,7 @@ def _container(values: Values, namespace: str) -> Json:
         "securityContext": parts.unprivileged(),
         "volumeMounts": [
             {"name": "state", "mountPath": "/var/lib/mycel"},
+            {"name": "ca", "mountPath": "/var/lib/mycel/ca"},
             {"name": "tmp", "mountPath": "/tmp"},
             parts.token_mount(),
         ],

@@ -27,13 +27,14 @@ POLICY: Final[dict[str, tuple[str, ...]]] = {
     ),
     "security.istio.io": ("authorizationpolicies", "peerauthentications", "requestauthentications"),
     "telemetry.istio.io": ("telemetries",),
-    "extensions.istio.io": ("wasmplugins",),
+    "extensions.istio.io": ("trafficextensions", "wasmplugins"),
     "gateway.networking.k8s.io": (
         "backendtlspolicies",
         "gatewayclasses",
         "gateways",
         "grpcroutes",
         "httproutes",
+        "listenersets",
         "referencegrants",
         "tcproutes",
         "tlsroutes",
@@ -42,6 +43,7 @@ POLICY: Final[dict[str, tuple[str, ...]]] = {
     "linkerd.io": ("serviceprofiles",),
     "policy.linkerd.io": (
         "authorizationpolicies",
+        "egressnetworks",
         "httplocalratelimitpolicies",
         "httproutes",
         "meshtlsauthentications",
@@ -49,6 +51,7 @@ POLICY: Final[dict[str, tuple[str, ...]]] = {
         "serverauthorizations",
         "servers",
     ),
+    "workload.linkerd.io": ("externalworkloads",),
     "split.smi-spec.io": ("trafficsplits",),
     "specs.smi-spec.io": ("httproutegroups", "tcproutes", "udproutes"),
     "access.smi-spec.io": ("traffictargets",),
@@ -89,7 +92,7 @@ def _controlplane_cluster() -> list[Json]:
         *(_rule(group, list(kinds), _READ) for group, kinds in POLICY.items()),
         # What became of an object is said in its status, and where that is not possible in an Event.
         *(_rule(group, [f"{kind}/status" for kind in kinds], ["patch"]) for group, kinds in POLICY.items()),
-        _rule("", ["events"], ["create", "patch"]),
+        _rule("events.k8s.io", ["events"], ["create"]),
         # Who shows us a token.
         _rule("authentication.k8s.io", ["tokenreviews"], ["create"]),
         # The certificate by which the API server knows our webhook.
