@@ -8,11 +8,15 @@ from deploy.values import Proxy, Values
 
 
 def nodeproxy(values: Values, namespace: str) -> Json:
-    return _daemon_set(NODEPROXY, parts.NODEPROXY_ADMIN, values.nodeproxy, [], values, namespace)
+    drain = f"--drain-timeout={values.nodeproxy.drain_seconds}"
+    return _daemon_set(NODEPROXY, parts.NODEPROXY_ADMIN, values.nodeproxy, [drain], values, namespace)
 
 
 def l7proxy(values: Values, namespace: str) -> Json:
-    return _daemon_set(L7PROXY, parts.L7PROXY_ADMIN, values.l7proxy, ["--access-log=-"], values, namespace)
+    drain = f"--drain={values.l7proxy.drain_seconds}"
+    return _daemon_set(
+        L7PROXY, parts.L7PROXY_ADMIN, values.l7proxy, [drain, "--access-log=-"], values, namespace
+    )
 
 
 def _daemon_set(
@@ -52,7 +56,6 @@ def _daemon_set(
                                 f"--roots={parts.ROOTS_FOLDER}/roots.pem",
                                 f"--credential={parts.TOKENS}/token",
                                 f"--admin=$(POD_IP):{admin}",
-                                f"--drain={chosen.drain_seconds}",
                                 *arguments,
                             ],
                             "env": [
