@@ -71,6 +71,10 @@ class AgentAway(Exception):
     """The agent does not answer: not running, or hanging."""
 
 
+class AgentConfused(AgentAway):
+    """What answers is no agent that we understand: asking again makes no difference."""
+
+
 class Settings:
     """The plugin's own keys, checked."""
 
@@ -198,7 +202,7 @@ def _add_by_agent(
                     "warning", f"{error}: namespace {attachment.pod_namespace} is outside, its pod passes"
                 )
                 return
-            if time.monotonic() + _AGAIN >= deadline:
+            if isinstance(error, AgentConfused) or time.monotonic() + _AGAIN >= deadline:
                 raise
         time.sleep(_AGAIN)
 
@@ -330,10 +334,10 @@ def _ask(
     try:
         answer = protocol.decode(data)
     except protocol.ProtocolError as error:
-        raise AgentAway(f"{path}: {error}") from None
+        raise AgentConfused(f"{path}: {error}") from None
     code = answer.get("code")
     if isinstance(code, bool) or not isinstance(code, int):
-        raise AgentAway(f"{path}: reply without a code")
+        raise AgentConfused(f"{path}: reply without a code")
     return answer
 
 

@@ -1,6 +1,6 @@
 """The duties of a chained plugin, one test for each behaviour of ``conformance/cni``: real process, real agent socket.
 
-A test's name begins with its case's id. :data:`LATER` holds those that are not yet the plugin's, each with the reason.
+A test's name begins with its case's id. Those of chaining (CHN) are in ``test_chaining.py``.
 """
 
 from __future__ import annotations
@@ -27,14 +27,6 @@ pytestmark = pytest.mark.privileged
 
 VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
 MODULE = os.environ.get("MYCEL_TEST_AGENT", REAL)
-
-LATER = {
-    "CHN-01": "chaining into a node's configuration comes with the installation on a cluster",
-    "CHN-02": "as CHN-01",
-    "CHN-03": "as CHN-01",
-    "CHN-04": "as CHN-01",
-    "CHN-05": "as CHN-01",
-}
 
 PODS = [
     workload("web", addresses=()),
@@ -846,11 +838,10 @@ def test_every_behaviour_is_tested_or_listed(shared, conformance_count, request)
         case["id"]
         for case in json.loads((shared / "conformance/cni/behaviours.json").read_text())["behaviours"]
     }
-    source = Path(__file__).read_text()
+    source = Path(__file__).read_text() + Path(__file__).with_name("test_chaining.py").read_text()
     tested = {f"{a.upper()}-{b}" for a, b in re.findall(r"def test_([a-z]{3}|io|gc)_(\d\d)", source)}
     for first, last in re.findall(r"def test_(\w{2,3}_\d\d)_(?:to|and)_(\d\d)", source):
         kind, _, number = first.partition("_")
         tested |= {f"{kind.upper()}-{n:02}" for n in range(int(number), int(last) + 1)}
-    assert not tested & LATER.keys()
-    assert tested | LATER.keys() == cases
+    assert tested == cases
     conformance_count("cni", len(tested), len(cases), 0)
