@@ -8,14 +8,13 @@ from datetime import datetime, timedelta
 import grpc
 import grpc.aio
 from cryptography.hazmat.primitives.asymmetric import ec
-from envoy.service.discovery.v3 import discovery_pb2
 
 from common import logs
 from controlplane import api
 from controlplane.ca.authority import SERVER_LIFETIME, Authority, pem_of, private_pem, utc_now
 from controlplane.ca.service import CertificateService
 from controlplane.stream.service import MeshService
-from controlplane.xds.service import METHOD, SERVICE, DiscoveryService
+from controlplane.xds.service import METHOD, METHOD_DELTA, SERVICE, DiscoveryService
 
 _log = logs.get(__name__)
 
@@ -93,11 +92,8 @@ def make_server(
             grpc.method_handlers_generic_handler(
                 SERVICE,
                 {
-                    METHOD: grpc.stream_stream_rpc_method_handler(
-                        discovery.stream,
-                        request_deserializer=discovery_pb2.DiscoveryRequest.FromString,
-                        response_serializer=discovery_pb2.DiscoveryResponse.SerializeToString,
-                    )
+                    METHOD: grpc.stream_stream_rpc_method_handler(discovery.stream),
+                    METHOD_DELTA: grpc.stream_stream_rpc_method_handler(discovery.delta),
                 },
             ),
         )

@@ -16,7 +16,8 @@ from controlplane import api
 from controlplane.clients import Client, Clients, CredentialEnded
 from controlplane.credentials import Gate, Right
 from controlplane.publisher import Publisher
-from controlplane.stream.session import Session
+from controlplane.room import Room
+from controlplane.stream.session import Session, Updates
 
 _log = logs.get(__name__)
 #: Seconds that a new stream may take to say Hello.
@@ -29,10 +30,12 @@ _COMPONENTS = ("agent", "nodeproxy", "l7proxy")
 class MeshService:
     """Serves :data:`controlplane.api.METHOD_SUBSCRIBE`."""
 
-    def __init__(self, publisher: Publisher, gate: Gate, clients: Clients) -> None:
+    def __init__(self, publisher: Publisher, gate: Gate, clients: Clients, room: Room | None = None) -> None:
         self._publisher = publisher
         self._gate = gate
         self._clients = clients
+        self._room = room or Room()
+        self._shared = Updates()
 
     async def subscribe(
         self, requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]
@@ -61,7 +64,7 @@ class MeshService:
     async def _updates(
         self, requests: AsyncIterator[bytes], hello: api.Hello, client: Client, log: logs.Logger
     ) -> AsyncIterator[bytes]:
-        session = Session(hello.version)
+        session = Session(hello.version, self._shared)
         wake = asyncio.Event()
         wake.set()
         answers: asyncio.Queue[bytes] = asyncio.Queue(_ANSWERS)
@@ -97,7 +100,9 @@ class MeshService:
                             upserts=len(update.upserts),
                             removes=len(update.removes),
                         )
-                        yield api.encode(update)
+                        data = self._shared.encode(update)
+                        async with self._room.taken(len(data)):
+                            yield data
         finally:
             await tasks.cancel()
 

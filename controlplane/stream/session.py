@@ -7,38 +7,104 @@ newest. An update holds what changed and nothing else.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
 
 from controlplane.api import Ack, Nack, Resource, Update
 from controlplane.model.snapshot import Snapshot
 
+_encoder = msgspec.msgpack.Encoder()
+
+
+class Delta(NamedTuple):
+    """From one snapshot to another."""
+
+    upserts: tuple[Resource, ...]
+    removes: tuple[str, ...]
+
+
+class _Encoded(msgspec.Struct, frozen=True, tag="update"):
+    """An Update of which the large parts are encoded already; the bytes are the same."""
+
+    nonce: int
+    version: str
+    complete: bool
+    upserts: msgspec.Raw
+    removes: tuple[str, ...]
+
+
+class Updates:
+    """What leads to the newest snapshot, found and encoded once for all sessions."""
+
+    def __init__(self) -> None:
+        self._target = ""
+        self._deltas: dict[str, Delta] = {}
+        self._whole: tuple[Resource, ...] = ()
+        self._encoded: dict[int, tuple[tuple[Resource, ...], msgspec.Raw]] = {}
+
+    def between(self, old: Snapshot, new: Snapshot) -> Delta:
+        self._aim(new)
+        found = self._deltas.get(old.version)
+        if found is None:
+            found = self._deltas[old.version] = difference(old.resources, new.resources)
+        return found
+
+    def whole(self, snapshot: Snapshot) -> tuple[Resource, ...]:
+        self._aim(snapshot)
+        if not self._whole:
+            self._whole = tuple(snapshot.resources.values())
+        return self._whole
+
+    def encode(self, update: Update) -> bytes:
+        """The update's bytes. Upserts that are sent to many are encoded for the first of them."""
+        if update.version != self._target:
+            return _encoder.encode(update)
+        # The tuple is kept with it: an id is one object's only while it lives.
+        found = self._encoded.get(id(update.upserts))
+        if found is None:
+            found = update.upserts, msgspec.Raw(_encoder.encode(update.upserts))
+            self._encoded[id(update.upserts)] = found
+        made = _Encoded(update.nonce, update.version, update.complete, found[1], update.removes)
+        return _encoder.encode(made)
+
+    def _aim(self, snapshot: Snapshot) -> None:
+        if snapshot.version != self._target:
+            self._target = snapshot.version
+            self._deltas.clear()
+            self._encoded.clear()
+            self._whole = ()
+
 
 class Session:
-    """``held`` is the version that the client says it still has in full."""
+    """``held`` is the version that the client says it still has in full; ``updates`` may be shared with other sessions."""
 
-    def __init__(self, held: str = "") -> None:
+    def __init__(self, held: str = "", updates: Updates | None = None) -> None:
         self._held = held
-        # None: nothing sent on this stream yet. A key without a resource: the client has some version of it, or none.
-        self._sent: dict[str, Resource | None] | None = None
-        self._version = ""
+        self._updates = updates or Updates()
+        self._sent: Snapshot | None = None  # None: nothing sent on this stream yet
+        self._refused: set[str] = set()  # of these the client has some version, or none
         self._nonce = 0
         self._waiting = False
 
     def next_update(self, snapshot: Snapshot) -> Update | None:
         """The update to send now, or None while the client is busy or has everything."""
-        if self._waiting or (self._sent is not None and self._version == snapshot.version):
+        if self._waiting or (self._sent is not None and self._sent.version == snapshot.version):
             return None
         self._nonce += 1
         if self._sent is None and self._held == snapshot.version:
             update = Update(self._nonce, snapshot.version)
         elif self._sent is None:
             update = Update(
-                self._nonce, snapshot.version, complete=True, upserts=tuple(snapshot.resources.values())
+                self._nonce, snapshot.version, complete=True, upserts=self._updates.whole(snapshot)
             )
         else:
-            upserts, removes = difference(self._sent, snapshot.resources)
+            upserts, removes = self._updates.between(self._sent, snapshot)
+            if self._refused:
+                upserts, removes = self._with_refused(snapshot, upserts, removes)
             update = Update(self._nonce, snapshot.version, upserts=upserts, removes=removes)
-        self._sent = dict(snapshot.resources)
-        self._version = snapshot.version
+        self._sent = snapshot
+        self._refused = set()
         self._waiting = True
         return update
 
@@ -50,14 +116,20 @@ class Session:
         if isinstance(message, Nack) and self._sent is not None:
             # What the client could not put in force goes along again with the next update. Its last good state stays
             # there meanwhile, and has to be removed when the resource is gone.
-            for error in message.errors:
-                self._sent[error.key] = None
+            self._refused = {error.key for error in message.errors}
         return True
 
+    def _with_refused(
+        self, snapshot: Snapshot, upserts: tuple[Resource, ...], removes: tuple[str, ...]
+    ) -> Delta:
+        there = snapshot.resources
+        again = [there[key] for key in sorted(self._refused) if key in there]
+        gone = [key for key in sorted(self._refused) if key not in there and key not in removes]
+        known = {id(r) for r in upserts}
+        return Delta((*upserts, *(r for r in again if id(r) not in known)), (*removes, *gone))
 
-def difference(
-    old: Mapping[str, Resource | None], new: Mapping[str, Resource]
-) -> tuple[tuple[Resource, ...], tuple[str, ...]]:
-    """Upserts and removes that lead from one state to the other."""
-    upserts = tuple(r for key, r in new.items() if old.get(key) != r)
-    return upserts, tuple(key for key in old if key not in new)
+
+def difference(old: Mapping[str, Resource], new: Mapping[str, Resource]) -> Delta:
+    """What leads from one state to the other. What did not change is mostly the same object, which is told fast."""
+    upserts = tuple(r for key, r in new.items() if (o := old.get(key)) is not r and o != r)
+    return Delta(upserts, tuple(key for key in old if key not in new))

@@ -1,4 +1,4 @@
-"""The one listener: a unix socket on which connections arrive with a PROXY header, and a filter chain per service port."""
+"""The listener: a unix socket on which connections arrive with a PROXY header, and a filter chain per service port."""
 
 from __future__ import annotations
 
@@ -23,13 +23,24 @@ DEFAULT_SOCKET = "/run/mycel/envoy.sock"
 _MAX_HEADERS_KB = 60
 
 
-def listener(tables: Iterable[RouteTable], socket: str) -> listener_pb2.Listener | None:
-    """The listener, or None without any table: Envoy refuses one that has no filter chain."""
-    chains = [_chain(t) for t in tables]
-    if not chains:
-        return None
+def listener(
+    chains: Iterable[listener_components_pb2.FilterChain], socket: str
+) -> listener_pb2.Listener | None:
+    """The listener with these chains, or None without any: Envoy refuses one that has no filter chain."""
+    found = list(chains)
+    return _listener(NAME, found, socket) if found else None
+
+
+def chain_listener(table: RouteTable) -> listener_pb2.Listener:
+    """A listener of one chain: what a client has that is sent listeners by what has changed."""
+    return _listener(table.name, [chain(table)], DEFAULT_SOCKET)
+
+
+def _listener(
+    name: str, chains: list[listener_components_pb2.FilterChain], socket: str
+) -> listener_pb2.Listener:
     return listener_pb2.Listener(
-        name=NAME,
+        name=name,
         address=address_pb2.Address(pipe=address_pb2.Pipe(path=socket)),
         listener_filters=[
             listener_components_pb2.ListenerFilter(
@@ -41,7 +52,8 @@ def listener(tables: Iterable[RouteTable], socket: str) -> listener_pb2.Listener
     )
 
 
-def _chain(table: RouteTable) -> listener_components_pb2.FilterChain:
+def chain(table: RouteTable) -> listener_components_pb2.FilterChain:
+    """The filter chain for connections to a table's service and port."""
     addresses = [ipaddress.ip_address(a) for a in table.addresses]
     ranges = [
         address_pb2.CidrRange(

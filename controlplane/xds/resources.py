@@ -1,20 +1,25 @@
-"""A snapshot as xDS resources, with a digest of each."""
+"""A snapshot as xDS resources, with a digest of each. What is as in the snapshot before is taken from there."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from functools import cached_property
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
+from envoy.config.listener.v3 import listener_components_pb2
 from google.protobuf import any_pb2
 from google.protobuf.message import Message
 
+from controlplane.model.routing import Cluster, RouteTable
 from controlplane.model.snapshot import Snapshot
 from controlplane.xds.clusters import cluster, endpoints
-from controlplane.xds.listeners import NAME, listener
+from controlplane.xds.listeners import chain, chain_listener, listener
 from controlplane.xds.routes import route_configuration
 from controlplane.xds.types import Type, pack
+
+_T = TypeVar("_T")
+#: Listeners by chain are for clients that say so; all others get one listener with all chains.
+BY_CHAIN = ""
 
 
 class Packed(NamedTuple):
@@ -25,11 +30,32 @@ class Packed(NamedTuple):
 
 
 class Resources:
-    """All resources of one snapshot. Built when first asked for, shared by all clients."""
+    """All resources of one snapshot, shared by all clients.
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    ``before``: resources of an earlier snapshot. Where nothing of a type has changed, :meth:`of` returns the same mapping for
+    both: to compare two is to compare their identities.
+    """
+
+    def __init__(self, snapshot: Snapshot, before: Resources | None = None) -> None:
         self._snapshot = snapshot
-        self._listeners: dict[str, Mapping[str, Packed]] = {}
+        known: tuple[Mapping[str, Cluster], Mapping[str, RouteTable]] = (
+            (before._snapshot.clusters, before._snapshot.tables) if before else ({}, {})
+        )
+        self._endpoints = _packed(
+            snapshot.clusters, known[0], before._endpoints if before else {}, endpoints, lambda c: c
+        )
+        self._clusters = _packed(
+            snapshot.clusters, known[0], before._clusters if before else {}, cluster, _without_endpoints
+        )
+        self._routes = _packed(
+            snapshot.tables, known[1], before._routes if before else {}, route_configuration, lambda t: t
+        )
+        self._by_chain = _packed(
+            snapshot.tables, known[1], before._by_chain if before else {}, chain_listener, _without_routes
+        )
+        self._whole: dict[str, Mapping[str, Packed]] = {}
+        if before and before._by_chain is self._by_chain:
+            self._whole = before._whole
 
     @property
     def version(self) -> str:
@@ -37,7 +63,7 @@ class Resources:
         return self._snapshot.version
 
     def of(self, kind: Type, socket: str) -> Mapping[str, Packed]:
-        """Resources of a type by name; ``socket`` is where the client's listener is to be."""
+        """Resources of a type by name; ``socket`` is where the client's listener is to be, or BY_CHAIN."""
         match kind:
             case Type.CLUSTER:
                 return self._clusters
@@ -46,24 +72,47 @@ class Resources:
             case Type.ROUTES:
                 return self._routes
             case Type.LISTENER:
-                if socket not in self._listeners:
-                    made = listener(self._snapshot.tables.values(), socket)
-                    self._listeners[socket] = {NAME: _packed(made)} if made else {}
-                return self._listeners[socket]
+                return self._by_chain if socket == BY_CHAIN else self._listener(socket)
 
-    @cached_property
-    def _clusters(self) -> Mapping[str, Packed]:
-        return {name: _packed(cluster(c)) for name, c in self._snapshot.clusters.items()}
+    def _listener(self, socket: str) -> Mapping[str, Packed]:
+        if socket not in self._whole:
+            made = listener(self._chains(), socket)
+            self._whole[socket] = {made.name: _pack(made)} if made else {}
+        return self._whole[socket]
 
-    @cached_property
-    def _endpoints(self) -> Mapping[str, Packed]:
-        return {name: _packed(endpoints(c)) for name, c in self._snapshot.clusters.items()}
-
-    @cached_property
-    def _routes(self) -> Mapping[str, Packed]:
-        return {name: _packed(route_configuration(t)) for name, t in self._snapshot.tables.items()}
+    def _chains(self) -> Iterator[listener_components_pb2.FilterChain]:
+        for table in self._snapshot.tables.values():
+            yield chain(table)
 
 
-def _packed(message: Message) -> Packed:
+def _packed(
+    parts: Mapping[str, _T],
+    known: Mapping[str, _T],
+    before: Mapping[str, Packed],
+    make: Callable[[_T], Message],
+    matters: Callable[[_T], Any],
+) -> Mapping[str, Packed]:
+    """``before`` was made from ``known``; ``matters`` is that of a part from which a resource is made."""
+    result: dict[str, Packed] = {}
+    same = len(parts) == len(before)
+    for name, part in parts.items():
+        old = known.get(name)
+        if name in before and old is not None and (old is part or matters(old) == matters(part)):
+            result[name] = before[name]
+        else:
+            result[name] = _pack(make(part))
+            same = False
+    return before if same else result
+
+
+def _without_endpoints(c: Cluster) -> Any:
+    return (c.host, c.service, c.namespace, c.port, c.subset, c.balancing, c.http2)
+
+
+def _without_routes(table: RouteTable) -> Any:
+    return (table.host, table.addresses, table.port)
+
+
+def _pack(message: Message) -> Packed:
     packed = pack(message)
     return Packed(packed, hashlib.sha256(packed.value).hexdigest())

@@ -322,7 +322,8 @@ async def test_who_takes_nothing_is_not_listened_to() -> None:
     gate = Gate(FolderCredentials(Path("nowhere")), CollectorRegistry())
     mesh = MeshService(publisher, gate, clients)
     ads = DiscoveryService(publisher, gate, clients)
-    request = discovery_pb2.DiscoveryRequest(type_url=Type.CLUSTER.value)
+    first = discovery_pb2.DiscoveryRequest(type_url=Type.CLUSTER.value)
+    request = first.SerializeToString()
     log = logs.get("test")
     read = 0
 
@@ -336,7 +337,7 @@ async def test_who_takes_nothing_is_not_listened_to() -> None:
     with clients.connected(Caller("node-a"), "agent", "peer") as client:
         streams: tuple[Any, ...] = (
             mesh._updates(flood(api.encode(api.Ack(9, "x"))), api.Hello("agent"), client, log),
-            ads._serve(request, flood(request), client, log),
+            ads._serve(ads._session(first), request, flood(request), client, log),
         )
         for stream in streams:
             read = 0
