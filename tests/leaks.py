@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from lab import cgroups, state
+from lab.kubernetes.cluster import interfaces
 
 MARK = "MYCEL_TEST_RUN"
 
@@ -30,10 +31,16 @@ def mark_this_run() -> str:
 
 
 def processes(mark: str) -> list[str]:
-    """Living processes started by the marked run, wherever they were reparented to, as "pid command"."""
+    """Living processes started by the marked run, wherever they were reparented to, as "pid command".
+
+    What a test started again in somebody else's lab (a cluster that stays up, say) ends with that lab.
+    """
     found = []
+    others = [lab.cgroup for lab in _labs_of_others(mark)]
+    kept = {pid for cgroup in others for pid in cgroups.processes(cgroup)}
     for folder in Path("/proc").glob("[0-9]*"):
-        if folder.name == str(os.getpid()) or not _is_marked(int(folder.name), mark):
+        pid = int(folder.name)
+        if pid == os.getpid() or pid in kept or not _is_marked(pid, mark):
             continue
         try:
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
@@ -67,14 +74,12 @@ def look(mark: str) -> Things:
     """What is on the machine now, but for the labs of other living processes."""
     groups = [path for pattern in ("mycel*", "*/mycel*") for path in cgroups.root().glob(pattern)]
     labs = list(Path(tempfile.gettempdir()).glob(f"{state.PREFIX}*"))
-    others = {
-        lab.folder.name
-        for lab in state.labs()
-        if not lab.stale and lab.pid != os.getpid() and not _is_marked(lab.pid, mark)
-    }
+    theirs = _labs_of_others(mark)
+    others = {lab.folder.name for lab in theirs}
+    links = {link for lab in theirs for link in interfaces(lab)}
     return Things(
         namespaces=_listing(Path("/run/netns")),
-        interfaces=_listing(Path("/sys/class/net")),
+        interfaces=_listing(Path("/sys/class/net")) - links,
         pins=frozenset(str(path) for path in Path("/sys/fs/bpf").glob("mycel*")),
         cgroups=frozenset(str(path) for path in groups if path.name not in others),
         labs=frozenset(str(path) for path in labs if path.name not in others),
@@ -89,6 +94,15 @@ def left_over(mark: str, before: Things, *, wait_for_things: bool) -> tuple[list
         if not (running or (things and wait_for_things)) or time.monotonic() > deadline:
             return running, things
         time.sleep(0.1)
+
+
+def _labs_of_others(mark: str) -> list[state.State]:
+    """Labs of living processes that are not of the marked run."""
+    return [
+        lab
+        for lab in state.labs()
+        if not lab.stale and lab.pid != os.getpid() and not _is_marked(lab.pid, mark)
+    ]
 
 
 def _is_marked(pid: int, mark: str) -> bool:

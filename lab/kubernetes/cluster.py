@@ -16,16 +16,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from common import kubernetes
 from lab import state
 from lab.errors import LabError
 from lab.kubernetes import programs
+from lab.kubernetes.access import Kubernetes
 from lab.kubernetes.control_plane import PARTS, ControlPlane
-from lab.kubernetes.control_plane import kubectl as run_kubectl
 from lab.kubernetes.node import Node, _ip, address_of
 from lab.kubernetes.service import Service
 from lab.processes import wait_until
@@ -50,7 +46,7 @@ class Description:
     ready: bool = False
 
 
-class Cluster:
+class Cluster(Kubernetes):
     """A cluster; a context manager that starts it and leaves nothing behind.
 
     :param name: tells several clusters apart; short, for it is part of paths.
@@ -158,34 +154,6 @@ class Cluster:
 
     # -- work with it
 
-    def kubectl(
-        self, *arguments: object, input: str | None = None, check: bool = True, timeout: float = 60.0
-    ) -> str:
-        """Run kubectl as the administrator and give back what it wrote.
-
-        :raises LabError: it failed (with ``check``), or took over ``timeout`` seconds.
-        """
-        return run_kubectl(self.kubeconfig, *arguments, input=input, check=check, timeout=timeout)
-
-    def get(self, *arguments: object) -> dict[str, Any]:
-        """``kubectl get ... -o json``."""
-        answer: dict[str, Any] = json.loads(self.kubectl("get", *arguments, "-o", "json"))
-        return answer
-
-    def apply(self, *objects: dict[str, Any] | Path | str) -> None:
-        """``kubectl apply`` of objects, files, or YAML."""
-        for source in objects:
-            if isinstance(source, Path):
-                self.kubectl("apply", "-f", source)
-            else:
-                self.kubectl(
-                    "apply", "-f", "-", input=source if isinstance(source, str) else yaml.safe_dump(source)
-                )
-
-    def client(self) -> kubernetes.Client:
-        """A client as the administrator; it is entered with ``async with``."""
-        return kubernetes.Client(kubernetes.Access.load(self.kubeconfig))
-
     def load(self, *archives: Path) -> None:
         """Give every node the images of the archives."""
         with ThreadPoolExecutor() as pool:
@@ -202,19 +170,6 @@ class Cluster:
             interval=0.2,
             explain=lambda: self.kubectl("get", "nodes", "-o", "wide", check=False),
         )
-
-    def ready_nodes(self) -> set[str]:
-        try:
-            nodes = self.get("nodes")["items"]
-        except LabError:
-            return set()
-        return {
-            node["metadata"]["name"]
-            for node in nodes
-            if any(
-                c["type"] == "Ready" and c["status"] == "True" for c in node["status"].get("conditions", ())
-            )
-        }
 
     # -- coming and going
 
@@ -257,7 +212,7 @@ class Cluster:
 
         def bring_up(node: Node) -> None:
             node.configure(plane.pki / "nodes" / node.name)
-            node.start(images)
+            node.start(images, wait_for_server=plane.wait_ready)
 
         with ThreadPoolExecutor() as pool:
             work = [pool.submit(plane.start), *(pool.submit(bring_up, node) for node in nodes)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 import ssl
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -131,8 +132,9 @@ class ControlPlane:
 
     def wait_ready(self, timeout: float = 60.0) -> None:
         server = self.service("kube-apiserver")
+        began = time.monotonic()
         wait_until(
-            lambda: self.ready or not server.running,
+            lambda: self.ready or (time.monotonic() - began > 5.0 and not server.running),
             timeout,
             f"API server {self.url}",
             interval=0.1,

@@ -75,8 +75,7 @@ mount --make-rshared /
 mkdir -p /run/netns /run/lock
 hostname "$name"
 ip link set lo up
-for setting in net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0 \
-  net.bridge.bridge-nf-call-iptables=0; do
+for setting in net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.default.rp_filter=0; do
   sysctl -qw "$setting" 2>/dev/null || true
 done
 touch /run/ready

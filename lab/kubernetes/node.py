@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lab.errors import LabError
@@ -62,10 +63,13 @@ class Node(Machine):
             environment=environment,
         )
 
-    def start(self, images: list[Path] | None = None) -> None:
+    def start(
+        self, images: Sequence[Path] = (), *, wait_for_server: Callable[[], None] = lambda: None
+    ) -> None:
         """Switch it on and start its daemons; returns before the API server calls it ready.
 
         :param images: archives that containerd gets before kubelet starts.
+        :param wait_for_server: called before kubelet starts; one that finds no API server waits ever longer to ask again.
         """
         self.switch_on()
         self._connect()
@@ -73,8 +77,9 @@ class Node(Machine):
         containerd.start()
         socket = Path(f"/proc/{self.init}/root/run/containerd/containerd.sock")
         wait_until(socket.exists, 20.0, f"{self.name}: containerd listens", explain=containerd.tail)
-        for image in images or ():
+        for image in images:
             self.load(image)
+        wait_for_server()
         for daemon in ("kubelet", "kube-proxy"):
             self.service(daemon).start()
 
