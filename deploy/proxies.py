@@ -66,7 +66,7 @@ def _daemon_set(
                             "ports": [{"name": "admin", "containerPort": admin, "protocol": "TCP"}],
                             "readinessProbe": parts.ready(admin),
                             "resources": parts.resources(chosen.resources),
-                            "securityContext": parts.unprivileged(),
+                            "securityContext": parts.unprivileged_with_maps(),
                             "volumeMounts": [
                                 {"name": "run", "mountPath": "/run/mycel"},
                                 {"name": "tmp", "mountPath": "/tmp"},
