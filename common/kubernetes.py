@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -148,18 +148,20 @@ class Client:
             params = {k: v for k, v in params.items() if not k.startswith("resourceVersion")}
             params["continue"] = metadata["continue"]
 
-    async def watch(self, path: str, **params: Any) -> AsyncGenerator[dict[str, Any], None]:
+    async def watch(
+        self, path: str, *, opened: Callable[[], None] | None = None, **params: Any
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """Events (``type``, ``object``) from ``resourceVersion`` on, until the server ends the watch (5 to 10 minutes).
 
         Bookmarks are asked for and come as events of type BOOKMARK. Close the iterator (``contextlib.aclosing``) to end
-        the watch early.
+        the watch early. ``opened`` is called once the server has agreed; events may be long in coming.
 
         :raises ApiError: refused, or the server said ERROR: ``expired`` means that the version is too old.
         :raises Unreachable: the stream broke.
         """
         seconds = random.randint(*_WATCH_SECONDS)
         params = {"allowWatchBookmarks": True, "timeoutSeconds": seconds} | params | {"watch": True}
-        async for line in self._lines(path, params):
+        async for line in self._lines(path, params, opened):
             try:
                 event = msgspec.json.decode(line)
                 kind, body = event["type"], event["object"]
@@ -254,7 +256,9 @@ class Client:
                 continue
             raise _error(response.status, answer)
 
-    async def _lines(self, path: str, params: Mapping[str, Any]) -> AsyncIterator[bytes]:
+    async def _lines(
+        self, path: str, params: Mapping[str, Any], opened: Callable[[], None] | None
+    ) -> AsyncIterator[bytes]:
         """The lines of an answer that goes on for long."""
         for again in (True, False):
             try:
@@ -266,6 +270,8 @@ class Client:
                         continue
                     if response.status >= 400:
                         raise _error(response.status, await response.read())
+                    if opened is not None:
+                        opened()
                     parts: list[bytes] = []
                     size = 0
                     async for chunk in response.content.iter_any():

@@ -109,6 +109,9 @@ class Follower:
 
     def _good(self) -> None:
         self._failures = 0
+        self._follows()
+
+    def _follows(self) -> None:
         if self.problem is not None:
             _log.info("followed again", path=self._path)
             self.problem = None
@@ -149,7 +152,9 @@ class Follower:
         return version
 
     async def _watch(self) -> None:
-        events = self._client.watch(self._path, **self._watch_params, resourceVersion=self._version)
+        events = self._client.watch(
+            self._path, opened=self._follows, **self._watch_params, resourceVersion=self._version
+        )
         async with contextlib.aclosing(events):
             async for event in events:
                 kind, item = event["type"], event["object"]

@@ -13,7 +13,7 @@ state:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,11 @@ class KubernetesSource:
         """True once there is a configuration to serve: the cluster's, or that of the last run."""
         return self.synced or self._had_last_good
 
+    @property
+    def lists(self) -> int:
+        """Whole lists that were asked for so far, of all kinds."""
+        return sum(f.follower.lists for f in self._kinds.values())
+
     def load(self) -> State:
         """What the last run left on disk; empty if there is nothing. No request is made."""
         if self._store:
@@ -90,7 +95,7 @@ class KubernetesSource:
         self._had_last_good = bool(self._table.objects)
         return self._state()
 
-    async def changes(self) -> AsyncIterator[State]:
+    async def changes(self) -> AsyncGenerator[State, None]:
         """The cluster's state once it was read whole, then a state a few milliseconds after each change."""
         faults: tuple[Fault, ...] = ()
         try:
