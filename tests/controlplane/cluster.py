@@ -64,8 +64,11 @@ class Api:
     async def token(
         self, pod: dict[str, Any] | None, account: str, audience: str = "mycel.io", namespace: str = NAMESPACE
     ) -> str:
-        """A token of an account, bound to a pod as kubelet asks for it (None: bound to nothing)."""
-        spec: dict[str, Any] = {"audiences": [audience], "expirationSeconds": 600}
+        """A token of an account, bound to a pod as kubelet asks for it (None: bound to nothing).
+
+        An empty ``audience`` is the API server's own.
+        """
+        spec: dict[str, Any] = {"expirationSeconds": 600} | ({"audiences": [audience]} if audience else {})
         if pod is not None:
             metadata = pod["metadata"]
             spec["boundObjectRef"] = {
