@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from lab.kubernetes import Cluster, Kubernetes
+from lab.kubernetes.mesh import Mesh
 from tests.cluster.apps import Apps
 from tests.requirements import require_root
 
@@ -57,9 +58,19 @@ def _lab_cluster() -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.fixture(scope="session")
+def mesh(cluster: Kubernetes) -> Iterator[Mesh]:
+    """Mycel, installed on ``cluster`` for the rest of the run (``MYCEL_INSTALLED=1``: it is there, and stays as it is)."""
+    mesh = Mesh(cluster)
+    if not os.environ.get("MYCEL_INSTALLED"):
+        mesh.load_images()
+        mesh.install()
+    yield mesh
+
+
 @pytest.fixture
 def namespace(cluster: Kubernetes) -> Iterator[str]:
-    """A new namespace, deleted at the end (nobody waits for that)."""
+    """A new namespace, outside of the mesh, deleted at the end (nobody waits for that)."""
     name = f"test-{uuid.uuid4().hex[:8]}"
     cluster.kubectl("create", "namespace", name)
     try:
