@@ -168,8 +168,12 @@ class Cluster(Kubernetes):
             timeout,
             f"all nodes of cluster {self.name} are ready",
             interval=0.2,
-            explain=lambda: self.kubectl("get", "nodes", "-o", "wide", check=False),
+            explain=self._nodes_seen,
         )
+
+    def _nodes_seen(self) -> str:
+        tails = [f"{node.name}: {node.service('kubelet').tail(5)}" for node in self.nodes]
+        return "\n".join([self.kubectl("get", "nodes", "-o", "wide", check=False), *tails])
 
     # -- coming and going
 
@@ -204,6 +208,7 @@ class Cluster(Kubernetes):
         self._state = None
 
     def _start(self) -> None:
+        _allow_watchers()
         images = programs.images()
         self._make_network()
         self._describe(ready=False)
@@ -324,6 +329,13 @@ def _description(lab: state.State) -> Description | None:
         return Description(**json.loads((lab.folder / "cluster.json").read_text()))
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _allow_watchers() -> None:
+    """The kernel's usual 128 inotify instances of one user are used up by two or three clusters; this stays raised."""
+    limit = Path("/proc/sys/fs/inotify/max_user_instances")
+    if int(limit.read_text()) < 4096:
+        limit.write_text("8192")
 
 
 def _entered(pid: int) -> bool:

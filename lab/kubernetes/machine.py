@@ -7,6 +7,7 @@ process is killed nothing of it is left but the root folder: that is how a machi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -164,7 +165,8 @@ class Machine:
         for scope in scopes:
             scope.mkdir(exist_ok=True)
             for pid in (scope.parent / "cgroup.procs").read_text().split():
-                (scope / "cgroup.procs").write_text(pid)
+                with contextlib.suppress(ProcessLookupError):  # init's last helper, ending
+                    (scope / "cgroup.procs").write_text(pid)
 
     def switch_off(self) -> None:
         """As if its plug was pulled: every process at once, and with them its namespaces, mounts, links and pins."""

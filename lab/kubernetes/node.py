@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lab import cgroups
 from lab.errors import LabError
 from lab.kubernetes import programs
 from lab.kubernetes.machine import Machine
@@ -75,8 +76,10 @@ class Node(Machine):
         self._connect()
         containerd = self.service("containerd")
         containerd.start()
-        socket = Path(f"/proc/{self.init}/root/run/containerd/containerd.sock")
-        wait_until(socket.exists, 20.0, f"{self.name}: containerd listens", explain=containerd.tail)
+        # A kubelet that does not find it ends.
+        wait_until(
+            self._containerd_answers, 20.0, f"{self.name}: containerd", interval=0.1, explain=containerd.tail
+        )
         for image in images:
             self.load(image)
         wait_for_server()
@@ -97,26 +100,19 @@ class Node(Machine):
 
         :raises LabError: it does not take them.
         """
-        wanted = ("/opt/kubernetes/bin/ctr", "-n", "k8s.io", "images", "import", "--local")
-        command = self.command([*wanted, "--snapshotter", self._snapshotter, "-"])
-        seen = ""
-
-        def done() -> bool:
-            nonlocal seen
-            with open(archive, "rb") as file:
-                run = subprocess.run(
-                    command,
-                    stdin=file,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    timeout=timeout,
-                )
-            seen = run.stdout
-            return run.returncode == 0
-
-        # It listens before its plugins are ready.
-        wait_until(done, 15.0, f"{self.name} takes {archive}", interval=0.2, explain=lambda: seen[-1000:])
+        wanted = (f"{PROGRAMS}/ctr", "-n", "k8s.io", "images", "import", "--local")
+        with open(archive, "rb") as file:
+            done = subprocess.run(
+                self.command([*wanted, "--snapshotter", self._snapshotter, "-"]),
+                stdin=file,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        if done.returncode != 0:
+            raise LabError(f"{self.name} does not take {archive}: {done.stdout[-1000:]}")
 
     def images(self) -> list[str]:
         """The names of the images it has."""
@@ -130,6 +126,28 @@ class Node(Machine):
             if f"pod{uid}" in folder:
                 found += [int(pid) for pid in Path(folder, "cgroup.procs").read_text().split()]
         return found
+
+    def pod_command(self, uid: str, argv: Sequence[str]) -> list[str]:
+        """The command line that runs a program in a pod of this node without kubelet and API server.
+
+        :param argv: its first word is an absolute path, by which the container is told from the pod's sandbox.
+        :raises LabError: no container of the pod has it.
+        """
+        for pid in self.pod_pids(uid):
+            root = Path(f"/proc/{pid}/root")
+            if (root / argv[0].lstrip("/")).exists():
+                group = next(
+                    line
+                    for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+                    if line.startswith("0::")
+                )
+                joining = cgroups.joining(cgroups.root() / group[4:])
+                kinds = ("--net", "--mount", "--uts", "--ipc", "--pid")
+                return [*joining, "/usr/bin/nsenter", f"--target={pid}", *kinds, "--", *argv]
+        raise LabError(f"no container of pod {uid} on {self.name} has {argv[0]}")
+
+    def _containerd_answers(self) -> bool:
+        return self.run([f"{PROGRAMS}/ctr", "version"], check=False).returncode == 0
 
     def _connect(self) -> None:
         """Its cable to the fabric, its address, and the ways to the other nodes' pods."""

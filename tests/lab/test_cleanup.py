@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lab import Lab, cgroups, state
+from lab.kubernetes.cluster import LINK
 from tests.requirements import ROOT
 
 pytestmark = pytest.mark.privileged
@@ -86,7 +87,9 @@ def began(process: Path) -> float:
 
 def look() -> Machine:
     def ip(*arguments: str) -> str:
-        return subprocess.check_output(["/usr/sbin/ip", *arguments], text=True)
+        lines = subprocess.check_output(["/usr/sbin/ip", *arguments], text=True).splitlines()
+        # A cluster has one link here, and may come and go meanwhile.
+        return "\n".join(line for line in lines if LINK not in line)
 
     return Machine(
         mounts=frozenset(
@@ -143,6 +146,7 @@ def running() -> Iterator[tuple[Machine, subprocess.Popen[str], Belongings]]:
         assert (state.base() / f"{state.PREFIX}{line}").is_dir(), line + process.stdout.read()
         yield before, process, belongings(line)
         process.kill()
+    state.reap_stale()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
