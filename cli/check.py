@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from controlplane.model.findings import Finding, Severity
 
 #: Seconds that clients get to take a change before it is said of them that they have not.
 _SETTLE = 2.0
+#: Seconds between two looks at what is coming up.
+_INTERVAL = 0.5
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 
@@ -60,6 +63,30 @@ def online(controllers: Sequence[str], reader: Reader | None = None) -> list[Fin
             ) from error
     fleet = _settled_fleet(controllers, reader)
     return ordered([*found, *clients(fleet, reader), *LIMITS])
+
+
+def until_well(look: Callable[[], list[Finding]], seconds: float) -> list[Finding]:
+    """What ``look`` finds once it finds no error, or when the time is over; says on stderr what it waits for.
+
+    :raises Unreachable: still at the end of the time.
+    """
+    deadline = time.monotonic() + seconds
+    said = ""
+    while True:
+        try:
+            found = look()
+            errors = [finding for finding in found if finding.severity is Severity.ERROR]
+            waits = f"{errors[0].object}: {errors[0].message}" if errors else ""
+        except Unreachable as error:
+            if time.monotonic() >= deadline:
+                raise
+            waits = str(error)
+        if not waits or time.monotonic() >= deadline:
+            return found
+        if waits != said:
+            print(f"mycel: waiting: {waits}", file=sys.stderr, flush=True)
+            said = waits
+        time.sleep(_INTERVAL)
 
 
 def ordered(found: Iterable[Finding]) -> list[Finding]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -26,11 +26,17 @@ app = typer.Typer(
 UNKNOWN = 2
 
 ControllerOption = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--controller", envvar="MYCEL_CONTROLLER", help="The controller's admin address, HOST:PORT."
+        "--controller",
+        envvar="MYCEL_CONTROLLER",
+        help="A controller's admin address, HOST:PORT, instead of a cluster.",
     ),
 ]
+KubeconfigOption = Annotated[
+    Path | None, typer.Option("--kubeconfig", help="Instead of $KUBECONFIG or ~/.kube/config.")
+]
+ContextOption = Annotated[str | None, typer.Option("--context", help="Of the kubeconfig.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 
 NamespaceOption = Annotated[
@@ -48,7 +54,6 @@ SetOption = Annotated[
     typer.Option("--set", help="One value, as in image.tag=1.0; may be repeated, and wins over files."),
 ]
 
-_DEFAULT_CONTROLLER = "127.0.0.1:15014"
 _DEFAULT_NAMESPACE = "mycel-system"
 
 
@@ -77,21 +82,43 @@ def check(
             file_okay=False,
         ),
     ] = None,
-    controller: ControllerOption = _DEFAULT_CONTROLLER,
+    pre: Annotated[
+        bool, typer.Option("--pre", help="Check whether Mycel can be installed on the cluster.")
+    ] = False,
+    wait: Annotated[
+        str, typer.Option("--wait", help="Go on until there is no error, at most so long: 30s, 2m.")
+    ] = "0s",
+    controller: ControllerOption = None,
+    namespace: NamespaceOption = _DEFAULT_NAMESPACE,
+    kubeconfig: KubeconfigOption = None,
+    context: ContextOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What is wrong, and what to do about it: in a folder of manifests, or in the running mesh."""
+    """What is wrong, and what to do about it: in a folder of manifests, in a cluster, or in the running mesh."""
     from cli import check as checks
+    from cli.cluster import Cluster, NoCluster
     from cli.http import Unreachable
+    from common.kubernetes import ApiError
     from controlplane.model.findings import Severity
 
-    if config is not None:
-        found = checks.offline(config)
-    else:
-        try:
-            found = checks.online([controller])
-        except Unreachable as error:
-            _cannot_reach(error)
+    seconds = _duration(wait, "--wait")
+    try:
+        if config is not None:
+            found = checks.offline(config)
+        elif controller is not None:
+            found = checks.until_well(lambda: checks.online([controller]), seconds)
+        else:
+            with Cluster(namespace, kubeconfig=kubeconfig, context=context) as cluster:
+                if pre:
+                    from cli import preflight
+
+                    found = preflight.findings(cluster)
+                else:
+                    from cli import installation
+
+                    found = checks.until_well(lambda: installation.findings(cluster), seconds)
+    except (Unreachable, NoCluster, ApiError) as error:
+        _cannot_reach(error)
     checks.write(found, as_json=as_json)
     if any(finding.severity is Severity.ERROR for finding in found):
         raise typer.Exit(1)
@@ -99,17 +126,28 @@ def check(
 
 @app.command()
 def stat(
-    controller: ControllerOption = _DEFAULT_CONTROLLER,
+    controller: ControllerOption = None,
+    namespace: NamespaceOption = _DEFAULT_NAMESPACE,
+    kubeconfig: KubeconfigOption = None,
+    context: ContextOption = None,
     interval: Annotated[float, typer.Option("--interval", help="Seconds to measure.", min=0.1)] = 2.0,
     as_json: JsonOption = False,
 ) -> None:
     """Success, rate, latency and mutual TLS of every service, and where it was measured."""
     from cli import watch
+    from cli.cluster import Cluster, NoCluster
     from cli.http import Unreachable
+    from common.kubernetes import ApiError
 
     try:
-        measured = watch.measure([controller], interval)
-    except Unreachable as error:
+        if controller is not None:
+            measured = watch.measure([controller], interval)
+        else:
+            from cli import installation
+
+            with Cluster(namespace, kubeconfig=kubeconfig, context=context) as cluster:
+                measured = watch.measure(installation.controllers(cluster), interval, cluster)
+    except (Unreachable, NoCluster, ApiError) as error:
         _cannot_reach(error)
     watch.write(measured, as_json=as_json)
 
@@ -182,11 +220,27 @@ def demo() -> None:
     raise typer.Exit(lab_demo.main())
 
 
-def _cannot_reach(error: Exception) -> None:
+def _duration(text: str, option: str) -> float:
+    """Seconds of ``30s``, ``2m`` or ``30``."""
+    number, factor = text.strip(), 1.0
+    for unit, seconds in (("ms", 0.001), ("s", 1.0), ("m", 60.0), ("h", 3600.0)):
+        if number.endswith(unit):
+            number, factor = number.removesuffix(unit), seconds
+            break
+    try:
+        found = float(number) * factor
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1e6:
+        raise typer.BadParameter(f"{text!r} is no duration, as in 30s or 2m", param_hint=option)
+    return found
+
+
+def _cannot_reach(error: Exception) -> NoReturn:
     output.fail(
         str(error),
-        "Give the controller's admin address by --controller HOST:PORT or MYCEL_CONTROLLER; "
-        "for manifests alone use: mycel check --config FOLDER",
+        "Name a cluster by --kubeconfig and --context or KUBECONFIG, or a controller's admin address by --controller "
+        "HOST:PORT or MYCEL_CONTROLLER; for manifests alone use: mycel check --config FOLDER",
     )
     raise typer.Exit(UNKNOWN) from error
 

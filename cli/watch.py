@@ -125,7 +125,8 @@ def _owners(controller: str, reader: Reader) -> dict[tuple[str, str], str]:
     for service in (r for r in resources if r["type"] == "service"):
         for port in service["ports"]:
             for endpoint in port["endpoints"]:
-                names.setdefault(workloads[endpoint["uid"]], set()).add(service["name"])
+                if endpoint["uid"]:  # others are no pods
+                    names.setdefault(workloads[endpoint["uid"]], set()).add(service["name"])
     return {workload: next(iter(found)) for workload, found in names.items() if len(found) == 1}
 
 
