@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -43,6 +44,7 @@ def is_compiled(group: str, kind: str) -> bool:
     return (group, kind) in _COMPILED
 
 
+@functools.cache
 def is_policy(group: str, kind: str) -> bool:
     """True for kinds that are for a mesh to put in force."""
     return any(group == m or group.endswith(f".{m}") for m in _MESH_GROUPS) or (group, kind) in _MESH_KINDS

@@ -18,6 +18,7 @@ from controlplane.status.programming import Content, Programming
 #: (node, component): one of our processes on a node.
 Member = tuple[str, str]
 _SHOWN = 5
+_NEVER = 1 << 62
 
 
 class Outcome(enum.Enum):
@@ -167,25 +168,39 @@ class _Acknowledged:
         self._own = own
         self._replicas = replicas
         connected = set(own.clients).union(*(r.clients for r in replicas))
-        self._absent = sorted(set(expected) - connected)
+        absent = sorted(set(expected) - connected)
+        self._absent_text = [f"{node} {component} (not connected)" for node, component in absent]
+        self._known: dict[int, list[str]] = {}  #: by since: who has not got that far
+        self._known_elsewhere: dict[tuple[int, int], list[str]] = {}
         self._floor = min(own.clients.values(), default=None)
         self._floors = [min(r.clients.values(), default=None) for r in replicas]
 
     def missing(self, content: Content) -> str:
         """Who has not acknowledged a content, as text; empty if all have."""
-        late: list[str] = [f"{node} {component} (not connected)" for node, component in self._absent]
-        if self._floor is not None and self._floor < content.since:
-            late += _late(self._own.clients, content.since, self._own.refusals)
-        for replica, floor in zip(self._replicas, self._floors, strict=True):
+        late = self._absent_text + self._own_late(content.since)
+        for number, replica in enumerate(self._replicas):
             digest, since = replica.contents.get(content.id, ("", 0))
-            if digest != content.digest:
-                late += [f"{n} {c}" for n, c in sorted(replica.clients)]
-            elif floor is not None and floor < since:
-                late += _late(replica.clients, since, replica.refusals)
+            # What it has not, its clients have not.
+            late += self._replica_late(number, since if digest == content.digest else _NEVER)
         if not late:
             return ""
         more = f" and {len(late) - _SHOWN} more" if len(late) > _SHOWN else ""
         return ", ".join(late[:_SHOWN]) + more
+
+    def _own_late(self, since: int) -> list[str]:
+        if self._floor is None or self._floor >= since:
+            return []
+        if since not in self._known:
+            self._known[since] = _late(self._own.clients, since, self._own.refusals)
+        return self._known[since]
+
+    def _replica_late(self, number: int, since: int) -> list[str]:
+        floor, replica = self._floors[number], self._replicas[number]
+        if floor is None or floor >= since:
+            return []
+        if (number, since) not in self._known_elsewhere:
+            self._known_elsewhere[number, since] = _late(replica.clients, since, replica.refusals)
+        return self._known_elsewhere[number, since]
 
 
 def _late(clients: Mapping[Member, int], since: int, refusals: Mapping[Member, str]) -> list[str]:

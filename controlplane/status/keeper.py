@@ -16,8 +16,9 @@ from controlplane.status.board import Board, Member, Outcome, Replica, Verdict
 from controlplane.status.programming import Programming
 from controlplane.status.replicas import holding
 
-#: Seconds between looks while an object waits to be acknowledged, and otherwise.
+#: Seconds between looks while an object waits to be acknowledged (at first, and when it waits for long), and otherwise.
 _WAITING = 0.2
+_WAITING_LONG = 1.0
 _IDLE = 10.0
 
 
@@ -73,16 +74,18 @@ class Keeper:
 
     async def run(self) -> None:
         """Runs until cancelled."""
+        wait = _WAITING
         while True:
             self._published.clear()
             waiting = await self._judge()
             try:
-                async with asyncio.timeout(_WAITING if waiting else _IDLE):
+                async with asyncio.timeout(wait if waiting else _IDLE):
                     await self._published.wait()
                 # Who has just been sent something needs a moment, and changes come in swarms.
-                await asyncio.sleep(_WAITING / 4)
+                await asyncio.sleep(_WAITING / 2)
+                wait = _WAITING
             except TimeoutError:
-                pass
+                wait = min(wait * 1.1, _WAITING_LONG)
 
     async def _judge(self) -> bool:
         """Judge; True if an object waits for somebody."""
