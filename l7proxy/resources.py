@@ -1,15 +1,18 @@
 """The xDS resources that this proxy has: received, converted, kept on disk, joined into a configuration.
 
-Owns the last good version of each resource and what is still warming; knows nothing of gRPC. State of the world: a response
-for listeners or clusters is the complete set, one for routes or endpoints replaces what it names.
+Owns the last good version of each resource and what is still warming; knows nothing of gRPC. The controller sends changes
+(:meth:`Resources.change`). What the disk keeps is the state of the world (:meth:`Resources.apply`): listeners and clusters
+are the complete set, routes and endpoints replace what they name.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import monotonic
+from typing import NamedTuple
 
 from envoy.config.cluster.v3 import cluster_pb2
 from envoy.config.endpoint.v3 import endpoint_pb2
@@ -45,6 +48,14 @@ _MESSAGES: dict[str, type[Message]] = {
 WARMING_LIMIT = 5.0
 
 
+class Kept(NamedTuple):
+    """The resources of a type at one moment."""
+
+    kind: str
+    version: str
+    resources: tuple[any_pb2.Any, ...]
+
+
 class Resources:
     def __init__(self, folder: Path | None = None, clock: Callable[[], float] = monotonic) -> None:
         self._folder = folder
@@ -74,8 +85,38 @@ class Resources:
             return sorted({c.eds_name for c in self._clusters.values()} - self._inline.keys())
         return []
 
+    def held(self, kind: str) -> dict[str, str]:
+        """Versions of the resources of a type that are here, by name. The controller's are so, too; else it sends them again."""
+        return {name: hashlib.sha256(raw.value).hexdigest()[:16] for name, raw in self._raw[kind].items()}
+
+    def change(
+        self, kind: str, version: str, items: Iterable[any_pb2.Any], removed: Iterable[str]
+    ) -> list[str]:
+        """Take what has changed; as :meth:`apply` otherwise. Nothing else is forgotten: it would not be sent again."""
+        for name in removed:
+            self._forget(kind, name)
+            self.rejected.pop((kind, name), None)
+        errors, _, _ = self._convert(kind, items)
+        if not errors:
+            self.versions[kind] = version
+        return errors
+
     def apply(self, kind: str, version: str, items: Iterable[any_pb2.Any]) -> list[str]:
         """Take a response. Good resources are taken over, of a bad one the last good stays; the reasons are returned."""
+        errors, seen, nameless = self._convert(kind, items)
+        if kind in _COMPLETE and not nameless:
+            # Were one of them not readable, it could be the one that seems to be gone.
+            for name in self._raw[kind].keys() - seen:
+                self._forget(kind, name)
+            for key in [key for key in self.rejected if key[0] == kind and key[1] not in seen]:
+                del self.rejected[key]
+        self._prune()
+        if not errors:
+            self.versions[kind] = version
+        return errors
+
+    def _convert(self, kind: str, items: Iterable[any_pb2.Any]) -> tuple[list[str], set[str], bool]:
+        """Take over what is good; what is wrong, the names of all, and whether one had none."""
         errors: list[str] = []
         seen: set[str] = set()
         nameless = False
@@ -100,16 +141,7 @@ class Resources:
             else:
                 self.rejected.pop((kind, name), None)
                 self._raw[kind][name] = item
-        if kind in _COMPLETE and not nameless:
-            # Were one of them not readable, it could be the one that seems to be gone.
-            for name in self._raw[kind].keys() - seen:
-                self._forget(kind, name)
-            for key in [key for key in self.rejected if key[0] == kind and key[1] not in seen]:
-                del self.rejected[key]
-        self._prune()
-        if not errors:
-            self.versions[kind] = version
-        return errors
+        return errors, seen, nameless
 
     def _reject(self, kind: str, name: str, why: str) -> str:
         short = kind.rpartition(".")[2]
@@ -179,10 +211,19 @@ class Resources:
 
     def save(self, kind: str) -> None:
         """Keep the last good resources of a type: a restart without the controller goes on with them."""
+        self.write(self.kept(kind))
+
+    def kept(self, kind: str) -> Kept:
+        """What of a type is to be kept, for :meth:`write`."""
+        return Kept(kind, self.versions[kind], tuple(self._raw[kind].values()))
+
+    def write(self, kept: Kept) -> None:
+        """:meth:`save` in two: this part may run in a thread."""
         if self._folder is None:
             return
-        response = discovery_pb2.DiscoveryResponse(type_url=kind, version_info=self.versions[kind])
-        response.resources.extend(self._raw[kind].values())
+        kind = kept.kind
+        response = discovery_pb2.DiscoveryResponse(type_url=kind, version_info=kept.version)
+        response.resources.extend(kept.resources)
         path = self._path(kind)
         temporary = path.with_suffix(".new")
         try:

@@ -1,7 +1,7 @@
-"""The ADS client: state of the world over one gRPC stream, ACK and NACK, for ever reconnecting.
+"""The ADS client: incremental, over one gRPC stream, ACK and NACK, for ever reconnecting.
 
-Owns the stream and the subscriptions (names, nonces); what resources mean is :mod:`l7proxy.resources`'s. The caller proves
-itself by a bearer credential, read anew for each stream, so that it may be rotated.
+Owns the stream: it subscribes to all of every type, and says at each start what it has already. What resources mean is
+:mod:`l7proxy.resources`'s. The caller proves itself by a bearer credential, read anew for each stream, so that it may be rotated.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import grpc
 import grpc.aio
 from envoy.config.core.v3 import base_pb2
 from envoy.service.discovery.v3 import discovery_pb2
-from google.rpc import status_pb2
 
 from common import logs
 from l7proxy.model import Config
-from l7proxy.resources import CLUSTER, ENDPOINT, LISTENER, ROUTE, TYPES, Resources
+from l7proxy.resources import TYPES, Resources
 
 _log = logs.get(__name__)
 
-METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources"
+METHOD = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources"
 _RETRY_FIRST = 0.2
 _RETRY_LONGEST = 5.0
 _INVALID_ARGUMENT = 3
@@ -35,8 +34,8 @@ _OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
-#: The types whose subscription follows from another's resources.
-_FOLLOWS = {CLUSTER: ENDPOINT, LISTENER: ROUTE}
+#: Seconds from a change until it is on disk: what comes together is written once.
+_SAVE = 0.5
 
 
 class XdsClient:
@@ -58,12 +57,12 @@ class XdsClient:
         self._roots = roots
         self._credential = credential
         self._node = base_pb2.Node(id=f"l7proxy~{node}", user_agent_name="mycel-l7proxy")
-        metadata = {"NODE_NAME": node, "COMPONENT": "l7proxy", "ADMIN": admin}
+        # A listener of its own for each chain: one that comes or goes is no reason to send all others again.
+        metadata = {"NODE_NAME": node, "COMPONENT": "l7proxy", "ADMIN": admin, "LISTENERS": "by-chain"}
         self._node.metadata.update(metadata)
         self._resources = resources
         self._publish = publish
-        self._nonces: dict[str, str] = {}
-        self._names: dict[str, list[str]] = {}
+        self._unsaved: set[str] = set()
         self._call: Any = None
         self._rebuild: asyncio.TimerHandle | None = None
         self.connected = False
@@ -72,6 +71,11 @@ class XdsClient:
 
     async def run(self) -> None:
         """Stay subscribed until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._save_now_and_then(), name="last good configuration")
+            await self._follow()
+
+    async def _follow(self) -> None:
         delay = _RETRY_FIRST
         quiet = False
         while True:
@@ -107,17 +111,17 @@ class XdsClient:
         async with grpc.aio.secure_channel(self._target, credentials, options=_OPTIONS) as channel:
             method = channel.stream_stream(
                 METHOD,
-                request_serializer=discovery_pb2.DiscoveryRequest.SerializeToString,
-                response_deserializer=discovery_pb2.DiscoveryResponse.FromString,
+                request_serializer=discovery_pb2.DeltaDiscoveryRequest.SerializeToString,
+                response_deserializer=discovery_pb2.DeltaDiscoveryResponse.FromString,
             )
             call = method(metadata=(("authorization", f"Bearer {token}"),))
             self._call = call
-            self._nonces = {}
-            self._names = {}
             for kind in TYPES:
-                names = self._resources.wanted(kind)
-                if names or kind not in _FOLLOWS.values():
-                    await self._send(kind, names)
+                await call.write(
+                    discovery_pb2.DeltaDiscoveryRequest(
+                        node=self._node, type_url=kind, initial_resource_versions=self._resources.held(kind)
+                    )
+                )
             while True:
                 response = await call.read()
                 if response is grpc.aio.EOF:
@@ -132,40 +136,34 @@ class XdsClient:
                     _log.info("controller connected", target=self._target)
                 await self._on_response(response)
 
-    async def _on_response(self, response: discovery_pb2.DiscoveryResponse) -> None:
+    async def _on_response(self, response: discovery_pb2.DeltaDiscoveryResponse) -> None:
         kind = response.type_url
         if kind not in TYPES:
             _log.warning("xDS response of a type that was not asked for", type=kind)
             return
         self.updates += 1
-        self._nonces[kind] = response.nonce
-        errors = self._resources.apply(kind, response.version_info, response.resources)
+        items = [item.resource for item in response.resources]
+        errors = self._resources.change(kind, response.system_version_info, items, response.removed_resources)
         self.publish()
+        answer = discovery_pb2.DeltaDiscoveryRequest(type_url=kind, response_nonce=response.nonce)
         if errors:
             self.nacks += 1
-            await self._send(kind, self._names.get(kind, []), error="; ".join(errors))
-        else:
-            await self._send(kind, self._names.get(kind, []))
-        following = _FOLLOWS.get(kind)
-        if following is not None:
-            names = self._resources.wanted(following)
-            if names != self._names.get(following):
-                await self._send(following, names)
-        # The disk may be slow, and requests are waiting for this loop. Nothing else changes the resources meanwhile.
-        await asyncio.to_thread(self._resources.save, kind)
+            answer.error_detail.code = _INVALID_ARGUMENT
+            answer.error_detail.message = "; ".join(errors)[:8192]
+        await self._call.write(answer)
+        self._unsaved.add(kind)
 
-    async def _send(self, kind: str, names: list[str], error: str = "") -> None:
-        self._names[kind] = names
-        request = discovery_pb2.DiscoveryRequest(
-            version_info=self._resources.versions[kind],
-            node=self._node,
-            resource_names=names,
-            type_url=kind,
-            response_nonce=self._nonces.get(kind, ""),
-        )
-        if error:
-            request.error_detail.CopyFrom(status_pb2.Status(code=_INVALID_ARGUMENT, message=error[:8192]))
-        await self._call.write(request)
+    async def _save_now_and_then(self) -> None:
+        """The disk may be slow, and requests are waiting for this loop: it is written to in a thread."""
+        try:
+            while True:
+                await asyncio.sleep(_SAVE)
+                while self._unsaved:
+                    kept = self._resources.kept(self._unsaved.pop())
+                    await asyncio.to_thread(self._resources.write, kept)
+        finally:
+            for kind in self._unsaved:
+                self._resources.save(kind)
 
     def publish(self) -> None:
         """Build and hand out the configuration; again a little later while something is warming."""
