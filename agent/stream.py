@@ -131,31 +131,36 @@ class Stream:
         async with grpc.aio.secure_channel(
             self._settings.controller, credentials, options=options
         ) as channel:
-            outgoing: asyncio.Queue[ClientMessage] = asyncio.Queue()
+            outgoing: asyncio.Queue[ClientMessage | None] = asyncio.Queue()
             await outgoing.put(
                 Hello(component=self._component, version=self._version(), admin=self._settings.admin)
             )
 
             async def requests() -> AsyncIterator[ClientMessage]:
-                while True:
-                    yield await outgoing.get()
+                while (message := await outgoing.get()) is not None:
+                    yield message
 
             subscribe = channel.stream_stream(
                 METHOD_SUBSCRIBE, request_serializer=encode, response_deserializer=decode_update
             )
             call = subscribe(requests(), metadata=(("authorization", f"Bearer {token}"),))
-            async for update in call:
-                if not self.connected:
-                    self.connected = True
-                    self.problem = ""
-                    _log.info(
-                        "stream from the controller",
-                        controller=self._settings.controller,
-                        version=update.version[:12],
-                    )
-                errors = await self._apply(update)
-                if errors:
-                    await outgoing.put(Nack(update.nonce, update.version, errors))
-                else:
-                    await outgoing.put(Ack(update.nonce, update.version))
+            try:
+                async for update in call:
+                    if not self.connected:
+                        self.connected = True
+                        self.problem = ""
+                        _log.info(
+                            "stream from the controller",
+                            controller=self._settings.controller,
+                            version=update.version[:12],
+                        )
+                    errors = await self._apply(update)
+                    if errors:
+                        await outgoing.put(Nack(update.nonce, update.version, errors))
+                    else:
+                        await outgoing.put(Ack(update.nonce, update.version))
+            finally:
+                # Whatever reads what we say ends too, before it would be found waiting.
+                outgoing.put_nowait(None)
+                await asyncio.sleep(0)
             return self.connected

