@@ -23,6 +23,7 @@ from agent.cni_node import InstallError as CniInstallError
 from agent.cni_node import Settings as CniSettings
 from agent.cni_service import CniService
 from agent.debug import pages
+from agent.enrolment import EnrolmentFile
 from agent.kernel import Kernel, KernelError
 from agent.leave import leave
 from agent.live import Live
@@ -44,6 +45,7 @@ from cni import protocol
 from common import logs
 from common.admin import AdminServer
 from common.tasks import Tasks
+from controlplane.api import ResourceError, Update
 
 _log = logs.get(__name__)
 
@@ -194,6 +196,13 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
         maps=lambda: {"captured": kernel.captured_fd()},
     )
     node.proxies = proxies
+    enrolment = EnrolmentFile(options.run)
+
+    async def apply(update: Update) -> tuple[ResourceError, ...]:
+        errors = await node.apply(update)
+        enrolment.write(node.mesh)
+        return errors
+
     stream = Stream(
         Settings(
             options.controller,
@@ -202,7 +211,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
             admin=f"{options.admin[0]}:{options.admin[1]}",
         ),
         version=lambda: node.mesh.version,
-        apply=node.apply,
+        apply=apply,
     )
     latencies = CniLatencies()
     cni = CniService(options.run, node, latencies=latencies)
@@ -252,6 +261,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
     _watch_refusals(kernel, node, sweeper)
     with admin:
         await node.start()
+        enrolment.write(node.mesh)
         await cni.work_off_notes()
         servers = [
             Server(options.run / protocol.SOCKET_NAME, cni.serve, name="cni"),

@@ -95,10 +95,7 @@ class Compiler:
         for item, before in self._graph.update().items():
             # What a snapshot that failed would have taken in is still to be taken in.
             self._pending.setdefault(item, before)
-        mesh = MeshConfig(self._settings.trust_domain, self._settings.roots)
         changes = Changes()
-        if mesh != self._mesh:
-            changes.resources.append(Change(self._mesh, mesh))
         for (cell, key), before in self._pending.items():
             now = self._graph.result(cell, key)
             if cell is routing:
@@ -107,8 +104,13 @@ class Compiler:
                 ]
             elif cell is cluster:
                 changes.clusters.append(Change(before, now))
+            elif cell is _outside:
+                self._outside = self._outside - {before} | ({now} if now else frozenset())
             else:
                 changes.resources.append(Change(before, now))
+        mesh = MeshConfig(self._settings.trust_domain, self._settings.roots, tuple(sorted(self._outside)))
+        if mesh != self._mesh:
+            changes.resources.append(Change(self._mesh, mesh))
         try:
             snapshot = self._assembly.apply(changes, self._graph.notes())
         except Exception:
@@ -121,10 +123,11 @@ class Compiler:
     def _begin(self) -> None:
         settings = self._settings
         world = World(settings.trust_domain, settings.root_namespace, frozenset(settings.outside))
-        self._graph = Graph(world, (_workload, _service, authorization, routing, cluster))
+        self._graph = Graph(world, (_workload, _service, authorization, routing, cluster, _outside))
         self._assembly = Assembly()
         self._pending: dict[tuple[Any, Any], Any] = {}
         self._mesh = None
+        self._outside: frozenset[str] = frozenset()
 
 
 def compile_snapshot(objects: Mapping[Key, Object], settings: Settings) -> Snapshot:
@@ -239,6 +242,13 @@ def _namespace_note(g: Graph, key: Key) -> None:
         g.findings.warning(o, "metadata.labels", text, "remove the label")
 
 
+def _outside(g: Graph, key: Key) -> str | None:
+    """The namespace's name, if it does not ask for the mesh; a pod in it may still do."""
+    g.read(store(g).objects, key)
+    inside = key.name not in g.settings.outside and asks(Asked(), g.get(namespace, key.name))
+    return None if inside else key.name
+
+
 def _peer_authentication_note(g: Graph, key: Key) -> None:
     # Also where no pod asks for it, what is wrong with it is to be said.
     g.get(peer_authentications, key.namespace)
@@ -255,7 +265,7 @@ def _kind_note(g: Graph, key: Key) -> None:
 
 
 _CELLS: dict[tuple[str, str], tuple[Any, ...]] = {
-    ("", "Namespace"): (_namespace_note,),
+    ("", "Namespace"): (_namespace_note, _outside),
     ("", "Pod"): (_workload,),
     ("", "Service"): (_service, routing),
     (GROUP_SECURITY, "AuthorizationPolicy"): (authorization,),

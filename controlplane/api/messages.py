@@ -84,6 +84,8 @@ class MeshConfig(msgspec.Struct, frozen=True, tag="mesh"):
     trust_domain: str = "cluster.local"
     #: PEM bundle: every root that peers' certificates may chain to.
     roots: str = ""
+    #: Namespaces that do not ask for the mesh, in order: a node whose agent is away lets their pods start.
+    outside_namespaces: tuple[str, ...] = ()
 
 
 Resource = Workload | Service | Authorization | MeshConfig
