@@ -20,9 +20,6 @@ from deploy import parts
 Json = dict[str, Any]
 T = TypeVar("T")
 
-#: Of our requests to the API server: who wrote a field.
-MANAGER = "mycel"
-
 
 class NoCluster(Exception):
     """There is no kubeconfig, or it does not lead to a cluster. The text is for people."""
@@ -96,9 +93,9 @@ class Cluster:
     def patch(self, path: str, body: Mapping[str, Any], **params: Any) -> Json:
         return self.run(self._client.patch(path, body, **params))
 
-    def apply(self, path: str, body: Mapping[str, Any], *, force: bool = False) -> Json:
-        """Server-side apply as ``mycel``."""
-        return self.run(self._client.apply(path, body, MANAGER, force=force))
+    def apply(self, path: str, body: Mapping[str, Any], *, manager: str, force: bool = False) -> Json:
+        """Server-side apply."""
+        return self.run(self._client.apply(path, body, manager, force=force))
 
     def delete(self, path: str, **options: Any) -> bool:
         """Delete, whether or not it is there; ``options`` are DeleteOptions. Whether it was there."""

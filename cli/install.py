@@ -10,7 +10,7 @@ from deploy.values import Values
 def objects(values: Values, namespace: str) -> list[Json]:
     """Everything of an installation in apply order, the namespace first and our own definitions next."""
     return [
-        manifests.namespace_object(namespace),
+        manifests.namespace_object(values, namespace),
         *manifests.own_crds(),
         *manifests.build(values, namespace),
     ]

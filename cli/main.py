@@ -172,6 +172,70 @@ def install(
     sys.stdout.write(manifests.to_yaml(found))
 
 
+@app.command()
+def upgrade(
+    namespace: NamespaceOption = _DEFAULT_NAMESPACE,
+    values: ValuesOption = None,
+    settings: SetOption = None,
+    kubeconfig: KubeconfigOption = None,
+    context: ContextOption = None,
+    timeout: Annotated[str, typer.Option("--timeout", help="For each part to be ready.")] = "5m",
+) -> None:
+    """Bring a cluster's installation to this version: controllers, then agents, then proxies.
+
+    Values are those of the installation, and what is given here over them.
+    """
+    from cli import upgrade as upgrading
+    from cli.cluster import Cluster, NoCluster
+    from cli.http import Unreachable
+    from common.kubernetes import ApiError
+    from deploy.values import ValuesError
+
+    seconds = _duration(timeout, "--timeout")
+    try:
+        with Cluster(namespace, kubeconfig=kubeconfig, context=context) as cluster:
+            owner, before, chosen = upgrading.plan(cluster, values or (), settings or ())
+            print(f"from {before} to {chosen.image.tag}")
+            upgrading.run(cluster, chosen, owner, timeout=seconds, say=print)
+    except (ValuesError, NoCluster) as error:
+        output.fail(str(error))
+        raise typer.Exit(UNKNOWN) from error
+    except (upgrading.UpgradeError, Unreachable, ApiError) as error:
+        output.fail(str(error))
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def uninstall(
+    namespace: NamespaceOption = _DEFAULT_NAMESPACE,
+    kubeconfig: KubeconfigOption = None,
+    context: ContextOption = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    timeout: Annotated[str, typer.Option("--timeout", help="For every agent to leave its node.")] = "2m",
+) -> None:
+    """Take everything of Mycel off a cluster and its nodes; what you made stays, and so do other projects' definitions."""
+    from cli import uninstall as removing
+    from cli.cluster import Cluster, NoCluster
+    from cli.http import Unreachable
+    from common.kubernetes import ApiError
+
+    seconds = _duration(timeout, "--timeout")
+    try:
+        with Cluster(namespace, kubeconfig=kubeconfig, context=context) as cluster:
+            if not yes:
+                typer.confirm(
+                    f"Remove Mycel from {cluster.server}? Enrolled pods go on in plain text.", abort=True
+                )
+            for text in removing.run(cluster, timeout=seconds, say=print):
+                print(f"  {text}")
+    except NoCluster as error:
+        output.fail(str(error))
+        raise typer.Exit(UNKNOWN) from error
+    except (removing.UninstallError, Unreachable, ApiError) as error:
+        output.fail(str(error))
+        raise typer.Exit(1) from error
+
+
 @app.command("envoy-bootstrap")
 def envoy_bootstrap(
     node: Annotated[str, typer.Option("--node", help="The node's name, as its agent has it.")],

@@ -12,18 +12,42 @@ from typing import Any
 
 import yaml
 
+from common.kubernetes import path_of
 from deploy import agent, controlplane, parts, proxies, rbac, webhook
 from deploy.parts import Json
-from deploy.values import Values
+from deploy.values import Values, chosen
+
+#: Annotation of the namespace: what was chosen, so that ``mycel upgrade`` need not be told again.
+VALUES_ANNOTATION = "mycel.io/values"
+
+#: Of the kinds that there are here.
+_PLURALS = {
+    "ConfigMap": "configmaps",
+    "ClusterRole": "clusterroles",
+    "ClusterRoleBinding": "clusterrolebindings",
+    "CustomResourceDefinition": "customresourcedefinitions",
+    "DaemonSet": "daemonsets",
+    "Deployment": "deployments",
+    "Lease": "leases",
+    "Namespace": "namespaces",
+    "PodDisruptionBudget": "poddisruptionbudgets",
+    "Role": "roles",
+    "RoleBinding": "rolebindings",
+    "Secret": "secrets",
+    "Service": "services",
+    "ServiceAccount": "serviceaccounts",
+    "ValidatingWebhookConfiguration": "validatingwebhookconfigurations",
+}
 
 
-def namespace_object(namespace: str) -> Json:
+def namespace_object(values: Values, namespace: str) -> Json:
     """The namespace, which may hold the agent (hostPID, capabilities). Not in the Helm chart: Helm needs it beforehand."""
     return {
         "apiVersion": "v1",
         "kind": "Namespace",
         "metadata": {
             "name": namespace,
+            "annotations": {VALUES_ANNOTATION: chosen(values)},
             "labels": parts.labels()
             | {
                 "pod-security.kubernetes.io/enforce": "privileged",
@@ -69,6 +93,14 @@ def key(manifest: Json) -> tuple[str, str, str, str]:
     """Group, kind, namespace and name: who an object is, whatever version it is written in."""
     group = manifest["apiVersion"].rpartition("/")[0]
     return group, manifest["kind"], manifest["metadata"].get("namespace", ""), manifest["metadata"]["name"]
+
+
+def path(manifest: Json) -> str:
+    """Where an object is at the API server."""
+    meta = manifest["metadata"]
+    return path_of(
+        manifest["apiVersion"], _PLURALS[manifest["kind"]], meta.get("namespace", ""), meta["name"]
+    )
 
 
 def to_yaml(manifests: Iterable[Json]) -> str:

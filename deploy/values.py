@@ -6,6 +6,7 @@ Owns names, types, defaults and what is refused. Docstrings after a field become
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from importlib import metadata
@@ -167,12 +168,34 @@ def check_namespace(name: str) -> str:
     return name
 
 
-def load(files: Iterable[Path] = (), settings: Iterable[str] = ()) -> Values:
+def chosen(values: Values) -> str:
+    """What differs from the defaults, as JSON; without the images' tag, which is the version and belongs to no choice."""
+
+    def differing(one: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+        found = {}
+        for name, value in one.items():
+            before = default.get(name)
+            if value != before:
+                both = isinstance(value, dict) and isinstance(before, dict) and before
+                found[name] = differing(value, before) if both else value  # type: ignore[arg-type]
+        return found
+
+    made = differing(msgspec.to_builtins(values), msgspec.to_builtins(Values()))
+    made.get("image", {}).pop("tag", None)
+    return json.dumps({name: value for name, value in made.items() if value != {}}, sort_keys=True)
+
+
+def load(
+    files: Iterable[Path] = (), settings: Iterable[str] = (), earlier: dict[str, Any] | None = None
+) -> Values:
     """Values from YAML files, later ones over earlier ones, then ``a.b=value`` settings (value: YAML), over the defaults.
+
+    :param earlier: what was chosen before (:func:`chosen`), over which all this goes.
 
     :raises ValuesError: a file cannot be read, a name is unknown, a value is of the wrong kind.
     """
     merged: dict[str, Any] = {}
+    _merge(merged, earlier or {})
     for file in files:
         try:
             found = yaml.safe_load(file.read_text("utf-8"))
