@@ -39,6 +39,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--credential", type=Path, required=True, help="file with this node's token")
     parser.add_argument("--admin", type=_address, default=("0.0.0.0", 15020), metavar="ADDRESS:PORT")
+    parser.add_argument(
+        "--proxy-group",
+        type=int,
+        default=15008,
+        metavar="GID",
+        help="of the proxies: may connect to agent.sock and write in the run folder's nodeproxy/ and l7proxy/",
+    )
     probers = parser.add_mutually_exclusive_group()
     probers.add_argument(
         "--prober",

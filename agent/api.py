@@ -11,6 +11,13 @@ A proxy outlives the agent: when the connection breaks it keeps every listener a
 agent then sends every :class:`Enroll` again (a proxy tells what it holds in ``Hello.held``, and for those the agent makes
 no new listeners).
 
+A proxy's successor (version 2) starts while the old one serves. It says :class:`Hello` with ``serving=False``, hears of every
+pod (without listeners) and then :class:`Known`, gets ready, says :class:`Serve`, gets a listener of its own for everything,
+and hears :class:`Serving`. From each listener's arrival on new connections come to it; the old one keeps its listeners open
+for what was on its way, hears :class:`Drain`, and lives on until it is ended. If the new one dies first, the old one gets
+listeners again and hears :class:`Serving`. Where no other proxy of its role is there, one that is not ready gets listeners too:
+connections then wait for it and are not refused at once.
+
 This module is a leaf: it imports msgspec only.
 """
 
@@ -20,7 +27,7 @@ import enum
 
 import msgspec
 
-VERSION = 1
+VERSION = 2
 
 
 class Role(enum.Enum):
@@ -57,6 +64,7 @@ class Held(msgspec.Struct, frozen=True):
     uid: str
     netns_cookie: int
     kind: ListenerKind
+    socket: int = 0  #: its SO_COOKIE, so that it can be told from a successor's; 0 is not known
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -67,6 +75,12 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     held: tuple[Held, ...] = ()
     #: The listeners that this proxy wants of each pod (a node proxy in front of a real Envoy wants ``outbound-l7`` too).
     kinds: tuple[ListenerKind, ...] = ()
+    #: False: not ready yet, :class:`Serve` will come.
+    serving: bool = True
+
+
+class Serve(msgspec.Struct, frozen=True, tag="serve"):
+    """The proxy is ready: hand it a listener for everything."""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
@@ -116,6 +130,18 @@ class Withdraw(msgspec.Struct, frozen=True, tag="withdraw", omit_defaults=True):
     drain: bool = False
 
 
+class Known(msgspec.Struct, frozen=True, tag="known"):
+    """Every pod of this moment was told of. Only to proxies of version 2, as the next two."""
+
+
+class Serving(msgspec.Struct, frozen=True, tag="serving"):
+    """New connections come to this proxy, all of them."""
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """They come to another: ask peers to go there, serve what is open, keep the listeners for what is on its way."""
+
+
 class GetSockets(msgspec.Struct, frozen=True, tag="get-sockets"):
     """A proxy wants up to ``count`` unconnected TCP sockets in a pod's namespace (non-blocking, TCP_NODELAY)."""
 
@@ -134,8 +160,8 @@ class Sockets(msgspec.Struct, frozen=True, tag="sockets"):
     error: str = ""
 
 
-FromProxy = Hello | GetSockets
-FromAgent = Welcome | Refused | Enroll | Withdraw | Sockets
+FromProxy = Hello | Serve | GetSockets
+FromAgent = Welcome | Refused | Enroll | Withdraw | Known | Serving | Drain | Sockets
 
 _encoder = msgspec.msgpack.Encoder()
 _from_proxy: msgspec.msgpack.Decoder[FromProxy] = msgspec.msgpack.Decoder(FromProxy)

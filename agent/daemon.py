@@ -50,6 +50,8 @@ from controlplane.api import ResourceError, Update
 _log = logs.get(__name__)
 
 AGENT_SOCKET = "agent.sock"
+#: Folders of the run folder in which the proxies write: their own socket, their last good configuration.
+PROXY_FOLDERS = ("nodeproxy", "l7proxy")
 #: Seconds for the loader child: compiling takes a second, on a machine under load several.
 _LOADER_TIMEOUT = 120.0
 LOCK = "agent.lock"
@@ -78,6 +80,7 @@ class Options:
     roots: Path
     credential: Path
     admin: tuple[str, int]
+    proxy_group: int = 15008
     prober: str = "none"
     prober_cgroup: Path | None = None
     envoy_cgroup: Path | None = None
@@ -99,6 +102,7 @@ async def run(options: Options) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     with await _alone(options.run):
+        _make_folders(options.run, options.proxy_group)
         await _load(options)
         try:
             kernel = Kernel(options.pins)
@@ -137,6 +141,25 @@ async def _alone(folder: Path, *, patience: float = _PREDECESSOR_TIMEOUT) -> Bin
             return file
     file.close()
     raise StartError(f"another agent runs with {folder}, and did not end in {patience:g} s")
+
+
+def _make_folders(run: Path, group: int) -> None:
+    """What the proxies write in, by their group: they run without root, and nobody else has to get in.
+
+    :raises StartError: the group is not ours to give.
+    """
+    for name in PROXY_FOLDERS:
+        folder = run / name
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            os.chown(folder, -1, group)
+            folder.chmod(0o2770)
+        except PermissionError:
+            raise StartError(
+                f"{folder}: cannot be given to group {group}; the agent has to be a member of it (supplementalGroups)"
+            ) from None
+        except OSError as error:
+            raise StartError(f"{folder}: {error.strerror}") from None
 
 
 def _lock_file(folder: Path) -> BinaryIO:
@@ -265,13 +288,14 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
         await cni.work_off_notes()
         servers = [
             Server(options.run / protocol.SOCKET_NAME, cni.serve, name="cni"),
-            Server(options.run / AGENT_SOCKET, proxies.serve, name="proxies"),
+            Server(options.run / AGENT_SOCKET, proxies.serve, name="proxies", group=options.proxy_group),
         ]
         for server in servers:
             server.start()
         serving.set()
         tasks.start(sweeper.run(), name="sweep of late connections")
         tasks.start(cni.watch_notes(), name="notes")
+        tasks.start(proxies.watch(), name="return of proxies")
         if options.prober == "auto":
             tasks.start(Prober(roles, options.cgroup).run(), name="prober")
         live = Live(node)

@@ -311,9 +311,6 @@ class Node:
     def attached(self, uid: str, netns_cookie: int) -> bool:
         return any(a.pod_uid == uid and a.netns_cookie == netns_cookie for a in self.pods)
 
-    def pod_namespaces(self) -> Collection[int]:
-        return {attachment.netns_inode for attachment in self.pods}
-
     # Within
 
     async def _look_at(self, attachment: Attachment, netns: int) -> tuple[int, int]:

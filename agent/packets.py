@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import struct
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from common.tasks import Tasks
 _log = logs.get(__name__)
 
 _UCRED = struct.Struct("iII")
+_SO_NETNS_COOKIE = 71
 
 
 class PeerCredentials(NamedTuple):
@@ -43,6 +45,16 @@ class Connection:
     def peer(self) -> PeerCredentials:
         data = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
         return PeerCredentials(*_UCRED.unpack(data))
+
+    @property
+    def peer_netns(self) -> int:
+        """The cookie of the network namespace that the peer's socket was made in.
+
+        A socket that accept(2) makes belongs to the namespace of the one that dialled (unix_stream_connect in the kernel's
+        net/unix/af_unix.c), so that nobody has to look into the peer's /proc, which takes CAP_SYS_PTRACE.
+        """
+        data = self._sock.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+        return int.from_bytes(data, sys.byteorder)
 
     async def receive(self) -> tuple[bytes, tuple[int, ...]]:
         """One packet and its descriptors, which the caller now owns; empty at the end.
@@ -93,7 +105,16 @@ class Connection:
 class Server:
     """Listens on a path; each connection is served by a task of its own."""
 
-    def __init__(self, path: Path, serve: Callable[[Connection], Awaitable[None]], *, name: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        serve: Callable[[Connection], Awaitable[None]],
+        *,
+        name: str,
+        group: int | None = None,
+    ) -> None:
+        """:param group: its members may connect too, not only the owner."""
+        self._group = group
         self._path = path
         self._serve = serve
         self._name = name
@@ -103,7 +124,7 @@ class Server:
     def start(self) -> None:
         """Take the path over, also from a predecessor that is still there or did not clean up.
 
-        :raises OSError: the path cannot be bound.
+        :raises OSError: the path cannot be bound, or not be given to the group.
         """
         aside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         with contextlib.suppress(FileNotFoundError):
@@ -113,6 +134,9 @@ class Server:
             self._sock.bind(str(aside))
         finally:
             os.umask(before)
+        if self._group is not None:
+            os.chown(aside, -1, self._group)
+            aside.chmod(0o660)
         self._sock.listen(1024)
         # Renamed when it listens: nobody ever meets a path that refuses.
         aside.rename(self._path)

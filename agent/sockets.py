@@ -26,11 +26,17 @@ class PodSockets:
 
     async def listener(self, netns_cookie: int, address: str, kind: api.ListenerKind) -> int:
         return await self._do(
-            netns_cookie, lambda netns: self._kernel.create_listener(netns, address, kind.port)
+            netns_cookie, lambda netns: self._kernel.make_listener(netns, address, kind.port)
         )
 
-    def has_listener(self, netns_cookie: int, address: str, kind: api.ListenerKind) -> bool:
-        return self._kernel.has_listener(address, kind.port)
+    def publish(self, address: str, kind: api.ListenerKind, fd: int) -> None:
+        try:
+            self._kernel.set_listener(address, kind.port, fd)
+        except (KernelError, OSError) as error:
+            raise SocketError(str(error)) from None
+
+    def live(self, address: str, kind: api.ListenerKind) -> int:
+        return self._kernel.listener(address, kind.port)
 
     async def outgoing(self, netns_cookie: int, purpose: api.Purpose, count: int) -> list[int]:
         create = {

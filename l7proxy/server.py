@@ -67,7 +67,7 @@ class Proxy:
         self.connections = 0
         self.retries = 0
         self.tasks = Tasks()
-        self.connector = Connector(node, f"{run}/nodeproxy.sock", self.tasks)
+        self.connector = Connector(node, f"{run}/nodeproxy/nodeproxy.sock", self.tasks)
         self.agent = AgentClient(f"{run}/agent.sock", self)
         self._access_log = access_log
         self._find_captured = captured

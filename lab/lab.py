@@ -60,6 +60,7 @@ class Lab:
         self._arguments = dict(arguments or {})
         self._log_level = log_level
         self._outsiders = itertools.count(100)
+        self._rooms = itertools.count(150)
         self._barriers = itertools.count(1)
         self._mesh: MeshProcesses | None = None
         self._holders: list[subprocess.Popen[str]] = []
@@ -100,6 +101,7 @@ class Lab:
                     self.folder,
                     self.control,
                     self.nodes,
+                    room=self._room,
                     arguments=self._arguments,
                     log_level=self._log_level,
                 )
@@ -123,7 +125,7 @@ class Lab:
                 holder.wait()
             for pod in self._pods:
                 pod.reap()
-            for process in self.all_processes():
+            for process in [*self.all_processes(), *(self._mesh.replaced() if self._mesh else ())]:
                 process.kill()
         atexit.unregister(self.close)
         self._restore_signals()
@@ -202,6 +204,18 @@ class Lab:
         )
         place.ip(f"link set eth0 up\naddr add {address}/24 dev eth0\n{routes}")
         states.note(self.state, place.name, net=place.net, cgroup=place.cgroup, mount=place.mount)
+
+    def _room(self, node: Node, name: str) -> tuple[Place, str]:
+        """A network namespace on a node, with an address on the fabric, for one of the mesh's processes."""
+        address = f"10.99.0.{next(self._rooms)}"
+        net = node.add_netns(name)
+        link = f"{node.name}-{name}"[-15:]
+        self.fabric.ip(
+            f"link add {link} type veth peer name eth0 netns {net}\nlink set {link} master fabric up\n"
+        )
+        place = Place(f"{node.name} {name}", net=net, cgroup=node.cgroup, mount=node.mount)
+        place.ip(f"link set eth0 up\naddr add {address}/24 dev eth0\n")
+        return place, address
 
     # -- what is there
 
@@ -335,7 +349,7 @@ class Lab:
 
     def processes_of(self, node: str, component: str) -> list[int]:
         """Process ids of a component and its children."""
-        return cgroups.processes(self.node(node).top / "mycel" / component)
+        return cgroups.processes(self._running.cgroup(node, component))
 
     def kill(self, node: str, component: str = "") -> None:
         """SIGKILL."""
@@ -349,6 +363,16 @@ class Lab:
         self.process(node, component).start()
         if ready:
             self._running.wait_ready(node, component)
+
+    def surge(self, node: str, component: str, *, ready: bool = True) -> Process:
+        """Start a proxy's successor beside it, as a rolling update does; the old one is the caller's to end.
+
+        From now on :meth:`process` and the pages are the new one's.
+        """
+        old = self._running.replace(node, component)
+        if ready:
+            self._running.wait_ready(node, component)
+        return old
 
     def mycel(
         self, *arguments: str, timeout: float = 30.0, check: bool = True

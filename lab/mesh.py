@@ -1,20 +1,22 @@
-"""The mesh's own processes in a lab: how they are started, ended and looked at.
+"""The mesh's own processes in a lab: how they are started, ended, replaced and looked at.
 
-Owns command lines, credentials and capabilities; nothing of namespaces, pods or configuration.
+Owns command lines, credentials and privileges. As in a cluster the agent is root on the node with few capabilities, and the
+proxies are somebody without any, each in network, PID and cgroup of its own.
 """
 
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lab import namespaces
+from lab import cgroups, namespaces
 from lab.errors import LabError
 from lab.metrics import Metrics
 from lab.node import RUN, Node, python_module
@@ -27,14 +29,25 @@ COMPONENTS = ("agent", "nodeproxy", "l7proxy")
 ADMIN_PORTS = {CONTROLLER: 15014, "agent": 15020, "nodeproxy": 15021, "l7proxy": 15090}
 #: The agent's short list (see ARCHITECTURE.md); everything else of the mesh runs without any.
 AGENT_CAPABILITIES = ("bpf", "net_admin", "sys_admin", "perfmon", "sys_ptrace")
+#: Who the proxies are, and the group by which they get at what the agent shares with them.
+PROXY = 15008
 #: Seconds for all processes to be ready; compiling the kernel programs is most of it.
 START_TIMEOUT = 60.0
+
+
+class Seat(NamedTuple):
+    """Where a process runs, and at which address its admin server answers."""
+
+    place: Place
+    address: str
+    cgroup: Path
 
 
 class MeshProcesses:
     """The controller beside the fabric, and agent, node proxy and l7proxy on each node.
 
     :param folder: the lab's.
+    :param room: makes a network namespace on a node, by a name, and gives its place and address.
     :param arguments: more command line arguments by component.
     """
 
@@ -44,18 +57,24 @@ class MeshProcesses:
         control: Place,
         nodes: Sequence[Node],
         *,
+        room: Callable[[Node, str], tuple[Place, str]],
         arguments: Mapping[str, Sequence[str]],
         log_level: str,
     ) -> None:
         self._folder = folder
         self._control = control
         self._nodes = {node.name: node for node in nodes}
+        self._room = room
+        self._numbers = itertools.count(1)
         self._arguments = arguments
         self._log_level = log_level
         self._write_credentials()
         self._processes: dict[tuple[str, str], Process] = {(CONTROLLER, ""): self._make_controller()}
+        self._seats = {(CONTROLLER, ""): Seat(control, CONTROL_ADDRESS, control.cgroup)}
+        self._replaced: list[Process] = []
         for node in nodes:
             for component in COMPONENTS:
+                self._seats[node.name, component] = self._seat(node, component)
                 self._processes[node.name, component] = self._make(node, component)
 
     # -- life
@@ -83,6 +102,16 @@ class MeshProcesses:
             explain=process.tail,
         )
 
+    def replace(self, name: str, component: str) -> Process:
+        """Start a proxy's successor beside it (it may not be ready yet), and give back the old one, which goes on to run."""
+        old = self.process(name, component)
+        self._replaced.append(old)
+        node = self._nodes[name]
+        self._seats[name, component] = self._seat(node, component)
+        process = self._processes[name, component] = self._make(node, component)
+        process.start()
+        return old
+
     # -- what is there
 
     @property
@@ -99,6 +128,13 @@ class MeshProcesses:
 
     def all(self) -> list[Process]:
         return list(self._processes.values())
+
+    def replaced(self) -> list[Process]:
+        """The predecessors."""
+        return self._replaced
+
+    def cgroup(self, name: str, component: str) -> Path:
+        return self._seats[name, component].cgroup
 
     def on_nodes(self) -> list[tuple[Node, str, Process]]:
         """Every node's processes, with node and component."""
@@ -148,8 +184,7 @@ class MeshProcesses:
             return False
 
     def _get(self, name: str, component: str, path: str, timeout: float = 5.0) -> tuple[int, bytes]:
-        place = self._nodes[name] if component else self._control
-        address = self._nodes[name].address_on_fabric if component else CONTROL_ADDRESS
+        place, address, _ = self._seats[name, component]
         port = ADMIN_PORTS[component or name]
         connection = http.client.HTTPConnection(address, port, timeout=timeout)
         try:
@@ -171,24 +206,39 @@ class MeshProcesses:
             path = node.folder / "credential"
             path.touch(mode=0o600)
             path.write_text(token)
+            os.chown(path, 0, PROXY)
+            path.chmod(0o640)
             (credentials / node.name).write_text(sha256(token.encode()).hexdigest())
 
     def _make_controller(self) -> Process:
         state = self.roots.parent
-        state.mkdir(mode=0o700)
+        # The bundle in it is for everybody; what is not has modes of its own.
+        state.mkdir(mode=0o711)
         arguments = [
             *("--config", str(self._folder / "config"), "--state", str(state)),
             *("--listen", f"{CONTROL_ADDRESS}:15012"),
             *("--admin", f"{CONTROL_ADDRESS}:{ADMIN_PORTS[CONTROLLER]}"),
             *("--credentials", str(self._folder / "credentials"), "--server-name", CONTROL_ADDRESS),
         ]
-        return self._process(CONTROLLER, CONTROLLER, self._control, self._control.cgroup, arguments)
+        return self._process(CONTROLLER, CONTROLLER, self._control.cgroup, self._control, (), arguments)
+
+    def _seat(self, node: Node, component: str) -> Seat:
+        number = next(self._numbers)
+        # Envoy's dials come to the node proxy over the loopback interface that both have.
+        with_envoy = component == "nodeproxy" and "--envoy" in self._arguments.get(component, ())
+        if component == "agent" or with_envoy:
+            return Seat(node, node.address_on_fabric, node.top / "mycel" / component)
+        cgroup = node.top / "mycel" / f"{component}-{number}"
+        cgroup.mkdir()
+        place, address = self._room(node, f"{component}-{number}")
+        return Seat(place, address, cgroup)
 
     def _make(self, node: Node, component: str) -> Process:
+        seat = self._seats[node.name, component]
         arguments = [
             *("--node", node.name, "--run", str(RUN), "--controller", f"{CONTROL_ADDRESS}:15012"),
             *("--roots", str(self.roots), "--credential", str(node.folder / "credential")),
-            *("--admin", f"{node.address_on_fabric}:{ADMIN_PORTS[component]}"),
+            *("--admin", f"{seat.address}:{ADMIN_PORTS[component]}"),
         ]
         if component == "agent":
             arguments += [
@@ -197,23 +247,42 @@ class MeshProcesses:
             ]
         if component == "l7proxy":
             arguments += ["--access-log", "-"]
-        cgroup = node.top / "mycel" / component
-        return self._process(f"{node.name} {component}", component, node, cgroup, arguments)
+        name = f"{node.name} {component}"
+        if component == "agent":
+            return self._process(
+                name, component, seat.cgroup, seat.place, ("--groups", str(PROXY)), arguments
+            )
+        user = ("--reuid", str(PROXY), "--regid", str(PROXY), "--clear-groups", "--no-new-privs")
+        return self._process(name, component, seat.cgroup, seat.place, user, arguments, contained=True)
 
     def _process(
-        self, name: str, component: str, place: Place, cgroup: Path, arguments: Sequence[str]
+        self,
+        name: str,
+        component: str,
+        cgroup: Path,
+        place: Place,
+        user: Sequence[str],
+        arguments: Sequence[str],
+        *,
+        contained: bool = False,
     ) -> Process:
+        """``contained``: the first process of a PID namespace."""
         kept = "".join(f",+{capability}" for capability in AGENT_CAPABILITIES) if component == "agent" else ""
         command = [
-            *("/usr/bin/setpriv", f"--bounding-set=-all{kept}", "--inh-caps=-all", "--"),
+            *("/usr/bin/setpriv", f"--bounding-set=-all{kept}", "--inh-caps=-all", *user, "--"),
             *python_module(component),
             *arguments,
             *("--log-format", "text", "--log-level", self._log_level),
             *self._arguments.get(component, ()),
         ]
+        if contained:
+            front = ("/usr/bin/unshare", "--pid", "--fork", "--kill-child", "--")
+            command = place.command([*front, *cgroups.joining(cgroup), *command])
+        else:
+            command = place.command(command, cgroup=cgroup)
         log = self._folder / "logs" / f"{name.replace(' ', '-')}.log"
         environment = {"BCC_KERNEL_SOURCE": str(_cache() / "headers/current"), **os.environ}
-        return Process(name, place.command(command, cgroup=cgroup), log, environment)
+        return Process(name, command, log, environment, contained=contained)
 
 
 def _alive(process: Process) -> bool:

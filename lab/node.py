@@ -92,7 +92,6 @@ class Node(Place):
             "envoy",
             "mycel/agent",
             "mycel/nodeproxy",
-            "mycel/l7proxy",
         ):
             (cgroup / part).mkdir(parents=True)
         held, self.holder = hold(name, cgroup / "machine", _NODE_INIT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,12 +17,20 @@ class Process:
     """A daemon that can be killed and started again under the same name, with one log for all its lives."""
 
     def __init__(
-        self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        *,
+        contained: bool = False,
     ):
+        """:param contained: the command makes a PID namespace, and the daemon is its child, the first in it."""
         self.name = name
         self.command = list(command)
         self.log = log
         self.environment = dict(environment) if environment is not None else None
+        self._contained = contained
         self._popen: subprocess.Popen[bytes] | None = None
 
     @property
@@ -29,7 +38,18 @@ class Process:
         """:raises LabError: it does not run."""
         if self._popen is None or self._popen.poll() is not None:
             raise LabError(f"{self.name} does not run")
-        return self._popen.pid
+        if not self._contained:
+            return self._popen.pid
+        wait_until(self._children, 5.0, f"{self.name} is in its PID namespace")
+        return self._children()[0]
+
+    def _children(self) -> list[int]:
+        assert self._popen is not None
+        try:
+            text = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/children").read_text()
+        except OSError:
+            return []
+        return [int(pid) for pid in text.split()]
 
     @property
     def running(self) -> bool:
@@ -43,7 +63,8 @@ class Process:
         """:raises LabError: it runs already."""
         if self.running:
             raise LabError(f"{self.name} runs already")
-        # The commands in front (cgroup, namespaces, capabilities) all exec: the child's pid is the daemon's.
+        # The commands in front (cgroup, namespaces, capabilities) all exec: the child's pid is the daemon's, but for a PID
+        # namespace, whose maker waits and ends as the daemon ends.
         with open(self.log, "ab") as log:
             self._popen = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.environment, cwd="/"
@@ -55,7 +76,12 @@ class Process:
     def kill(self) -> None:
         """SIGKILL, and wait for its end."""
         if self._popen is not None and self._popen.poll() is None:
-            self._popen.kill()
+            # Of what is in a PID namespace the first takes all with it; its maker sees that.
+            for child in self._children() if self._contained else ():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            if not self._contained:
+                self._popen.kill()
         self._wait(5.0)
 
     def stop(self, timeout: float = 10.0) -> int:

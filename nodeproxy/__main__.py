@@ -21,9 +21,6 @@ from nodeproxy.node import NodeProxy
 
 _log = logs.get("nodeproxy")
 
-#: Seconds that open tunnels have after SIGTERM.
-DRAIN = 5.0
-
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="mycel-nodeproxy", description="HBONE for the pods of one node.")
@@ -35,6 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--credential", required=True, type=Path, help="the node's token")
     parser.add_argument("--admin", required=True, help="ADDRESS:PORT for metrics and readiness")
+    parser.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="that open connections have after SIGTERM, while a successor serves (the pod's grace period is longer)",
+    )
     parser.add_argument("--envoy", type=Path, help="unix socket of an Envoy in l7proxy's place")
     logs.add_arguments(parser)
     options = parser.parse_args(arguments)
@@ -78,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
         json={"/debug/state": proxy.state},
     )
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: loop.post(lambda: proxy.drain(DRAIN)))
+        signal.signal(number, lambda *_: loop.post(lambda: proxy.drain(options.drain_timeout)))
     proxy.start()
     controller.start()
     admin.start()

@@ -1,6 +1,7 @@
 """The agent's client: which pods are here, their listeners, and sockets in their namespaces.
 
-Owns the SEQPACKET connection, the stock of ready sockets per pod, and the pods themselves (:class:`Pod`). When the agent goes
+Owns the SEQPACKET connection, the stock of ready sockets per pod, and the pods themselves (:class:`Pod`), the part of a
+successor and of a predecessor as far as the agent is concerned (:mod:`agent.api`). When the agent goes
 away everything stays, the connection is tried again, and what is held is told; pods that a returned agent does not name
 within a while are withdrawn.
 """
@@ -9,8 +10,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +34,9 @@ _RETRY_FIRST, _RETRY_MOST = 0.1, 2.0
 _GRACE = 10.0
 #: Seconds that a connection waits for a socket.
 PATIENCE = 10.0
+#: Seconds that a listener is kept when a newer one has come in its place: connections may be on their way to it.
+LINGER = 3.0
+_SO_COOKIE = 57
 #: Sockets kept ready for each pod, and the most asked for at once.
 STOCK = {Purpose.OUTBOUND: 2, Purpose.DELIVERY: 8}
 _MOST = 32
@@ -72,6 +78,15 @@ class PodOwner(Protocol):
     def on_withdraw(self, pod: Pod) -> None:
         """Close every connection of the pod; its listeners and sockets are closed already."""
 
+    def on_known(self) -> None:
+        """Every pod has been told of."""
+
+    def on_serving(self) -> None:
+        """New connections come here, all of them."""
+
+    def on_drain(self) -> None:
+        """They come to a successor."""
+
 
 @dataclass(eq=False)
 class _Stock:
@@ -85,6 +100,7 @@ class AgentClient:
         self.pods: dict[tuple[str, int], Pod] = {}
         self.captured: CapturedMap | None = None
         self.connected = False
+        self._serving = False  #: ready to serve, which every agent is told
         self._loop = loop
         self._path = path
         self._kinds = kinds
@@ -119,9 +135,18 @@ class AgentClient:
         self._named.clear()
         self._loop.add(sock.fileno(), IN, self._on_events)
         held = tuple(
-            api.Held(pod.uid, pod.netns_cookie, kind) for pod in self.pods.values() for kind in pod.listeners
+            api.Held(pod.uid, pod.netns_cookie, kind, _cookie(listener))
+            for pod in self.pods.values()
+            for kind, listener in pod.listeners.items()
         )
-        self._send(api.Hello(api.Role.NODEPROXY, held=held, kinds=self._kinds))
+        self._send(api.Hello(api.Role.NODEPROXY, held=held, kinds=self._kinds, serving=self._serving))
+
+    def serve(self) -> None:
+        """From now on ready for everything that may come."""
+        if not self._serving:
+            self._serving = True
+            if self.connected:
+                self._send(api.Serve())
 
     def _lost(self, reason: str) -> None:
         if self._socket is None:
@@ -222,6 +247,12 @@ class AgentClient:
                     self._leave(pod_key)
                 else:
                     self._withdraw(pod_key)
+            case api.Known():
+                self._owner.on_known()
+            case api.Serving():
+                self._owner.on_serving()
+            case api.Drain():
+                self._owner.on_drain()
             case api.Sockets():
                 self._sockets(message, fds)
 
@@ -239,7 +270,7 @@ class AgentClient:
             listener.setblocking(False)
             old = pod.listeners.pop(kind, None)
             if old is not None:
-                self._loop.close(old)
+                self._loop.later(LINGER, functools.partial(self._loop.close, old))
             pod.listeners[kind] = listener
             self._owner.on_listener(pod, kind, listener)
         for purpose in Purpose:
@@ -338,3 +369,7 @@ class AgentClient:
                 waiter(sock)
             else:
                 stock.ready.append(sock)
+
+
+def _cookie(sock: socket.socket) -> int:
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)

@@ -239,6 +239,10 @@ class Sender:
         self.closing = True
         self._send(f.goaway(self._last_peer_id, code, reason))
 
+    def warn(self) -> None:
+        """Say that :meth:`shutdown` will come, so that no stream is under way when it does (RFC 9113, section 6.8)."""
+        self._send(f.goaway(f.STREAM_ID, Code.NO_ERROR))
+
     def fail(self, error: PeerError) -> None:
         """The connection ends because of the peer; what is left to do is to write ``out`` and to close."""
         if not self.closed:

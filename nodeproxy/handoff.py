@@ -48,19 +48,30 @@ class Handoffs:
         self.pairs: dict[Pair, Pod] = {}
         self._listeners: list[socket.socket] = []
         self._path: Path | None = None
+        self._inode = 0  #: of our socket
 
     # --- listeners ---------------------------------------------------------------------------------------------------
 
     def listen(self, path: Path) -> None:
-        """Take streams on a unix socket. :raises OSError: it cannot be made."""
-        path.unlink(missing_ok=True)
+        """Take streams on a unix socket, in the place of whoever did. :raises OSError: it cannot be made."""
+        if self._owns(path):
+            return
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        mask = os.umask(0o117)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            listener.bind(str(path))
-        finally:
-            os.umask(mask)
-        listener.listen(1024)
+            aside.unlink(missing_ok=True)
+            mask = os.umask(0o117)
+            try:
+                listener.bind(str(aside))
+            finally:
+                os.umask(mask)
+            listener.listen(1024)
+            self._inode = aside.stat().st_ino
+            # Renamed when it listens, also over a predecessor's: nobody ever meets a path that refuses.
+            aside.rename(path)
+        except OSError:
+            listener.close()
+            raise
         self._path = path
         self._accept(listener, lambda sock, _peer: _Arrival(self, sock, answer=True).begin())
 
@@ -103,8 +114,17 @@ class Handoffs:
             self.loop.close(listener)
         self._listeners.clear()
         if self._path is not None:
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+            if self._owns(self._path):
+                with contextlib.suppress(OSError):
+                    self._path.unlink()
+            self._path = None
+
+    def _owns(self, path: Path) -> bool:
+        """Whether the socket at the path is ours, not a successor's."""
+        try:
+            return bool(self._inode) and path.stat().st_ino == self._inode
+        except OSError:
+            return False
 
     # --- pods --------------------------------------------------------------------------------------------------------
 

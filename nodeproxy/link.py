@@ -284,6 +284,12 @@ class Link:
             self.core.reset(stream, code)
             self.mark()
 
+    def warn(self) -> None:
+        """Say that :meth:`shutdown` will come: the peer opens its new streams elsewhere, what it has just opened is served."""
+        if not self.closed and self.open and not self.core.closing:
+            self.core.warn()
+            self.mark()
+
     def shutdown(self) -> None:
         """Say that no new streams are wanted; the connection ends with its last stream."""
         if not self.closed and self.open:

@@ -11,7 +11,7 @@ from bpf.maps import MapError
 from common import logs
 from controlplane.api import ResourceError, Update
 from nodeproxy.accounting import Accounting
-from nodeproxy.agent_client import AgentClient, Pod
+from nodeproxy.agent_client import LINGER, AgentClient, Pod
 from nodeproxy.certificates import Certificates, Signer
 from nodeproxy.handoff import Handoffs
 from nodeproxy.inbound import Inbound
@@ -23,6 +23,14 @@ from nodeproxy.tunnel import Tunnel, Tunnels
 
 _log = logs.get(__name__)
 
+#: Seconds that a new process waits for the certificates of the pods that it finds, before it serves those that it has.
+PREPARE = 15.0
+#: Seconds for peers to hear that they should go to another connection before streams on this one are refused.
+WARNING = 1.0
+#: Seconds that open connections have at the end when no successor takes new ones meanwhile: those are refused that long.
+ALONE = 5.0
+_LOOK = 0.05
+
 
 class NodeProxy:
     """Everything of one node. The loop's thread calls all of it."""
@@ -30,7 +38,7 @@ class NodeProxy:
     def __init__(self, loop: Loop, *, node: str, run: Path, sign: Signer, envoy: Path | None = None) -> None:
         """Put the parts together; :meth:`start` begins.
 
-        :param run: the run folder: ``agent.sock`` is there, ``nodeproxy.sock`` is made there.
+        :param run: the run folder: ``agent.sock`` is there, ``nodeproxy/nodeproxy.sock`` is made there.
         :param sign: asks the controller for a certificate.
         :param envoy: the unix socket of a real Envoy in l7proxy's place.
         """
@@ -46,13 +54,17 @@ class NodeProxy:
         self.tunnels = Tunnels(loop, self.mesh, self.certificates, self.pool, self.accounting)
         self.inbound = Inbound(loop, self.mesh, self.agent, self.certificates, self.accounting)
         self.handoffs = Handoffs(loop, self.mesh, self.agent, self.tunnels, node)
-        self._run = run
+        self._socket = run / "nodeproxy" / "nodeproxy.sock"
         self._envoy = envoy
-        self._draining = False
+        self._prepare_until: float | None = None
+        self._serving = False  #: new connections come here
+        self._superseded: float | None = None  #: since when they come to a successor
+        self._until: float | None = None  #: the process is to end
+        self._began_to_end = 0.0
+        self._alone = False  #: and nobody has taken over
 
     def start(self) -> None:
-        """:raises OSError: ``nodeproxy.sock`` cannot be made."""
-        self.handoffs.listen(self._run / "nodeproxy.sock")
+        """:raises OSError: there is no listening for Envoy."""
         if self._envoy is not None:
             self.handoffs.listen_for_envoy()
         self.agent.start()
@@ -63,6 +75,10 @@ class NodeProxy:
             return "no configuration from the controller yet"
         if not self.agent.connected:
             return "the agent is not connected"
+        if self._until is not None:
+            return "ending"
+        if not self._serving and self._superseded is None:
+            return "not serving yet"
         return True
 
     def update(self, update: Update) -> tuple[ResourceError, ...]:
@@ -84,7 +100,7 @@ class NodeProxy:
         self.certificates.enroll(pod.uid, pod.identity)
 
     def on_listener(self, pod: Pod, kind: ListenerKind, listener: socket.socket) -> None:
-        if self._draining:
+        if self._alone:
             self.loop.close(listener)
         elif kind is ListenerKind.HBONE:
             self.inbound.listen(pod, listener)
@@ -126,33 +142,96 @@ class NodeProxy:
         destination = (found.destination_address, found.destination_port)
         Tunnel(self.tunnels, pod, sock, client, destination, service=service).start()
 
-    # --- draining ----------------------------------------------------------------------------------------------------
+    # --- one process after another -----------------------------------------------------------------------------------
+
+    def on_known(self) -> None:
+        """The pods are known: get ready, and then serve."""
+        if self._prepare_until is None:
+            self._prepare_until = self.loop.now + PREPARE
+            self._prepare()
+
+    def _prepare(self) -> None:
+        assert self._prepare_until is not None
+        missing = [pod.uid for pod in self.agent.pods.values() if self.certificates.get(pod.uid) is None]
+        # Without a word from the controller it serves only where nobody else does, and refuses what comes after a wait.
+        if not self.mesh.synced or (missing and self.loop.now < self._prepare_until):
+            self.loop.later(_LOOK, self._prepare)
+            return
+        if missing:
+            _log.warning("serving without some certificates", pods=len(missing), first=missing[0])
+        self.agent.serve()
+
+    def on_serving(self) -> None:
+        _log.info("serving", pods=len(self.agent.pods))
+        self._serving = True
+        self._superseded = None
+        if not self._alone:
+            self._take_socket()
+
+    def _take_socket(self) -> None:
+        try:
+            self.handoffs.listen(self._socket)
+        except OSError as error:
+            _log.error("handed-over streams cannot be taken", socket=str(self._socket), reason=str(error))
+            self.loop.later(1.0, lambda: self._take_socket() if self._serving else None)
+
+    def on_drain(self) -> None:
+        """A successor serves: what is open goes on here, what is on its way too, and peers are asked to go there."""
+        if self._superseded is not None:
+            return
+        _log.info("a successor serves", tunnels=len(self.tunnels.open), inbound=len(self.inbound.open))
+        self._serving = False
+        self._superseded = self.loop.now
+        for link in self.inbound.links():
+            link.warn()
+        self.loop.later(WARNING, self._say_goodbye)
+
+    def _say_goodbye(self) -> None:
+        if self._superseded is None:
+            return
+        for link in self.inbound.links():
+            if link.open and not link.core.closing:
+                link.shutdown()
+        # Also to those that were on their way.
+        self.loop.later(WARNING, self._say_goodbye)
 
     def drain(self, deadline: float) -> None:
-        """Take nothing new, let what is open end for ``deadline`` seconds, then stop the loop."""
-        if self._draining:
+        """End with the last connection, at most ``deadline`` seconds from now; without a successor :data:`ALONE` seconds."""
+        if self._until is not None:
             return
-        self._draining = True
-        self.handoffs.stop()
-        for pod in self.agent.pods.values():
-            for listener in pod.listeners.values():
-                self.loop.close(listener)
-            pod.listeners.clear()
-        for link in self.links():
-            link.shutdown()
-        self._drained(self.loop.now + deadline)
+        self._began_to_end = self.loop.now
+        self._until = self.loop.now + deadline
+        if self._superseded is None:
+            self._alone = True
+            self.handoffs.stop()
+            for pod in self.agent.pods.values():
+                for listener in pod.listeners.values():
+                    self.loop.close(listener)
+                pod.listeners.clear()
+            for link in self.links():
+                link.shutdown()
+        self._drained()
 
-    def _drained(self, until: float) -> None:
+    def _drained(self) -> None:
+        assert self._until is not None
         open_now = self.tunnels.open or self.inbound.open or self.inbound.waiting or self.handoffs.pairs
         busy = open_now or any(link.open and link.core.tail for link in self.links())
+        until = self._until
+        if self._superseded is not None:
+            busy = busy or self.loop.now < self._superseded + LINGER
+        elif self._alone:
+            until = min(until, self._began_to_end + ALONE)
+        else:
+            busy = True  # the successor is gone: there is nobody else
         if busy and self.loop.now < until:
-            self.loop.later(0.05, lambda: self._drained(until))
+            self.loop.later(_LOOK, self._drained)
             return
         # The end of the process would close sockets as if they had ended: what has not is reset.
         for link in self.links():
             link.close("draining")
         self.tunnels.close("draining")
         self.handoffs.close("draining")
+        self.handoffs.stop()
         self.loop.stop()
 
     def links(self) -> list[Link]:

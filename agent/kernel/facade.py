@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 from collections.abc import Iterable, Mapping
@@ -135,31 +136,40 @@ class Kernel:
         with self._lock, naming(f"pod {netns_cookie}"):
             return self._pods.missing(netns_cookie, netns)
 
-    def create_listener(self, netns: int, address: str, port: int) -> int:
-        """A listening, non-blocking TCP socket in the pod's namespace, known as the one for that port from now on.
+    def make_listener(self, netns: int, address: str, port: int) -> int:
+        """A listening, non-blocking TCP socket in the pod's namespace, which nothing comes to before :meth:`set_listener`.
 
         :param port: PORT_OUTBOUND, PORT_OUTBOUND_L7 or PORT_HBONE.
-        :returns: its descriptor, the caller's. The kernel's entry goes when the last duplicate is closed.
+        :returns: its descriptor, the caller's.
         """
         with naming(f"listener {address}:{port}"):
-            sock = namespace.listener(netns, address, port)
+            return namespace.listener(netns, address, port).detach()
+
+    def create_listener(self, netns: int, address: str, port: int) -> int:
+        """The same, known as the one for that port from now on."""
+        fd = self.make_listener(netns, address, port)
         try:
-            self.set_listener(address, port, sock.fileno())
+            self.set_listener(address, port, fd)
         except BaseException:
-            sock.close()
+            os.close(fd)
             raise
-        return sock.detach()
+        return fd
 
     def set_listener(self, address: str, port: int, fd: int) -> None:
-        """Make an existing listening socket the one for (pod's address, port)."""
+        """Make a listening socket the one for (pod's address, port). The entry goes when its last duplicate is closed."""
         key = wire.Endpoint(address, port).pack()
         with self._lock, naming(f"listener {address}:{port}"):
             self._maps["listeners"].update(key, struct.pack("=Q", fd))
 
+    def listener(self, address: str, port: int) -> int:
+        """The cookie (SO_COOKIE) of the live one; 0 when there is none."""
+        with self._lock, naming(f"listener {address}:{port}"):
+            value = self._maps["listeners"].lookup(wire.Endpoint(address, port).pack())
+            return 0 if value is None else int(struct.unpack("=Q", value)[0])
+
     def has_listener(self, address: str, port: int) -> bool:
         """Whether there is a live one."""
-        with self._lock, naming(f"listener {address}:{port}"):
-            return self._maps["listeners"].lookup(wire.Endpoint(address, port).pack()) is not None
+        return self.listener(address, port) != 0
 
     def create_outbound(self, netns: int, count: int = 1) -> list[int]:
         """Unconnected, non-blocking TCP sockets (TCP_NODELAY) in the pod's namespace, for the proxies' own dials."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from agent.kernel import (
     Pressure,
 )
 from bpf.wire import Role
+
+_SO_COOKIE = 57
 
 
 class FakeKernel(Kernel):
@@ -44,7 +47,7 @@ class FakeKernel(Kernel):
         self.fake_policies: dict[int, tuple[int, dict[tuple[int, int], bool]]] = {}
         self.fake_peers: dict[str, Peer] = {}
         self.fake_services: dict[tuple[str, int], tuple[bool, list[Backend]]] = {}
-        self.fake_listeners: dict[tuple[str, int], tuple[int, int]] = {}
+        self.fake_listeners: dict[tuple[str, int], int] = {}  #: cookies
         self.fake_events, self.fake_events_writer = os.pipe()
         self.fake_fails = os.environ.get("FAKE_KERNEL_FAILS", "").split(",")
         if "pressure" in self.fake_fails:
@@ -92,19 +95,19 @@ class FakeKernel(Kernel):
     def missing(self, netns_cookie: int, netns: int) -> list[str]:
         return self.lacking.get(netns_cookie, [])
 
-    def create_listener(self, netns: int, address: str, port: int) -> int:
+    def make_listener(self, netns: int, address: str, port: int) -> int:
         self._write(f"listener {address}:{port}", (address, port))
         sock = socket.socket()
         sock.listen()
-        # The real entry goes with the socket; here an inode number tells whether it still lives.
-        self.fake_listeners[address, port] = (os.getpid(), os.fstat(sock.fileno()).st_ino)
         return sock.detach()
 
     def set_listener(self, address: str, port: int, fd: int) -> None:
-        self.fake_listeners[address, port] = (os.getpid(), os.fstat(fd).st_ino)
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            cookie = sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+        self.fake_listeners[address, port] = int.from_bytes(cookie, sys.byteorder)
 
-    def has_listener(self, address: str, port: int) -> bool:
-        return (address, port) in self.fake_listeners
+    def listener(self, address: str, port: int) -> int:
+        return self.fake_listeners.get((address, port), 0)
 
     def kill_listener(self, address: str, port: int) -> None:
         """As when the proxy that holds it dies."""

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import socket
+import sys
 from typing import Any
 
 import pytest
@@ -30,7 +31,6 @@ def pod(name: str = "web", cookie: int = 7) -> api.Enroll:
 class Enrolled:
     def __init__(self) -> None:
         self.pods: list[api.Enroll] = []
-        self.namespaces: set[int] = set()
 
     def enrolled(self):
         return tuple(self.pods)
@@ -38,13 +38,15 @@ class Enrolled:
     def attached(self, uid, netns_cookie):
         return any((pod.uid, pod.netns_cookie) == (uid, netns_cookie) for pod in self.pods)
 
-    def pod_namespaces(self):
-        return self.namespaces
+
+def cookie_of(sock: socket.socket) -> int:
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, 57, 8), sys.byteorder)  # SO_COOKIE
 
 
 class PodSockets:
     def __init__(self) -> None:
-        self.live: dict[tuple[str, api.ListenerKind], int] = {}
+        #: cookie and port
+        self.registered: dict[tuple[str, api.ListenerKind], tuple[int, int]] = {}
         self.made: list[tuple[str, api.ListenerKind]] = []
         self.fails = False
         #: with a gate, listeners wait for it, and ``waits`` says that one does
@@ -60,16 +62,22 @@ class PodSockets:
         self.made.append((address, kind))
         sock = socket.socket()
         sock.listen()
-        self.live[address, kind] = sock.getsockname()[1]
         return sock.detach()
 
-    def has_listener(self, netns_cookie, address, kind):
-        return (address, kind) in self.live
+    def publish(self, address, kind, fd):
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            self.registered[address, kind] = cookie_of(sock), sock.getsockname()[1]
+
+    def live(self, address, kind):
+        return self.registered.get((address, kind), (0, 0))[0]
 
     async def outgoing(self, netns_cookie, purpose, count):
         if self.fails:
             raise SocketError("no")
         return [socket.socket().detach() for _ in range(count)]
+
+
+MARKS = (api.Known, api.Serving, api.Drain)
 
 
 class Proxy:
@@ -80,12 +88,27 @@ class Proxy:
         sock.connect(str(path))
         self.connection = Connection(sock)
         self.listeners: dict[tuple[str, api.ListenerKind], int] = {}
+        self.marks: list[type] = []
+        self.heard: list[Any] = []
 
     async def say(self, message) -> None:
         await self.connection.send(api.encode(message))
 
     async def hear(self):
-        """The next message and how many descriptors came with it; listeners stay open until :meth:`die`."""
+        """The next message and how many descriptors came with it, but for the markers, which are noted in ``marks``."""
+        while isinstance((answer := await self.hear_all())[0], MARKS):
+            pass
+        return answer
+
+    async def settled(self, mark=api.Serving):
+        """Wait for a marker; what comes before it is kept in ``heard``."""
+        while mark not in self.marks:
+            message, _ = await self.hear_all()
+            assert message is not None
+            self.heard.append(message)
+
+    async def hear_all(self):
+        """Every message; listeners stay open until :meth:`die`."""
         data, fds = await asyncio.wait_for(self.connection.receive(), 5)
         message = api.decode_from_agent(data) if data else None
         if isinstance(message, api.Enroll):
@@ -95,6 +118,8 @@ class Proxy:
         else:
             for fd in fds:
                 os.close(fd)
+        if isinstance(message, MARKS):
+            self.marks.append(type(message))
         return message, len(fds)
 
     async def greet(self, role=api.Role.NODEPROXY, **more):
@@ -169,7 +194,8 @@ async def test_pods_come_with_listeners_and_the_agent_keeps_none(world):
     message, _ = await proxy.hear()
     assert message.uid == "uid-web"
     assert message.listeners == NODEPROXY
-    port = world.sockets.live["10.0.0.7", api.ListenerKind.OUTBOUND]
+    await proxy.settled()
+    _, port = world.sockets.registered["10.0.0.7", api.ListenerKind.OUTBOUND]
     socket.create_connection(("127.0.0.1", port)).close()
     proxy.die()
     with pytest.raises(ConnectionRefusedError):
@@ -201,7 +227,7 @@ async def test_changes_come_without_new_listeners(world):
     message, _ = await proxy.hear()
     assert message == api.Withdraw("uid-web", 7)
     # The next sandbox of that namespace's number begins anew.
-    world.sockets.live.clear()
+    world.sockets.registered.clear()
     await world.enroll(pod())
     message, _ = await proxy.hear()
     assert message.listeners == NODEPROXY
@@ -213,7 +239,7 @@ def _fields(message) -> dict[str, Any]:
 
 async def test_who_holds_its_listeners_gets_no_new_ones(world):
     world.enrolled.pods = [pod()]
-    world.sockets.live = dict.fromkeys(((f"10.0.0.{7}", kind) for kind in NODEPROXY), 1)
+    world.sockets.registered = {(f"10.0.0.{7}", kind): (1, 1) for kind in NODEPROXY}
     proxy = world.proxy()
     await proxy.greet(held=tuple(api.Held("uid-web", 7, kind) for kind in NODEPROXY))
     message, _ = await proxy.hear()
@@ -230,32 +256,138 @@ async def test_who_holds_what_is_gone_is_told(world):
 
 async def test_who_says_it_holds_what_the_kernel_does_not_know_gets_new_ones(world):
     world.enrolled.pods = [pod()]
-    world.sockets.live = {("10.0.0.7", api.ListenerKind.OUTBOUND): 1}
+    world.sockets.registered = {("10.0.0.7", api.ListenerKind.OUTBOUND): (1, 1)}
     proxy = world.proxy()
     await proxy.greet(held=tuple(api.Held("uid-web", 7, kind) for kind in NODEPROXY))
     message, _ = await proxy.hear()
     assert message.listeners == (api.ListenerKind.HBONE,)
 
 
-async def test_a_new_process_takes_over_and_the_old_one_drains(world):
+def held(proxy: Proxy) -> tuple[api.Held, ...]:
+    """What a proxy says that comes back."""
+    found = []
+    for (uid, kind), fd in proxy.listeners.items():
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            found.append(api.Held(uid, 7, kind, cookie_of(sock)))
+    return tuple(found)
+
+
+def owns(world, proxy: Proxy) -> bool:
+    """Whether the kernel's listeners are this proxy's."""
+    return {h.socket for h in held(proxy)} == {cookie for cookie, _ in world.sockets.registered.values()}
+
+
+async def test_a_new_process_takes_over_when_it_is_ready_and_the_old_one_drains(world):
     world.enrolled.pods = [pod()]
     old, new = world.proxy(), world.proxy()
     await old.greet()
-    await old.hear()
-    await new.greet()
-    message, _ = await new.hear()
-    assert message.listeners == NODEPROXY
-    # A pod that comes now has its listeners with the new one; the old one still hears of it.
+    await old.settled()
+    assert owns(world, old)
+    # It hears of every pod, and gets nothing that would take traffic.
+    await new.greet(serving=False)
+    await new.settled(api.Known)
+    assert [m.listeners for m in new.heard if isinstance(m, api.Enroll)] == [()]
+    assert owns(world, old)
+    # A pod that comes now is the old one's.
     await world.enroll(pod("other", 8))
+    assert (await new.hear())[0].listeners == ()
+    assert (await old.hear())[0].listeners == NODEPROXY
+    await new.say(api.Serve())
+    await new.settled()
+    await old.settled(api.Drain)
+    assert len(new.listeners) == 4
+    assert owns(world, new)
+    assert old.marks == [api.Known, api.Serving, api.Drain]
+    # What the old one had still takes what was on its way.
+    with socket.socket(fileno=os.dup(old.listeners["uid-web", api.ListenerKind.HBONE])) as listener:
+        socket.create_connection(listener.getsockname()).close()
+    # A pod that comes now has its listeners with the new one; the old one still hears of it.
+    await world.enroll(pod("third", 9))
     message, _ = await old.hear()
-    assert (message.uid, message.listeners) == ("uid-other", ())
-    message, _ = await new.hear()
-    assert (message.uid, message.listeners) == ("uid-other", NODEPROXY)
+    assert (message.uid, message.listeners) == ("uid-third", ())
+    assert (await new.hear())[0].listeners == NODEPROXY
     # And if the new one fails, the old one takes over again.
     new.die()
-    world.enrolled.pods = [pod(), pod("other", 8)]
-    world.sockets.live.clear()
-    assert {(await old.hear())[0].listeners for _ in range(2)} == {NODEPROXY}
+    world.sockets.registered.clear()
+    old.marks.clear()
+    await old.settled()
+    assert owns(world, old)
+
+
+async def test_a_new_process_that_dies_before_it_serves_changes_nothing(world):
+    world.enrolled.pods = [pod()]
+    old, new = world.proxy(), world.proxy()
+    await old.greet()
+    await old.settled()
+    made = list(world.sockets.made)
+    await new.greet(serving=False)
+    await new.settled(api.Known)
+    new.die()
+    await old.say(api.GetSockets(1, "uid-web", 7, api.Purpose.OUTBOUND))
+    assert isinstance((await old.hear())[0], api.Sockets)
+    assert world.sockets.made == made
+    assert old.marks == [api.Known, api.Serving]
+
+
+async def test_who_is_not_ready_serves_where_nobody_else_does(world):
+    """Connections wait for it then, and are not refused at once."""
+    world.enrolled.pods = [pod()]
+    proxy = world.proxy()
+    await proxy.greet(serving=False)
+    await proxy.settled()
+    assert owns(world, proxy)
+
+
+async def test_an_older_version_hears_nothing_that_it_does_not_know(world):
+    world.enrolled.pods = [pod()]
+    old, new = world.proxy(), world.proxy()
+    assert (await old.greet(version=1))[0].version == 1
+    assert (await old.hear_all())[0].listeners == NODEPROXY
+    await new.greet()
+    await new.settled()
+    await world.enroll(pod("other", 8))
+    message, _ = await old.hear_all()
+    assert (message.uid, message.listeners, old.marks) == ("uid-other", (), [])
+
+
+@pytest.mark.parametrize("first", ["old", "new"])
+async def test_both_come_back_to_a_new_agent_in_any_order(world, monkeypatch, first):
+    world.enrolled.pods = [pod()]
+    started = iter((100, 200) if first == "old" else (200, 100))
+    monkeypatch.setattr("agent.proxies.processes.started", lambda pid: next(started))
+    monkeypatch.setattr("agent.proxies._RETURN", 0.5)
+    had = []
+    for _ in range(2):
+        sock = socket.socket()
+        sock.listen()
+        had.append(sock)
+    # Of a pod that came late the kernel has the new one's; the old one would say so of its own.
+    for kind in NODEPROXY:
+        world.sockets.registered["10.0.0.7", kind] = cookie_of(had[1]), 1
+    peers = {name: world.proxy() for name in ("old", "new")}
+    watching = asyncio.create_task(world.proxies.watch())
+    for name in ("old", "new") if first == "old" else ("new", "old"):
+        sock = had[("old", "new").index(name)]
+        mine = tuple(api.Held("uid-web", 7, kind, cookie_of(sock)) for kind in NODEPROXY)
+        await peers[name].greet(held=mine)
+        assert (await peers[name].hear())[0].listeners == ()
+    assert world.sockets.made == []
+    await watching
+    assert world.sockets.made == []
+    await peers["new"].settled()
+    await peers["old"].settled(api.Drain)
+    for sock in had:
+        sock.close()
+
+
+async def test_who_comes_back_with_what_is_not_the_kernels_any_more_gets_it_anew(world, monkeypatch):
+    monkeypatch.setattr("agent.proxies._RETURN", 0.0)
+    world.enrolled.pods = [pod()]
+    world.sockets.registered = {("10.0.0.7", kind): (1, 1) for kind in NODEPROXY}
+    proxy = world.proxy()
+    await proxy.greet(held=tuple(api.Held("uid-web", 7, kind, 2) for kind in NODEPROXY))
+    await proxy.settled()
+    assert owns(world, proxy)
 
 
 async def test_a_pod_that_leaves_while_it_is_handed_over_is_gone_at_last(world):
@@ -304,7 +436,7 @@ async def test_an_agent_that_ends_moves_no_listener(world):
     for proxy in (old, new):
         await proxy.greet()
         await proxy.hear()
-    world.sockets.live.clear()
+    world.sockets.registered.clear()
     made = list(world.sockets.made)
     await world.server.close()
     assert world.sockets.made == made
@@ -367,7 +499,11 @@ class TestRefused:
         assert reason in await self.refused(world, data)
 
     async def test_in_a_pods_namespace(self, world):
-        world.enrolled.namespaces = {processes.netns_inode_of("self")}
+        with socket.socket() as sock:
+            cookie = int.from_bytes(
+                sock.getsockopt(socket.SOL_SOCKET, 71, 8), sys.byteorder
+            )  # SO_NETNS_COOKIE
+        world.enrolled.pods = [pod("here", cookie)]
         assert "pod's network namespace" in await self.refused(
             world, api.encode(api.Hello(api.Role.NODEPROXY))
         )

@@ -86,6 +86,7 @@ class Mesh:
         self.agent = agent
         self.log = log
         self.run = run
+        (run / "nodeproxy").mkdir()
         self.resources = Resources()
         self.address = ("", 0)
         self.dialled = (xds.VIP, xds.PORT)

@@ -202,7 +202,7 @@ async def remote(mesh: Mesh) -> AsyncIterator[NodeProxy]:
         xds.cluster(),
         xds.assignment(xds.endpoint(8080, address="10.2.0.9", node="node-b", version="v2")),
     )
-    result = await NodeProxy(mesh.run / "nodeproxy.sock", backend).start()
+    result = await NodeProxy(mesh.run / "nodeproxy" / "nodeproxy.sock", backend).start()
     yield result
     result.stop()
 
@@ -234,7 +234,7 @@ async def test_what_the_node_proxy_refuses_is_503(
 
 async def test_never_in_plain_text_without_the_node_proxy(mesh: Mesh, remote: NodeProxy) -> None:
     remote.stop()
-    (mesh.run / "nodeproxy.sock").unlink()
+    (mesh.run / "nodeproxy" / "nodeproxy.sock").unlink()
     client = await mesh.client()
     assert (await client.get())[0] == 503
     assert not remote.backend.requests

@@ -23,7 +23,7 @@ def server(world: World):
 def hand(world: World, header: bytes) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX)
     sock.settimeout(15)
-    sock.connect(str(world.a.run / "nodeproxy.sock"))
+    sock.connect(str(world.a.run / "nodeproxy/nodeproxy.sock"))
     sock.sendall(header)
     return sock
 

@@ -250,7 +250,7 @@ def test_draining_lets_open_tunnels_end_and_takes_no_new_ones(world: World, serv
         wait_until(lambda: all(one.fileno() < 0 for one in listeners), "listeners are closed")
         with pytest.raises(ConnectionRefusedError):
             world.dial(server.port)
-        assert not (world.a.run / "nodeproxy.sock").exists()
+        assert not (world.a.run / "nodeproxy/nodeproxy.sock").exists()
         time.sleep(0.2)
         assert world.a._thread.is_alive()
         sock.sendall(b"two")

@@ -20,6 +20,7 @@ class Agent:
         self.node = node
         self.pods: dict[tuple[str, int], api.Enroll] = {}
         self.hellos: list[api.Hello] = []
+        self.ready = threading.Event()  #: the proxy said Serve
         self.sockets_given = 0
         self.errors = ""  #: answered to GetSockets when set
         self._connection: socket.socket | None = None
@@ -52,6 +53,12 @@ class Agent:
             if self._connection is not None and self.hellos:
                 self._hand(pod, ())
 
+    def say(self, message: api.Serving | api.Drain) -> None:
+        """As when a successor serves, or has died."""
+        with self._lock:
+            assert self._connection is not None
+            seqpacket.send(self._connection, api.encode(message))
+
     def withdraw(self, uid: str, cookie: int) -> None:
         with self._lock:
             self.pods.pop((uid, cookie), None)
@@ -61,7 +68,9 @@ class Agent:
     def _hand(self, pod: api.Enroll, held: tuple[api.Held, ...]) -> None:
         assert self._connection is not None
         kinds = [
-            kind for kind in self.hellos[-1].kinds if api.Held(pod.uid, pod.netns_cookie, kind) not in held
+            kind
+            for kind in self.hellos[-1].kinds
+            if (pod.uid, pod.netns_cookie, kind) not in {(h.uid, h.netns_cookie, h.kind) for h in held}
         ]
         listeners = []
         for kind in kinds:
@@ -104,6 +113,10 @@ class Agent:
                     seqpacket.send(connection, api.encode(api.Welcome(self.node)))
                     for pod in self.pods.values():
                         self._hand(pod, message.held)
+                    for mark in (api.Known(), api.Serving()):
+                        seqpacket.send(connection, api.encode(mark))
+                elif isinstance(message, api.Serve):
+                    self.ready.set()
                 else:
                     self._give(connection, message)
 

@@ -48,7 +48,7 @@ class Node:
         self.world = world
         self.name = name
         self.run = folder / name
-        self.run.mkdir()
+        (self.run / "nodeproxy").mkdir(parents=True)
         self.agent = Agent(self.run / "agent.sock", name)
         self.captured = CapturedTable()
         self.loop = Loop()
