@@ -7,10 +7,10 @@ BIN := .venv/bin
 # What bcc compiles against (scripts/setup merges it).
 export BCC_KERNEL_SOURCE ?= $(CACHE)/headers/current
 
-.PHONY: help setup image demo test check bench fmt clean
+.PHONY: help setup image kubernetes demo test check bench fmt clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: ## Debian packages, kernel headers for bcc, .venv
 	@scripts/setup
@@ -21,7 +21,10 @@ image: setup ## container images (OCI archives, SBOM, sizes) in build/images, wi
 demo: setup ## two nodes, a canary, mTLS, policy: one story, checked, under two minutes (root)
 	@$(BIN)/mycel demo
 
-test: setup ## all tests, unit to real kernel (root); one: make test ARGS="tests/unit -k logs"
+kubernetes: setup ## the programs of a real Kubernetes, for the cluster lab (ten minutes once, 0.8 GB in the cache)
+	@lab/kubernetes/programs/build >/dev/null
+
+test: setup kubernetes ## all tests, unit to real kernel (root); one: make test ARGS="tests/unit -k logs"
 	@scripts/test $(ARGS)
 
 check: setup ## lint, formatting, types, import rules, C style
