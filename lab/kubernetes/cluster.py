@@ -161,7 +161,7 @@ class Cluster(Kubernetes):
             for load in loads:
                 load.result()
 
-    def wait_nodes(self, timeout: float = 60.0) -> None:
+    def wait_nodes(self, timeout: float = 120.0) -> None:
         """:raises LabError: not every node is ready within ``timeout`` seconds."""
         wait_until(
             lambda: self.ready_nodes() == {node.name for node in self.nodes},
