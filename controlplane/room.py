@@ -11,7 +11,7 @@ _LARGE = 128 << 10
 #: Large messages on their way at once. Each is a copy that gRPC makes, and held until the client's window has taken it.
 _AT_ONCE = 8
 #: Seconds after which a client that takes its message slowly no longer keeps others waiting.
-_PATIENCE = 2.0
+_PATIENCE = 15.0
 
 
 class Room:

@@ -42,6 +42,7 @@ class Updates:
         self._deltas: dict[str, Delta] = {}
         self._whole: tuple[Resource, ...] = ()
         self._encoded: dict[int, tuple[tuple[Resource, ...], msgspec.Raw]] = {}
+        self._messages: dict[tuple[int, int], bytes] = {}
 
     def between(self, old: Snapshot, new: Snapshot) -> Delta:
         self._aim(new)
@@ -66,13 +67,20 @@ class Updates:
             found = update.upserts, msgspec.Raw(_encoder.encode(update.upserts))
             self._encoded[id(update.upserts)] = found
         made = _Encoded(update.nonce, update.version, update.complete, found[1], update.removes)
-        return _encoder.encode(made)
+        if not update.complete:
+            return _encoder.encode(made)
+        # Megabytes, and the first on every stream: so these are the same bytes for all.
+        key = (update.nonce, id(update.upserts))
+        if key not in self._messages:
+            self._messages[key] = _encoder.encode(made)
+        return self._messages[key]
 
     def _aim(self, snapshot: Snapshot) -> None:
         if snapshot.version != self._target:
             self._target = snapshot.version
             self._deltas.clear()
             self._encoded.clear()
+            self._messages.clear()
             self._whole = ()
 
 
