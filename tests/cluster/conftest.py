@@ -59,13 +59,13 @@ def _lab_cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def mesh(cluster: Kubernetes) -> Iterator[Mesh]:
+def mesh(cluster: Kubernetes) -> Mesh:
     """Mycel, installed on ``cluster`` for the rest of the run (``MYCEL_INSTALLED=1``: it is there, and stays as it is)."""
     mesh = Mesh(cluster)
     if not os.environ.get("MYCEL_INSTALLED"):
         mesh.load_images()
         mesh.install()
-    yield mesh
+    return mesh
 
 
 @pytest.fixture
