@@ -1,61 +1,49 @@
 """Who may do what with the Kubernetes API: service accounts, roles and their bindings. Each rule says why.
 
-Node proxy and l7proxy have an account, which is who they are for our controllers, and no right at all.
+Node proxy and l7proxy have an account, which is who they are for our controllers, and no right at all. What is read follows
+from the source's own table of kinds; no Secret or ConfigMap of others is: whoever wants one to be used gives a Role for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Final
 
+from controlplane.source.kinds import BUILT_IN, CUSTOM, Kind
 from deploy import parts
 from deploy.parts import AGENT, CONTROLPLANE, L7PROXY, NODEPROXY, Json
 
 _READ: Final = ["get", "list", "watch"]
 
-#: Kinds that configure the mesh, by group: read when their definition is installed, and told of in ``.status``.
-POLICY: Final[dict[str, tuple[str, ...]]] = {
-    "networking.istio.io": (
-        "destinationrules",
-        "envoyfilters",
-        "gateways",
-        "proxyconfigs",
-        "serviceentries",
-        "sidecars",
-        "virtualservices",
-        "workloadentries",
-        "workloadgroups",
-    ),
-    "security.istio.io": ("authorizationpolicies", "peerauthentications", "requestauthentications"),
-    "telemetry.istio.io": ("telemetries",),
-    "extensions.istio.io": ("trafficextensions", "wasmplugins"),
-    "gateway.networking.k8s.io": (
-        "backendtlspolicies",
-        "gatewayclasses",
-        "gateways",
-        "grpcroutes",
-        "httproutes",
-        "listenersets",
-        "referencegrants",
-        "tcproutes",
-        "tlsroutes",
-        "udproutes",
-    ),
-    "linkerd.io": ("serviceprofiles",),
-    "policy.linkerd.io": (
-        "authorizationpolicies",
-        "egressnetworks",
-        "httplocalratelimitpolicies",
-        "httproutes",
-        "meshtlsauthentications",
-        "networkauthentications",
-        "serverauthorizations",
-        "servers",
-    ),
-    "workload.linkerd.io": ("externalworkloads",),
-    "split.smi-spec.io": ("trafficsplits",),
-    "specs.smi-spec.io": ("httproutegroups", "tcproutes", "udproutes"),
-    "access.smi-spec.io": ("traffictargets",),
-}
+#: Kinds whose definitions have no status to write; what became of such an object is told by an Event.
+WITHOUT_STATUS: Final = frozenset(
+    {
+        "authorizationpolicies.policy.linkerd.io",
+        "httproutegroups.specs.smi-spec.io",
+        "meshtlsauthentications.policy.linkerd.io",
+        "networkauthentications.policy.linkerd.io",
+        "referencegrants.gateway.networking.k8s.io",
+        "serverauthorizations.policy.linkerd.io",
+        "servers.policy.linkerd.io",
+        "serviceprofiles.linkerd.io",
+        "tcproutes.specs.smi-spec.io",
+        "trafficsplits.split.smi-spec.io",
+        "traffictargets.access.smi-spec.io",
+        "udproutes.specs.smi-spec.io",
+    }
+)
+
+
+def _by_group(kinds: Iterable[Kind]) -> dict[str, tuple[str, ...]]:
+    groups: dict[str, list[str]] = {}
+    for kind in kinds:
+        groups.setdefault(kind.group, []).append(kind.plural)
+    return {group: tuple(sorted(plurals)) for group, plurals in groups.items()}
+
+
+#: Kinds that configure the mesh, by group: read when their definition is installed.
+POLICY: Final = _by_group(CUSTOM)
+_WITH_STATUS: Final = _by_group(kind for kind in CUSTOM if kind.definition not in WITHOUT_STATUS)
 
 
 def accounts(namespace: str) -> list[Json]:
@@ -84,14 +72,15 @@ def rules(namespace: str) -> list[Json]:
 def _controlplane_cluster() -> list[Json]:
     return [
         # What runs where, as whom, in which zone and namespace.
-        _rule("", ["endpoints", "namespaces", "nodes", "pods", "serviceaccounts", "services"], _READ),
-        _rule("discovery.k8s.io", ["endpointslices"], _READ),
-        _rule("networking.k8s.io", ["networkpolicies"], _READ),
+        *(_rule(group, list(kinds), _READ) for group, kinds in _by_group(BUILT_IN).items()),
         # Which kinds there are, also when their definition comes or goes later.
         _rule("apiextensions.k8s.io", ["customresourcedefinitions"], _READ),
         *(_rule(group, list(kinds), _READ) for group, kinds in POLICY.items()),
         # What became of an object is said in its status, and where that is not possible in an Event.
-        *(_rule(group, [f"{kind}/status" for kind in kinds], ["patch"]) for group, kinds in POLICY.items()),
+        *(
+            _rule(group, [f"{kind}/status" for kind in kinds], ["patch"])
+            for group, kinds in _WITH_STATUS.items()
+        ),
         _rule("events.k8s.io", ["events"], ["create"]),
         # Who shows us a token.
         _rule("authentication.k8s.io", ["tokenreviews"], ["create"]),

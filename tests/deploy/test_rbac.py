@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from deploy import manifests, rbac
+from deploy import crds, manifests, rbac
 from deploy.values import load
 from lab.kubernetes import ControlPlane
 
@@ -44,12 +44,9 @@ def documented(account: str, where: str) -> set[Right]:
         if len(cells) != 7 or cells[0] != account or (where == "elsewhere" and cells[1] != "cluster"):
             continue
         _, _, group, resources, names, verbs, _ = cells
-        pairs = [(group, resource) for resource in resources.split(", ")]
-        if group == "*those of configuration*":
-            pairs = [(g, f"{kind}/status") for g, kinds in rbac.POLICY.items() for kind in kinds]
         found |= {
-            Right(verb, g, resource, name)
-            for g, resource in pairs
+            Right(verb, group, resource, name)
+            for resource in resources.split(", ")
             for verb in verbs.split(", ")
             for name in names.split(", ")
         }
@@ -103,6 +100,16 @@ def test_rights_are_those_of_the_table(installed: ControlPlane, account: str, wh
         assert len(wanted) > 100
     if account.endswith("proxy"):
         assert not wanted
+
+
+def test_status_is_written_where_a_definition_has_one() -> None:
+    """Of what we bring, and by which other installations are made too."""
+    without = {
+        crd["metadata"]["name"]
+        for crd in crds.definitions(crds.PROJECTS)
+        if not any("status" in (version.get("subresources") or {}) for version in crd["spec"]["versions"])
+    }
+    assert without == rbac.WITHOUT_STATUS
 
 
 def allowed(server: ControlPlane, account: str, *question: str) -> bool:
