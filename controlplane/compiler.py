@@ -105,10 +105,11 @@ class Compiler:
             elif cell is cluster:
                 changes.clusters.append(Change(before, now))
             elif cell is _outside:
-                self._outside = self._outside - {before} | ({now} if now else frozenset())
+                self._asking_not.discard(before)
+                self._asking_not.update([now] if now else [])
             else:
                 changes.resources.append(Change(before, now))
-        mesh = MeshConfig(self._settings.trust_domain, self._settings.roots, tuple(sorted(self._outside)))
+        mesh = MeshConfig(self._settings.trust_domain, self._settings.roots, tuple(sorted(self._asking_not)))
         if mesh != self._mesh:
             changes.resources.append(Change(self._mesh, mesh))
         try:
@@ -127,7 +128,7 @@ class Compiler:
         self._assembly = Assembly()
         self._pending: dict[tuple[Any, Any], Any] = {}
         self._mesh = None
-        self._outside: frozenset[str] = frozenset()
+        self._asking_not: set[str] = set()
 
 
 def compile_snapshot(objects: Mapping[Key, Object], settings: Settings) -> Snapshot:
