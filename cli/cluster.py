@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from cli.http import Unreachable, decode
 from common import kubernetes
 from common.kubernetes import Access, AccessError, ApiError, Client, path_of
-from deploy import parts
+from deploy import crds, parts
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -107,6 +107,10 @@ class Cluster:
                 return False
             raise
         return True
+
+    def missing_definitions(self, projects: Iterable[str]) -> list[Json]:
+        """Definitions of these projects that the cluster has not. :raises ValueError: a project that is none."""
+        return self.run(crds.missing(self._client, projects))
 
     def pods(self, component: str = "") -> list[Json]:
         """Our pods, of one component (``mycel-agent``) or all, that have not ended."""

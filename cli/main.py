@@ -157,16 +157,32 @@ def install(
     namespace: NamespaceOption = _DEFAULT_NAMESPACE,
     values: ValuesOption = None,
     settings: SetOption = None,
+    crds: Annotated[
+        str,
+        typer.Option(
+            "--crds",
+            help="Definitions to bring that the cluster lacks, of: istio,gateway-api,linkerd,smi. Asks the cluster.",
+        ),
+    ] = "",
+    kubeconfig: KubeconfigOption = None,
+    context: ContextOption = None,
 ) -> None:
     """Write the objects of an installation as YAML, for kubectl apply --server-side -f - (and again to upgrade)."""
     from cli import install as installation
+    from cli.cluster import Cluster, NoCluster
+    from cli.http import Unreachable
+    from common.kubernetes import ApiError
     from deploy import manifests
     from deploy.values import ValuesError, check_namespace, load
 
     try:
         chosen = load(values or (), settings or ())
-        found = installation.objects(chosen, check_namespace(namespace))
-    except ValuesError as error:
+        definitions = []
+        if projects := [project.strip() for project in crds.split(",") if project.strip()]:
+            with Cluster(namespace, kubeconfig=kubeconfig, context=context) as cluster:
+                definitions = cluster.missing_definitions(projects)
+        found = installation.objects(chosen, check_namespace(namespace), definitions)
+    except (ValueError, ValuesError, NoCluster, Unreachable, ApiError) as error:
         output.fail(str(error))
         raise typer.Exit(UNKNOWN) from error
     sys.stdout.write(manifests.to_yaml(found))
