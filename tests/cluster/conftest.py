@@ -64,7 +64,7 @@ def mesh(cluster: Kubernetes) -> Mesh:
     mesh = Mesh(cluster)
     if not os.environ.get("MYCEL_INSTALLED"):
         mesh.load_images()
-        mesh.install()
+        mesh.install(crds=("istio", "gateway-api", "linkerd", "smi"))
     return mesh
 
 
