@@ -74,12 +74,8 @@ class Node(Machine):
         """
         self.switch_on()
         self._connect()
-        containerd = self.service("containerd")
-        containerd.start()
-        # A kubelet that does not find it ends.
-        wait_until(
-            self._containerd_answers, 20.0, f"{self.name}: containerd", interval=0.1, explain=containerd.tail
-        )
+        self.service("containerd").start()
+        self.wait_containerd()
         for image in images:
             self.load(image)
         wait_for_server()
@@ -146,8 +142,15 @@ class Node(Machine):
                 return [*joining, "/usr/bin/nsenter", f"--target={pid}", *kinds, "--", *argv]
         raise LabError(f"no container of pod {uid} on {self.name} has {argv[0]}")
 
-    def _containerd_answers(self) -> bool:
-        return self.run([f"{PROGRAMS}/ctr", "version"], check=False).returncode == 0
+    def wait_containerd(self, timeout: float = 60.0) -> None:
+        """:raises LabError: containerd does not answer within ``timeout`` seconds; a kubelet that starts before it ends."""
+        wait_until(
+            lambda: self.run([f"{PROGRAMS}/ctr", "version"], check=False).returncode == 0,
+            timeout,
+            f"{self.name}: containerd answers",
+            interval=0.1,
+            explain=self.service("containerd").tail,
+        )
 
     def _connect(self) -> None:
         """Its cable to the fabric, its address, and the ways to the other nodes' pods."""

@@ -45,7 +45,8 @@ class Service:
 
     @property
     def pids(self) -> list[int]:
-        return cgroups.processes(self.cgroup)
+        """Its own processes: containerd's shims live in its cgroup and go on when it ends (systemd's KillMode=process)."""
+        return [pid for pid in cgroups.processes(self.cgroup) if not _is_shim(pid)]
 
     @property
     def running(self) -> bool:
@@ -76,9 +77,17 @@ class Service:
             except ProcessLookupError:
                 continue
 
-    def kill(self) -> None:
-        """SIGKILL to every process of it, and wait for their end."""
-        cgroups.kill(self.cgroup)
+    def kill(self, timeout: float = 10.0) -> None:
+        """SIGKILL to every process of it, and wait for their end.
+
+        :raises LabError: some are still there after ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        while pids := self.pids:
+            if time.monotonic() > deadline:
+                raise LabError(f"processes {pids} of {self.name} do not end")
+            self.signal(signal.SIGKILL)
+            time.sleep(0.005)
 
     def stop(self, timeout: float = 10.0) -> None:
         """SIGTERM; SIGKILL for what is still there after ``timeout`` seconds."""
@@ -98,6 +107,13 @@ class Service:
             return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
         except FileNotFoundError:
             return ""
+
+
+def _is_shim(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().startswith("containerd-shim")
+    except OSError:
+        return False
 
 
 def same_in_all(cgroup: Path) -> list[Path]:

@@ -117,6 +117,23 @@ def test_a_node_that_is_switched_off_comes_back_with_its_disk_alone(lab_cluster:
     apps.wait_reachable(client, "http://web/", timeout=60.0)
 
 
+def test_containers_go_on_while_containerd_and_kubelet_start_again(lab_cluster: Cluster, apps: Apps):
+    node = lab_cluster.nodes[0]
+    client = apps.client(node=node.name)
+    before = node.pod_pids(client.uid)
+    for name in ("containerd", "kubelet"):
+        service = node.service(name)
+        pids = service.pids
+        service.restart()
+        assert not set(pids) & set(service.pids)
+        node.wait_containerd()
+    wait_until(
+        lambda: "again" in client.run("echo", "again", check=False), 30.0, "kubelet works", interval=0.5
+    )
+    assert node.pod_pids(client.uid) == before
+    assert client.restarts == 0
+
+
 def test_without_an_api_server_pods_go_on(lab_cluster: Cluster, apps: Apps):
     apps.server("web", node="node2")
     client = apps.client(node="node1")
