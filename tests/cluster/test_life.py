@@ -1,0 +1,223 @@
+"""What happens to a cluster over time, under steady traffic with long connections open: not one request fails.
+
+The traffic is ``lab/apps/steady_client.py`` on both nodes, to servers on both, by requests that the L7 proxy routes (a
+VirtualService), by connections of which the kernel and the node proxies alone know, each both short and long.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from lab.errors import LabError
+from lab.kubernetes import Cluster
+from lab.kubernetes.mesh import Mesh
+from lab.processes import wait_until
+from tests.cluster.apps import IMAGE, Apps
+
+pytestmark = pytest.mark.timeout(600)
+
+ROUTE = """\
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata:
+  name: web
+  namespace: {namespace}
+spec:
+  hosts: [web]
+  http:
+  - route:
+    - destination: {{host: web}}
+"""
+STRICT = """\
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata:
+  name: default
+  namespace: {namespace}
+spec:
+  mtls: {{mode: STRICT}}
+"""
+
+
+class Steady:
+    """Steady traffic in a namespace of the mesh: ``web`` (by request) and ``echo`` (by connection), and two clients."""
+
+    def __init__(self, apps: Apps) -> None:
+        self.apps = apps
+        self.cluster = apps.cluster
+
+    def start(self) -> None:
+        namespace = self.apps.namespace
+        self.cluster.apply(ROUTE.format(namespace=namespace), STRICT.format(namespace=namespace))
+        self.cluster.apply(_service(namespace, "web", "http", 80, 8080))
+        self.cluster.apply(_service(namespace, "echo", "tcp", 9000, 9000))
+        for node in ("node1", "node2"):
+            self.apps.deployment(
+                f"server-{node}", _server(), labels={"app": "server"}, node=node, replicas=2, grace=20
+            )
+        for node in ("node1", "node2"):
+            command = [
+                *("python3", "-u", "/apps/steady_client.py", "--workers", "2", "--interval", "0.05"),
+                *("--http", f"http://web.{namespace}/", "--echo", f"echo.{namespace}:9000"),
+            ]
+            container = {"name": "client", "image": IMAGE, "command": command}
+            self.apps.deployment(f"client-{node}", container, labels={"app": "client"}, node=node, grace=15)
+        wait_until(self._runs, 20.0, "every kind of traffic runs", interval=0.5, explain=self._said)
+
+    def check(self, seconds: float = 2.0) -> dict[str, int]:
+        """Let it run a little longer; then, no request has failed since the start, and every kind has gone on.
+
+        :raises AssertionError: with each failure.
+        """
+        before = self._counts()
+        time.sleep(seconds)
+        after = self._counts()
+        failures = [line for lines in self._lines().values() for line in lines if "failed" in line]
+        assert not failures, f"{len(failures)} failed of {sum(after.values())}: {failures[:8]}"
+        stopped = [kind for kind in after if after[kind] == before.get(kind)]
+        assert not stopped, f"no traffic of these kinds in the last {seconds} s: {stopped}"
+        restarts = sum(
+            pod.restarts for node in ("node1", "node2") for pod in self.apps.pods(f"client-{node}")
+        )
+        assert restarts == 0, "a client was restarted: what it saw is lost"
+        return after
+
+    def _lines(self) -> dict[str, list[dict[str, Any]]]:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for node in ("node1", "node2"):
+            for pod in self.apps.pods(f"client-{node}"):
+                found[node] = [json.loads(line) for line in pod.logs().splitlines() if line.startswith("{")]
+        return found
+
+    def _counts(self) -> dict[str, int]:
+        """By node and kind."""
+        counts: dict[str, int] = {}
+        for node, lines in self._lines().items():
+            reports = [line["counts"] for line in lines if "counts" in line]
+            for kind, count in (reports[-1] if reports else {}).items():
+                counts[f"{node} {kind}"] = count
+        return counts
+
+    def _runs(self) -> bool:
+        wanted = {f"{node} {kind}" for node in ("node1", "node2") for kind in ("new", "kept", "line", "long")}
+        return wanted <= self._counts().keys()
+
+    def _said(self) -> str:
+        return str({node: lines[-3:] for node, lines in self._lines().items()})
+
+
+def _server() -> dict[str, Any]:
+    return {
+        "name": "server",
+        "image": IMAGE,
+        "command": ["python3", "/apps/steady_server.py", "--linger", "3"],
+        "ports": [{"name": "http", "containerPort": 8080}, {"name": "tcp", "containerPort": 9000}],
+        "readinessProbe": {"httpGet": {"path": "/ready", "port": "http"}, "periodSeconds": 1},
+    }
+
+
+def _service(namespace: str, name: str, port_name: str, port: int, target: int) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name, "namespace": namespace},
+        "spec": {
+            "selector": {"app": "server"},
+            "ports": [{"name": port_name, "port": port, "targetPort": target}],
+        },
+    }
+
+
+@pytest.fixture
+def steady(mesh: Mesh, lab_cluster: Cluster, apps: Apps) -> Iterator[Steady]:
+    """Traffic that has begun, in an enrolled namespace."""
+    lab_cluster.kubectl("label", "namespace", apps.namespace, "mycel.io/mesh=enabled")
+    traffic = Steady(apps)
+    traffic.start()
+    yield traffic
+    # A namespace that is on its way out takes its clients' traffic from the next test's machine.
+    lab_cluster.kubectl("delete", "deployments", "--all", "-n", apps.namespace, "--wait=false", check=False)
+
+
+def test_a_rolling_update_of_backends(steady: Steady):
+    for node in ("node1", "node2"):
+        steady.cluster.kubectl("rollout", "restart", "-n", steady.apps.namespace, f"deployment/server-{node}")
+    for node in ("node1", "node2"):
+        steady.apps.wait_rolled_out(f"server-{node}", 120)
+    # Until the last of the old ones has ended.
+    time.sleep(5)
+    steady.check()
+
+
+@pytest.mark.parametrize("part", ["agent", "controlplane", "nodeproxy", "l7proxy"])
+def test_a_rolling_update_of_the_mesh(steady: Steady, mesh: Mesh, part: str):
+    before = set(mesh.pods(part))
+    mesh.restart(part)
+    assert not before & set(mesh.pods(part))
+    steady.check(5.0)
+
+
+def test_a_leader_that_is_killed(steady: Steady, mesh: Mesh):
+    def holder() -> str:
+        lease = steady.cluster.get("lease", "mycel-controlplane", "-n", mesh.namespace)
+        return str(lease["spec"].get("holderIdentity") or "")
+
+    first = holder()
+    assert first
+    pod = next(name for name in mesh.pods("controlplane") if name in first)
+    steady.cluster.kubectl("delete", "pod", "-n", mesh.namespace, pod, "--grace-period=0", "--force")
+    wait_until(lambda: holder() not in ("", first), 40.0, "another controller leads", interval=0.5)
+    mesh.wait_ready()
+    steady.check()
+
+
+def test_a_minute_without_the_api_server(steady: Steady, mesh: Mesh, lab_cluster: Cluster):
+    server = lab_cluster.control_plane.service("kube-apiserver")
+    agents = {node.name: mesh.pods("agent", node.name)[0] for node in lab_cluster.nodes}
+    uids = {
+        name: lab_cluster.get("pod", pod, "-n", mesh.namespace)["metadata"]["uid"]
+        for name, pod in agents.items()
+    }
+    backend = steady.apps.pods("server-node1")[0]
+    server.stop()
+    try:
+        began = time.monotonic()
+        time.sleep(5)
+        # Containers are restarted in place by their kubelet, which needs nobody for that: agents.
+        for node in lab_cluster.nodes:
+            for pid in node.pod_pids(uids[node.name]):
+                _kill(pid)
+        time.sleep(60 - (time.monotonic() - began))
+    finally:
+        server.start()
+        lab_cluster.control_plane.wait_ready()
+    wait_until(lambda: _answers(lab_cluster), 30.0, "kubectl works again", interval=0.5)
+    for pod in agents.values():
+        found = lab_cluster.get("pod", pod, "-n", mesh.namespace)
+        assert all(status["restartCount"] >= 1 for status in found["status"]["containerStatuses"])
+    mesh.wait_ready()
+    assert backend.restarts == 0
+    steady.check()
+
+
+def _kill(pid: int) -> None:
+    import os
+    import signal
+
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def _answers(cluster: Cluster) -> bool:
+    try:
+        cluster.get("nodes")
+    except LabError:
+        return False
+    return True
