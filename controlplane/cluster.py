@@ -21,7 +21,7 @@ from common.kubernetes import Access, ApiError, Client, Unreachable, path_of
 from common.tasks import Tasks
 from controlplane import controller as folder
 from controlplane.ca.secret import PublicRoots, SharedRoot
-from controlplane.compiler import validate
+from controlplane.compiler import is_compiled, validate
 from controlplane.controller import Backing, Controller
 from controlplane.leader import Leader
 from controlplane.model.kubernetes import CLUSTER_DOMAIN
@@ -34,6 +34,8 @@ from controlplane.status.kinds import CONTROLLER
 from controlplane.status.replicas import COMPONENTS, Peers
 from controlplane.status.writer import StatusWriter
 from controlplane.tokens import ACCOUNT_PREFIX, TokenReviewCredentials
+from controlplane.webhook import Registration, WebhookServer
+from controlplane.webhook.certificate import WebhookCertificate
 
 _log = logs.get(__name__)
 SERVICE = "mycel-controlplane"
@@ -91,7 +93,7 @@ async def _serve(options: folder.Options, cluster: Options) -> None:
         peers = Peers(
             lambda: view.replicas(controller.port),
             authority.roots_pem.encode(),
-            names[-1],
+            f"{SERVICE}.{cluster.namespace}.svc",
             cluster.credential,
         )
         controller.status.ask = peers.ask
@@ -101,10 +103,19 @@ async def _serve(options: folder.Options, cluster: Options) -> None:
             client, controller.status, cluster.replica, view.own_parent, view.own_gateway, registry
         )
 
+        if cluster.webhook:
+            certificate = WebhookCertificate(authority, names)
+            webhook = WebhookServer(certificate, validate, registry, is_compiled)
+            await webhook.start(cluster.webhook)
+            stack.push_async_callback(webhook.stop)
+
         async def lead() -> None:
             async with asyncio.TaskGroup() as group:
                 group.create_task(public.keep(), name="roots")
                 group.create_task(writer.run(), name="status-writer")
+                if cluster.webhook:
+                    registration = Registration(client, authority.roots_pem)
+                    group.create_task(registration.keep(), name="webhook-registration")
 
         leader = Leader(client, cluster.namespace, cluster.replica, lead, registry)
         tasks = Tasks()

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 import urllib.request
 from collections.abc import AsyncIterator
@@ -27,7 +28,12 @@ from tests.requirements import ROOT
 
 _APPLIED = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
 _APPLIED += ("Secret", "ConfigMap", "Lease", "Service")
-_PORT = 15012
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("0.0.0.0", 0))
+        return int(s.getsockname()[1])
 
 
 class Mesh:
@@ -39,6 +45,8 @@ class Mesh:
         self.namespace = namespace
         self.folder = folder
         self.replicas: dict[str, Replica] = {}
+        # The same for all, as on a cluster; each listens on a loopback address of its own.
+        self.port, self.admin_port = _free_port(), _free_port()
         self._number = 0
 
     def install(self) -> None:
@@ -75,6 +83,13 @@ class Mesh:
         )
         path = f"/api/v1/namespaces/{self.namespace}/pods/{name}"
         return await self.admin.client.patch(f"{path}/status", {"status": status})
+
+    async def remove_pods(self) -> None:
+        """All but the controllers'."""
+        pods = await self.admin.client.list(f"/api/v1/namespaces/{self.namespace}/pods")
+        for pod in pods["items"]:
+            if pod["metadata"]["name"] not in self.replicas:
+                await self.admin.remove_pod(pod["metadata"]["name"], self.namespace)
 
     async def token(self, name: str, component: str) -> str:
         """A token as kubelet projects it into a pod."""
@@ -135,9 +150,9 @@ class Replica:
             "--log-level=debug",
         ]
         command += [f"--kubeconfig={self.folder}/kubeconfig", f"--namespace={self.mesh.namespace}"]
-        command += [f"--state={self.folder}/state", f"--listen={self.address}:{_PORT}"]
+        command += [f"--state={self.folder}/state", f"--listen={self.address}:{self.mesh.port}"]
         command += [
-            f"--admin={self.address}:15014",
+            f"--admin={self.address}:{self.mesh.admin_port}",
             f"--credential={self.folder}/token",
             f"--replica={self.name}",
         ]
@@ -145,7 +160,7 @@ class Replica:
         self.process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stderr=log, stdout=log)
         os.close(log)
 
-    async def ready(self, timeout: float = 30.0) -> None:
+    async def ready(self, timeout: float = 90.0) -> None:
         async def answers() -> bool:
             assert self.process is not None
             assert self.process.returncode is None, self.log()[-3000:]
@@ -170,7 +185,9 @@ class Replica:
 
         def get() -> bytes | None:
             try:
-                with urllib.request.urlopen(f"http://{self.address}:15014{path}", timeout=5) as answer:
+                with urllib.request.urlopen(
+                    f"http://{self.address}:{self.mesh.admin_port}{path}", timeout=5
+                ) as answer:
                     return bytes(answer.read())
             except OSError:
                 return None
@@ -195,7 +212,7 @@ class Replica:
     async def channel(self) -> AsyncIterator[grpc.aio.Channel]:
         """A connection as clients make it: the Service's name is what they verify."""
         async with grpc.aio.secure_channel(
-            f"{self.address}:{_PORT}",
+            f"{self.address}:{self.mesh.port}",
             grpc.ssl_channel_credentials(await self.mesh.roots()),
             options=[("grpc.ssl_target_name_override", f"mycel-controlplane.{self.mesh.namespace}.svc")],
         ) as channel:

@@ -11,18 +11,24 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+import pytest_asyncio
 import yaml
 from cryptography import x509
 
 from controlplane import api
 from deploy.crds import definitions
 from lab.kubernetes import ControlPlane
-from tests.controlplane.cluster import connect
+from tests.controlplane.cluster import Api, connect
 from tests.controlplane.replicas import Follower, Mesh, bearer
-from tests.controlplane.support import eventually
+from tests.controlplane.support import MeshClient, eventually
 from tests.controlplane.test_ca import request
 
-pytestmark = [pytest.mark.privileged, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.privileged, pytest.mark.timeout(180), pytest.mark.asyncio(loop_scope="module")]
+DEFINITIONS = (
+    "authorizationpolicies.security.istio.io",
+    "serviceentries.networking.istio.io",
+    "httproutes.gateway.networking.k8s.io",
+)
 DENY = {"action": "DENY", "rules": [{"from": [{"source": {"namespaces": ["nobody"]}}]}]}
 AUTHORIZATION = "/apis/security.istio.io/v1/namespaces/{}/authorizationpolicies"
 
@@ -31,23 +37,32 @@ AUTHORIZATION = "/apis/security.istio.io/v1/namespaces/{}/authorizationpolicies"
 def server() -> Iterator[ControlPlane]:
     """An API server of our own: definitions come to it, and it is stopped."""
     with ControlPlane() as control_plane:
-        crds = yaml.dump_all(definitions(("istio", "smi", "linkerd", "gateway-api")), Dumper=yaml.CSafeDumper)
-        control_plane.kubectl("apply", "--server-side", "-f", "-", input=crds)
+        crds = [d for d in definitions(("istio", "gateway-api")) if d["metadata"]["name"] in DEFINITIONS]
+        control_plane.kubectl(
+            "apply", "--server-side", "-f", "-", input=yaml.dump_all(crds, Dumper=yaml.CSafeDumper)
+        )
         yield control_plane
 
 
-@pytest.fixture
-async def mesh(server: ControlPlane, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Mesh]:
-    namespace = f"mesh-{abs(hash(request.node.name)) % 10**8}"
+@pytest_asyncio.fixture(loop_scope="module", scope="module")
+async def mesh(server: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Mesh]:
+    """Two controllers; a test that ends one starts it again."""
     async with connect(server.kubeconfig) as admin:
-        await admin.namespace(namespace)
-        await admin.namespace("apps", **{"mycel.io/mesh": "enabled"})
-        mesh = Mesh(server, admin, namespace, tmp_path)
-        mesh.install()
+        mesh = await installed(server, admin, "mesh", tmp_path_factory.mktemp("mesh"))
         try:
+            one, two = await asyncio.gather(mesh.start("one"), mesh.start("two"))
+            await asyncio.gather(one.ready(), two.ready())
             yield mesh
         finally:
             await mesh.close()
+
+
+async def installed(server: ControlPlane, admin: Api, namespace: str, folder: Path) -> Mesh:
+    await admin.namespace(namespace)
+    await admin.namespace("apps", **{"mycel.io/mesh": "enabled"})
+    mesh = Mesh(server, admin, namespace, folder)
+    mesh.install()
+    return mesh
 
 
 def conditions(manifest: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
@@ -56,8 +71,7 @@ def conditions(manifest: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
 
 
 async def test_two_controllers_with_one_root_and_clients_by_their_tokens(mesh: Mesh) -> None:
-    one, two = await asyncio.gather(mesh.start("one"), mesh.start("two"))
-    await asyncio.gather(one.ready(), two.ready())
+    one, two = mesh.replicas["one"], mesh.replicas["two"]
     roots = await mesh.roots()
     assert (
         (one.folder / "state/roots.pem").read_bytes()
@@ -104,8 +118,7 @@ async def test_two_controllers_with_one_root_and_clients_by_their_tokens(mesh: M
 
 
 async def test_a_stream_ends_with_its_pod(mesh: Mesh) -> None:
-    one = await mesh.start("one")
-    await one.ready()
+    one = mesh.replicas["one"]
     await mesh.pod("agent-1", "node-1", "agent")
     async with one.client(await mesh.token("agent-1", "agent")) as client:
         await client.take()
@@ -151,14 +164,14 @@ class Watched:
         return found
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(loop_scope="module")
 async def nodes(mesh: Mesh) -> AsyncIterator[list[Follower]]:
-    """Two controllers, and two nodes: the first's agent is connected to one of them, the second's to the other."""
-    one, two = await asyncio.gather(mesh.start("one"), mesh.start("two"))
-    await asyncio.gather(one.ready(), two.ready())
+    """Two nodes: the first's agent is connected to one controller, the second's to the other."""
     followers = []
+    await mesh.remove_pods()
     async with AsyncExitStack() as stack:
-        for number, replica in ((1, one), (2, two)):
+        stack.push_async_callback(mesh.remove_pods)
+        for number, replica in enumerate(mesh.replicas.values(), 1):
             await mesh.pod(f"agent-{number}", f"node-{number}", "agent")
             token = await mesh.token(f"agent-{number}", "agent")
             follower = Follower(await stack.enter_async_context(replica.client(token)))
@@ -315,9 +328,12 @@ async def test_what_is_not_compiled_is_never_accepted(mesh: Mesh, nodes: list[Fo
         assert (event["reason"], event["type"]) == ("NotCompiled", "Warning")
         assert event["regarding"]["uid"] == (await client.get(f"{policies}/policy"))["metadata"]["uid"]
         # Another leader does not say it again.
-        await mesh.replicas[await mesh.lease_holder()].end()
+        leader = mesh.replicas[await mesh.lease_holder()]
+        await leader.end()
         await asyncio.sleep(4.0)
         assert len(await events()) == 1
+        await leader.start()
+        await leader.ready()
     finally:
         for path in (f"{routes}/route", f"{entries}/entry", f"{policies}/policy"):
             await client.delete(path)
@@ -381,6 +397,8 @@ async def test_the_leader_is_killed_and_nothing_changes_in_traffic(mesh: Mesh, n
         await mesh.admin.client.patch(policy.path, {"spec": {"action": "ALLOW"}})
         there = await policy.says(Accepted=("True", "Accepted"), Programmed=("False", "Pending"))
         assert "(not connected)" in conditions(there)["Programmed"][2]
+        await mesh.replicas[holder].start()
+        await mesh.replicas[holder].ready()
     finally:
         await mesh.admin.client.delete(policy.path)
 
@@ -401,12 +419,10 @@ async def test_without_the_api_server(mesh: Mesh, nodes: list[Follower], server:
         await one.ready()
         assert (one.folder / "state/roots.pem").read_bytes() == roots
         async with grpc.aio.secure_channel(
-            f"{one.address}:15012",
+            f"{one.address}:{mesh.port}",
             grpc.ssl_channel_credentials(roots),
             options=[("grpc.ssl_target_name_override", f"mycel-controlplane.{mesh.namespace}.svc")],
         ) as channel:
-            from tests.controlplane.support import MeshClient
-
             client = MeshClient(channel, metadata=bearer(token))
             await client.hello("agent", version)
             update = await client.take(timeout=10)
@@ -424,7 +440,8 @@ async def test_without_the_api_server(mesh: Mesh, nodes: list[Follower], server:
     await mesh.admin.client.delete(policy.path)
 
 
-async def test_a_broken_root_is_not_written_over(mesh: Mesh) -> None:
+async def test_a_broken_root_is_not_written_over(mesh: Mesh, tmp_path: Path) -> None:
+    mesh = await installed(mesh.server, mesh.admin, "broken", tmp_path)
     path = f"/api/v1/namespaces/{mesh.namespace}/secrets/mycel-ca"
     await mesh.admin.client.patch(path, {"data": {"root.pem": "eA=="}})
     one = await mesh.start("one")
