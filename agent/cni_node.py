@@ -67,6 +67,7 @@ def entry(run: Path, pins: Path, outside: tuple[str, ...]) -> dict[str, Any]:
         "type": cni_chain.TYPE,
         "runDir": str(run),
         "pinDir": str(pins),
+        "nodeStatus": "ready",
         "outsideNamespaces": sorted(set(outside)),
     }
 

@@ -11,6 +11,7 @@ Keys of its own in the configuration:
 ``runDir``             the agent's run folder (default ``/run/mycel``)
 ``pinDir``             the agent's pins; only STATUS looks, to tell whether traffic flows without the agent
 ``outsideNamespaces``  namespaces of Kubernetes whose pods are never in the mesh: they pass without asking anybody
+``nodeStatus``         what STATUS says: ``agent`` (default) whether the agent could serve ADD; ``ready`` that it could, always
 ``unknownPods``        ``refuse`` (default) or ``pass``: a pod without K8S_POD_UID, as podman's are, cannot be in the mesh
 ``timeout``            seconds to wait for the agent, 0.1 to 60 (default 15)
 ``logLevel``           ``debug``, ``info``, ``warning`` (default) or ``error``, on standard error
@@ -84,6 +85,9 @@ class Settings:
         for key, value in (("runDir", self.run_dir), ("pinDir", self.pin_dir)):
             if not value.startswith("/"):
                 raise _invalid(key, value, "not an absolute path")
+        self.node_status = _text(config, "nodeStatus", "agent")
+        if self.node_status not in ("agent", "ready"):
+            raise _invalid("nodeStatus", self.node_status, "neither agent nor ready")
         self.unknown_pods = _text(config, "unknownPods", "refuse")
         if self.unknown_pods not in ("pass", "refuse"):
             raise _invalid("unknownPods", self.unknown_pods, "neither pass nor refuse")
@@ -249,6 +253,16 @@ def _del(settings: Settings, attachment: Attachment, config: dict[str, Any], ver
 
 
 def _status(settings: Settings, attachment: Attachment, config: dict[str, Any], version: str) -> None:
+    try:
+        _status_of_agent(settings, attachment, config)
+    except CniError as error:
+        # A runtime takes it for the whole node: no pod would start, not even the controller that the agent waits for.
+        if settings.node_status != "ready":
+            raise
+        settings.log("warning", f"not ready for pods of the mesh: {error.message} {error.details}")
+
+
+def _status_of_agent(settings: Settings, attachment: Attachment, config: dict[str, Any]) -> None:
     try:
         _require(_ask("STATUS", settings, attachment, config))
     except AgentAway as error:

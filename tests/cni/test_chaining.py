@@ -101,18 +101,27 @@ async def until(condition, what):
     assert condition(), what
 
 
+class Watched(cni_node.CniNode):
+    """Puts right what changes, until stopped."""
+
+    def __init__(self, binaries: Path, conf: Path) -> None:
+        super().__init__(cni_node.Settings(binaries, conf, ENTRY, bundle=None))
+        self.binaries, self.conf = binaries, conf
+        self.task = asyncio.create_task(self.watch())
+
+    async def stop(self) -> None:
+        self.task.cancel()
+        await asyncio.gather(self.task, return_exceptions=True)
+
+
 @pytest.fixture
 async def node(tmp_path, conf):
     """What the agent runs, over folders of the test's own."""
     binaries = tmp_path / "bin"
     binaries.mkdir()
-    made = cni_node.CniNode(cni_node.Settings(binaries, conf, ENTRY, bundle=None))
-    made.binaries, made.conf = binaries, conf
-    task = asyncio.create_task(made.watch())
-    made.task = task
+    made = Watched(binaries, conf)
     yield made
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+    await made.stop()
 
 
 async def test_chn_03_chained_again(node):
@@ -178,8 +187,7 @@ async def test_the_entry_goes_before_the_binaries(node):
     file = node.conf / "10-pods.conflist"
     file.write_text(LIST)
     await until(lambda: not node.problem, "in place")
-    node.task.cancel()
-    await asyncio.gather(node.task, return_exceptions=True)
+    await node.stop()
     seen = []
     ended = threading.Event()
 
@@ -228,16 +236,17 @@ def test_chn_05_a_single_plugin_is_wrapped(conf, name):
     (conf / name).write_text(CONF)
     state = put_in(conf, ENTRY)
     assert state.problem == ""
-    assert state.file == conf / cni_chain.WRAPPER
+    wrapper = conf / cni_chain.WRAPPER
+    assert state.file == wrapper
     assert sorted(os.listdir(conf))[0] == cni_chain.WRAPPER  # the runtime takes the first
-    whole = json.loads(state.file.read_text())
+    whole = json.loads(wrapper.read_text())
     assert (whole["cniVersion"], whole["name"]) == ("0.3.1", "old")
     assert whole["plugins"] == [{"type": "bridge", "bridge": "cni0", "ipam": {"type": "dhcp"}}, ENTRY]
     assert put_in(conf, ENTRY).changed == []
     # What its owner changes is taken over, and what he replaces by a list needs no wrapper.
     (conf / name).write_text(CONF.replace("cni0", "cni9"))
     put_in(conf, ENTRY)
-    assert json.loads(state.file.read_text())["plugins"][0]["bridge"] == "cni9"
+    assert json.loads(wrapper.read_text())["plugins"][0]["bridge"] == "cni9"
     (conf / name).unlink()
     (conf / "10-new.conflist").write_text(LIST)
     put_in(conf, ENTRY)
