@@ -7,10 +7,10 @@ BIN := .venv/bin
 # What bcc compiles against (scripts/setup merges it).
 export BCC_KERNEL_SOURCE ?= $(CACHE)/headers/current
 
-.PHONY: help setup image kubernetes demo test check bench fmt clean
+.PHONY: help setup image kubernetes demo demo-kubernetes test check bench fmt clean
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: ## Debian packages, kernel headers for bcc, .venv
 	@scripts/setup
@@ -20,6 +20,9 @@ image: setup ## container images (OCI archives, SBOM, sizes) in build/images, wi
 
 demo: setup ## two nodes, a canary, mTLS, policy: one story, checked, under two minutes (root)
 	@$(BIN)/mycel demo
+
+demo-kubernetes: image kubernetes ## the same story on a real Kubernetes of two nodes: install, label, kubectl apply (root)
+	@$(BIN)/python -m lab.kubernetes.demo
 
 kubernetes: setup ## the programs of a real Kubernetes, for the cluster lab (ten minutes once, 0.8 GB in the cache)
 	@lab/kubernetes/programs/build >/dev/null
