@@ -63,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
     controller = Controller(
         options.controller,
         roots=options.roots.read_bytes(),
-        credential=options.credential.read_text().strip(),
+        credential=options.credential,
         admin=options.admin,
         post=loop.post,
         on_update=proxy.update,

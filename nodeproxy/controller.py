@@ -12,6 +12,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -51,7 +52,7 @@ class Controller:
         address: str,
         *,
         roots: bytes,
-        credential: str,
+        credential: Path,
         admin: str,
         post: Post,
         on_update: Callable[[Update], tuple[ResourceError, ...]],
@@ -60,10 +61,10 @@ class Controller:
         """Make the channel; :meth:`start` connects.
 
         :param roots: PEM; the controller's TLS certificate has to chain to one of them.
-        :param credential: the node's token.
+        :param credential: file with the node's token; read for each call, since kubelet replaces it hourly.
         :param post: calls back on the data loop's thread; ``on_update`` and ``version`` run there.
         """
-        self._metadata = (("authorization", f"Bearer {credential}"),)
+        self._credential = credential
         self._admin = admin
         self._post = post
         self._on_update = on_update
@@ -99,13 +100,17 @@ class Controller:
         self._channel.close()
         self._thread.join(timeout=5)
 
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        """:raises OSError: the credential cannot be read."""
+        return (("authorization", f"Bearer {self._credential.read_text().strip()}"),)
+
     # --- certificates ---------------------------------------------------------------------------------------------
 
     def sign(self, request: SignRequest, done: Callable[[SignResponse | str], None]) -> None:
         """Ask for a certificate; ``done`` gets it on the loop's thread, or in words why not."""
         try:
-            future = self._sign.future(request, timeout=_SIGN_TIMEOUT, metadata=self._metadata)
-        except ValueError as error:  # the channel is closed
+            future = self._sign.future(request, timeout=_SIGN_TIMEOUT, metadata=self._metadata())
+        except (ValueError, OSError) as error:  # the channel is closed, or the credential not there
             reason = str(error)
             self._post(lambda: done(reason))
             return
@@ -137,6 +142,8 @@ class Controller:
                     _log.warning("controller stream ended", code=error.code().name, reason=error.details())
             except (msgspec.DecodeError, ValueError) as error:
                 _log.error("controller stream not understood", reason=str(error))
+            except OSError as error:
+                _log.error("credential cannot be read", reason=str(error))
             self.connected = False
             self._stopped.wait(delay * random.uniform(0.8, 1.2))
             delay = min(delay * 2, _RETRY_MOST)
@@ -151,7 +158,7 @@ class Controller:
                 yield message
 
         received = False
-        self._call = self._subscribe(messages(), metadata=self._metadata)
+        self._call = self._subscribe(messages(), metadata=self._metadata())
         try:
             update: Update
             for update in self._call:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -98,13 +99,13 @@ def _server_certificate(authority: Authority) -> tuple[bytes, bytes]:
 
 
 class Client:
-    def __init__(self, port: int, roots: str) -> None:
+    def __init__(self, port: int, roots: str, credential: Path) -> None:
         self.loop = Loop()
         self.mesh = Mesh()
         self.controller = Controller(
             f"127.0.0.1:{port}",
             roots=roots.encode(),
-            credential=CREDENTIAL,
+            credential=credential,
             admin="127.0.0.1:15021",
             post=self.loop.post,
             on_update=self.mesh.apply,
@@ -127,13 +128,14 @@ def authority() -> Authority:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Any]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     made: list[Any] = []
 
     def begin(kind: Any, *arguments: Any) -> Any:
-        made.append(kind(*arguments))
+        made.append(kind(*arguments, *([tmp_path / "token"] if kind is Client else [])))
         return made[-1]
 
+    (tmp_path / "token").write_text(f"{CREDENTIAL}\n")
     yield begin
     for one in reversed(made):
         one.stop()
@@ -184,7 +186,7 @@ def test_the_state_stays_and_the_stream_comes_back(authority: Authority, start: 
     assert second.messages[0].version == "v1"
 
 
-def test_sign(authority: Authority, start: Callable[..., Any]):
+def test_sign(authority: Authority, start: Callable[..., Any], tmp_path: Path):
     server = start(FakeController, authority)
     client = start(Client, server.port, authority.pem)
     results: list[Any] = []
@@ -197,6 +199,15 @@ def test_sign(authority: Authority, start: Callable[..., Any]):
     client.controller.sign(api.SignRequest("uid-other", der), results.append)
     wait_until(lambda: len(results) == 2, "refused")
     assert results[1] == "PERMISSION_DENIED: no such pod"
+    # kubelet has put a newer token in its place, and later there is none.
+    (tmp_path / "token").write_text("newer")
+    client.controller.sign(api.SignRequest("uid-client", der), results.append)
+    wait_until(lambda: len(results) == 3, "signed")
+    assert server.credentials[-1] == "Bearer newer"
+    (tmp_path / "token").unlink()
+    client.controller.sign(api.SignRequest("uid-client", der), results.append)
+    wait_until(lambda: len(results) == 4, "told")
+    assert "No such file" in results[3]
 
 
 def test_a_controller_of_another_root_is_not_believed(authority: Authority, start: Callable[..., Any]):
