@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,10 @@ class Controller:
         self._tasks.start(self._end_streams(), name="credentials")
 
     async def _serve(self) -> None:
+        # What there is by now mostly stays: a million objects, which to look through for cycles again and again would stop
+        # everything for half a second each time.
+        gc.collect()
+        gc.freeze()
         await self._server.start()
         self._serving = True
         _log.info("serving", port=self.port, admin=self.admin_port, version=self.snapshot.version[:12])

@@ -20,6 +20,7 @@ from controlplane.api.authorization import (
     authorize,
 )
 from controlplane.api.messages import (
+    API_PACKED,
     API_VERSION,
     METHOD_SIGN,
     METHOD_SUBSCRIBE,
@@ -43,10 +44,12 @@ from controlplane.api.messages import (
     decode_sign_response,
     decode_update,
     encode,
+    pack,
     resource_key,
 )
 
 __all__ = [
+    "API_PACKED",
     "API_VERSION",
     "METHOD_SIGN",
     "METHOD_SUBSCRIBE",
@@ -77,5 +80,6 @@ __all__ = [
     "decode_sign_response",
     "decode_update",
     "encode",
+    "pack",
     "resource_key",
 ]

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import enum
+import zlib
 
 import msgspec
 
 from controlplane.api.authorization import Authorization
 
-API_VERSION = 1
+#: 2: an Update may be packed.
+API_VERSION = 2
+#: Version from which on a client takes packed Updates.
+API_PACKED = 2
 
 #: Bidirectional stream: the client sends Hello, then an Ack or Nack for each Update.
 METHOD_SUBSCRIBE = "/mycel.mesh.v1.Mesh/Subscribe"
@@ -152,6 +156,8 @@ class Update(msgspec.Struct, frozen=True, tag="update"):
     complete: bool = False
     upserts: tuple[Resource, ...] = ()
     removes: tuple[str, ...] = ()  #: keys as of :func:`resource_key`
+    #: ``upserts`` instead, as msgpack compressed by zlib; :func:`decode_update` unpacks it
+    packed: bytes = b""
 
 
 class SignRequest(msgspec.Struct, frozen=True):
@@ -170,6 +176,8 @@ class SignResponse(msgspec.Struct, frozen=True):
 _encoder = msgspec.msgpack.Encoder()
 _client: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
 _update = msgspec.msgpack.Decoder(Update)
+_upserts = msgspec.msgpack.Decoder(tuple[Resource, ...])
+_MOST_UNPACKED = 512 << 20
 _sign_request = msgspec.msgpack.Decoder(SignRequest)
 _sign_response = msgspec.msgpack.Decoder(SignResponse)
 
@@ -186,7 +194,22 @@ def decode_client(data: bytes) -> ClientMessage:
 
 def decode_update(data: bytes) -> Update:
     """:raises msgspec.DecodeError: as :func:`decode_client`."""
-    return _update.decode(data)
+    update = _update.decode(data)
+    if not update.packed:
+        return update
+    unpacking = zlib.decompressobj()
+    try:
+        unpacked = unpacking.decompress(update.packed, _MOST_UNPACKED)
+    except zlib.error as e:
+        raise msgspec.DecodeError(f"packed: {e}") from e
+    if not unpacking.eof:
+        raise msgspec.DecodeError("packed: it is cut off, or too large")
+    return msgspec.structs.replace(update, upserts=_upserts.decode(unpacked), packed=b"")
+
+
+def pack(upserts: bytes) -> bytes:
+    """What ``Update.packed`` is of encoded upserts. Of a whole mesh it is a sixteenth."""
+    return zlib.compress(upserts, 1)
 
 
 def decode_sign_request(data: bytes) -> SignRequest:

@@ -100,7 +100,7 @@ class MeshService:
                             upserts=len(update.upserts),
                             removes=len(update.removes),
                         )
-                        data = self._shared.encode(update)
+                        data = self._shared.encode(update, hello.api >= api.API_PACKED)
                         async with self._room.taken(len(data)):
                             yield data
         finally:

@@ -11,10 +11,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from controlplane.api import Ack, Nack, Resource, Update
+from controlplane.api import Ack, Nack, Resource, Update, pack
 from controlplane.model.snapshot import Snapshot
 
 _encoder = msgspec.msgpack.Encoder()
+_NOTHING = msgspec.Raw(_encoder.encode(()))
+#: Bytes from which upserts are packed for those who take that.
+_LARGE = 64 << 10
 
 
 class Delta(NamedTuple):
@@ -32,6 +35,7 @@ class _Encoded(msgspec.Struct, frozen=True, tag="update"):
     complete: bool
     upserts: msgspec.Raw
     removes: tuple[str, ...]
+    packed: bytes = b""
 
 
 class Updates:
@@ -42,7 +46,8 @@ class Updates:
         self._deltas: dict[str, Delta] = {}
         self._whole: tuple[Resource, ...] = ()
         self._encoded: dict[int, tuple[tuple[Resource, ...], msgspec.Raw]] = {}
-        self._messages: dict[tuple[int, int], bytes] = {}
+        self._packed: dict[int, bytes] = {}
+        self._messages: dict[tuple[int, int, bool], bytes] = {}
 
     def between(self, old: Snapshot, new: Snapshot) -> Delta:
         self._aim(new)
@@ -57,29 +62,38 @@ class Updates:
             self._whole = tuple(snapshot.resources.values())
         return self._whole
 
-    def encode(self, update: Update) -> bytes:
-        """The update's bytes. Upserts that are sent to many are encoded for the first of them."""
+    def encode(self, update: Update, packed: bool = False) -> bytes:
+        """The update's bytes; ``packed`` if that may be. Upserts that are sent to many are encoded for the first of them."""
         if update.version != self._target:
             return _encoder.encode(update)
+        item = id(update.upserts)
+        key = (update.nonce, item, packed)
+        if key in self._messages:
+            return self._messages[key]
         # The tuple is kept with it: an id is one object's only while it lives.
-        found = self._encoded.get(id(update.upserts))
+        found = self._encoded.get(item)
         if found is None:
             found = update.upserts, msgspec.Raw(_encoder.encode(update.upserts))
-            self._encoded[id(update.upserts)] = found
-        made = _Encoded(update.nonce, update.version, update.complete, found[1], update.removes)
-        if not update.complete:
-            return _encoder.encode(made)
-        # Megabytes, and the first on every stream: so these are the same bytes for all.
-        key = (update.nonce, id(update.upserts))
-        if key not in self._messages:
-            self._messages[key] = _encoder.encode(made)
-        return self._messages[key]
+            self._encoded[item] = found
+        upserts, small = found[1], b""
+        if packed and len(bytes(upserts)) >= _LARGE:
+            if item not in self._packed:
+                self._packed[item] = pack(bytes(upserts))
+            upserts, small = _NOTHING, self._packed[item]
+        data = _encoder.encode(
+            _Encoded(update.nonce, update.version, update.complete, upserts, update.removes, small)
+        )
+        if update.complete:
+            # The first on every stream, and perhaps megabytes: so these are the same bytes for all.
+            self._messages[key] = data
+        return data
 
     def _aim(self, snapshot: Snapshot) -> None:
         if snapshot.version != self._target:
             self._target = snapshot.version
             self._deltas.clear()
             self._encoded.clear()
+            self._packed.clear()
             self._messages.clear()
             self._whole = ()
 

@@ -36,6 +36,11 @@ class Resources:
     both: to compare two is to compare their identities.
     """
 
+    _endpoints: Mapping[str, Packed]
+    _clusters: Mapping[str, Packed]
+    _routes: Mapping[str, Packed]
+    _by_chain: Mapping[str, Packed]
+
     def __init__(self, snapshot: Snapshot, before: Resources | None = None) -> None:
         self._snapshot = snapshot
         known: tuple[Mapping[str, Cluster], Mapping[str, RouteTable]] = (

@@ -55,3 +55,16 @@ def test_what_is_no_message_is_refused(data: bytes) -> None:
         api.decode_client(data)
     with pytest.raises(msgspec.DecodeError):
         api.decode_update(data)
+
+
+def test_a_packed_update_is_the_same_update() -> None:
+    plain = api.Update(3, "v", True, (api.MeshConfig("example.org"), api.Service("n", "s", "s.n")), ("mesh",))
+    upserts = msgspec.msgpack.encode(plain.upserts)
+    packed = msgspec.structs.replace(plain, upserts=(), packed=api.pack(upserts))
+    assert api.decode_update(api.encode(packed)) == plain
+
+
+@pytest.mark.parametrize("packed", [b"x", api.pack(b"\x91"), api.pack(b"\x90")[:-1], api.pack(b"no upserts")])
+def test_what_is_packed_and_broken_is_refused(packed: bytes) -> None:
+    with pytest.raises(msgspec.DecodeError):
+        api.decode_update(api.encode(api.Update(1, "v", packed=packed)))
