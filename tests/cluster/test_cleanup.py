@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from lab import cgroups, state
 from lab.kubernetes import Cluster
-from lab.kubernetes.cluster import PREFIX, interfaces, names
+from lab.kubernetes.cluster import interfaces, names
 from lab.processes import wait_until
 from tests.cluster.apps import Apps
 from tests.requirements import ROOT, require_root
@@ -40,11 +39,9 @@ def test_nothing_is_left_when_its_owner_is_killed():
         owner.send_signal(signal.SIGKILL)
         owner.wait(10)
     assert name not in names()
-    began = time.monotonic()
-    # The next lab of any kind does this first.
-    assert f"{PREFIX}{name}" in [stale.id for stale in state.reap_stale()]
-    assert time.monotonic() - began < 20.0
-    assert not lab.folder.exists()
+    # The next lab of any kind does this first; another's may have been quicker, and still be at it.
+    state.reap_stale()
+    wait_until(lambda: not lab.folder.exists(), 30.0, "the folder is gone")
     for hierarchy in cgroups.hierarchies():
         assert not list(hierarchy.glob(f"*{lab.cgroup.name}*"))
     wait_until(lambda: not links & set(os.listdir("/sys/class/net")), 10.0, "the link is gone")
