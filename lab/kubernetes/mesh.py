@@ -130,7 +130,7 @@ class Mesh:
     def uninstall(self, *arguments: object) -> None:
         self.mycel("uninstall", *arguments)
         wait_until(
-            lambda: not self.cluster.get("namespaces", self.namespace, "--ignore-not-found"),
+            lambda: not self.cluster.kubectl("get", "namespaces", self.namespace, "--ignore-not-found"),
             60.0,
             "the mesh's namespace is gone",
             interval=0.5,
