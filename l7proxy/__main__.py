@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from common import logs
 from common.admin import AdminServer
 from l7proxy.accesslog import AccessLog
-from l7proxy.resources import Resources
+from l7proxy.resources import TYPES, Resources
 from l7proxy.server import Proxy
 from l7proxy.xds import XdsClient
 
@@ -37,7 +37,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--state", type=Path, help="folder for the last good configuration (default: RUN/l7proxy)"
     )
     parser.add_argument(
-        "--drain", type=float, default=10.0, metavar="SECONDS", help="for requests under way at SIGTERM"
+        "--drain-timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="that open connections have after SIGTERM, while a successor serves (the pod's grace period is longer)",
     )
     logs.add_arguments(parser)
     return parser.parse_args(argv)
@@ -65,6 +69,14 @@ async def _run(arguments: argparse.Namespace) -> None:
         publish=proxy.publish,
         admin=arguments.admin,
     )
+    proxy.fresh = lambda: xds.connected
+
+    def keep() -> None:
+        for kind in TYPES:
+            if resources.versions[kind]:
+                resources.write(resources.kept(kind))
+
+    proxy.keep = keep
     metrics = proxy.metrics
     metrics.value(
         "mycel_l7proxy_xds_connected",
@@ -78,11 +90,13 @@ async def _run(arguments: argparse.Namespace) -> None:
     )
 
     def ready() -> bool | str:
-        if proxy.draining:
-            return "draining"
+        if stop.is_set():
+            return "ending"
         if proxy.config.version == "":
             return "no configuration yet"
-        return True if proxy.agent.connected or proxy.pods else "the agent is away"
+        if not proxy.agent.connected and not proxy.pods:
+            return "the agent is away"
+        return True if proxy.serving or proxy.draining else "not serving yet"
 
     def describe() -> object:
         rejected = {
@@ -104,9 +118,9 @@ async def _run(arguments: argparse.Namespace) -> None:
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
     await stop.wait()
-    _log.info("draining", seconds=arguments.drain)
+    _log.info("draining", seconds=arguments.drain_timeout)
     client.cancel()
-    await proxy.drain(arguments.drain)
+    await proxy.drain(arguments.drain_timeout)
     admin.close()
     _log.info("stopped")
 

@@ -39,6 +39,15 @@ class Handler(Protocol):
 
     def held(self) -> tuple[api.Held, ...]: ...
 
+    def on_known(self) -> None:
+        """Every pod has been told of."""
+
+    def on_serving(self) -> None:
+        """New connections come here, all of them."""
+
+    def on_drain(self) -> None:
+        """They come to a successor."""
+
 
 class AgentClient:
     def __init__(self, path: str, handler: Handler) -> None:
@@ -49,6 +58,7 @@ class AgentClient:
         self._asked: dict[int, tuple[PodKey, int]] = {}
         self._lost: asyncio.Event = asyncio.Event()
         self.connected = False
+        self._serving = False  #: ready to serve, which every agent is told
 
     async def run(self) -> None:
         """Stay connected until cancelled."""
@@ -66,6 +76,18 @@ class AgentClient:
                 self._drop()
             await asyncio.sleep(delay)
             delay = min(delay * 2, _RETRY_LONGEST)
+
+    def serve(self) -> None:
+        """From now on ready for everything that may come."""
+        if self._serving:
+            return
+        self._serving = True
+        if self._sock is not None and self.connected:
+            try:
+                seqpacket.send(self._sock, api.encode(api.Serve()))
+            except OSError as error:
+                _log.warning("agent connection broke", reason=str(error))
+                self._lost.set()  # the next one is told by Hello
 
     def get_sockets(self, key: PodKey, count: int) -> bool:
         """Ask for sockets in a pod's namespace. False: the agent is away, ask again later."""
@@ -92,7 +114,8 @@ class AgentClient:
         self._lost = asyncio.Event()
         seqpacket.prepare(sock)
         sock.connect(self._path)
-        hello = api.Hello(api.Role.L7PROXY, held=self._handler.held(), kinds=(api.ListenerKind.OUTBOUND_L7,))
+        kinds = (api.ListenerKind.OUTBOUND_L7,)
+        hello = api.Hello(api.Role.L7PROXY, held=self._handler.held(), kinds=kinds, serving=self._serving)
         seqpacket.send(sock, api.encode(hello))
         loop.add_reader(sock.fileno(), self._readable)
         await self._lost.wait()
@@ -151,6 +174,12 @@ class AgentClient:
             case api.Withdraw():
                 _close(fds)
                 self._handler.on_withdraw(message)
+            case api.Known():
+                self._handler.on_known()
+            case api.Serving():
+                self._handler.on_serving()
+            case api.Drain():
+                self._handler.on_drain()
             case api.Sockets():
                 asked = self._asked.pop(message.id, None)
                 found = [socket.socket(fileno=fd) for fd in fds]

@@ -8,6 +8,7 @@ goes to the node proxy with one header; nothing is ever dialled there in plain t
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 
 from common import logs
@@ -20,7 +21,7 @@ from nodeproxy import api as nodeproxy
 _log = logs.get(__name__)
 
 #: Seconds that the node proxy may take to connect the stream; it bounds its own steps (certificate: 10 s).
-_HANDOFF_TIMEOUT = 15.0
+_HANDOFF_TIMEOUT = 25.0
 
 
 class ConnectError(Exception):
@@ -36,6 +37,16 @@ class Connector:
         self._nodeproxy_socket = nodeproxy_socket
         self._tasks = tasks
         self.failures = 0
+        self._inode = 0
+
+    def node_proxy_changed(self) -> bool:
+        """Whether another node proxy has taken the socket over since this was asked last."""
+        try:
+            inode = os.stat(self._nodeproxy_socket).st_ino
+        except OSError:
+            return False
+        before, self._inode = self._inode, inode
+        return before not in (0, inode)
 
     def tunnelled(self, node: str, enrolled: bool) -> bool:
         """Whether an endpoint's connections go through the node proxy."""

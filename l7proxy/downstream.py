@@ -7,6 +7,8 @@ pipelined behind the one under way waits unparsed, within bounds.
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import termios
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
@@ -201,7 +203,7 @@ class DownstreamConnection(asyncio.Protocol):
         if self._aborting or self._tunnel:
             self._closing = True
             self.transport.close()
-        elif close or self.proxy.draining:
+        elif close:
             self._close_soon()
         elif self._reader.buffered:
             self._pump()
@@ -235,9 +237,18 @@ class DownstreamConnection(asyncio.Protocol):
         self._aborting = True
 
     def close_if_idle(self) -> None:
-        if self.stream is None and not self._closing:
+        """Unless a request has come, read or not: that one is answered."""
+        if self.stream is None and not self._closing and self._reader.at_start and not self._unread():
             self._closing = True
             self.transport.close()
+
+    def _unread(self) -> bool:
+        unread = bytearray(4)
+        try:
+            fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.FIONREAD, unread)
+        except OSError:
+            return False
+        return any(unread)
 
     def abort(self) -> None:
         """Close at once; a request under way is recorded as cut off."""

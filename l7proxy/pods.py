@@ -31,7 +31,7 @@ LOW = 4
 #: Most sockets of one request to the agent (a packet holds 64 descriptors).
 MAX_REQUEST = 32
 #: Seconds that a new connection waits for a socket when the agent is away.
-SOCKET_WAIT = 10.0
+SOCKET_WAIT = 20.0
 
 
 class Sockets:
@@ -121,6 +121,8 @@ class Pod:
         #: metric series of requests that reached no endpoint; see l7proxy.metrics
         self.series: dict[tuple[str, int, str], Series] = {}
         self.server: asyncio.Server | None = None
+        self.listener = 0  #: the cookie (SO_COOKIE) of the server's socket
+        self.replaced: list[asyncio.Server] = []  #: earlier ones, for what was on its way to them
         self.withdrawn = False
         self.left = False  #: the mesh, and runs on
 
@@ -143,12 +145,17 @@ class Pod:
             self.server = None
         _log.info("pod left", uid=self.enroll.uid, pod=f"{self.enroll.namespace}/{self.enroll.name}")
 
+    def close_servers(self) -> None:
+        """Accept no more."""
+        for server in (*self.replaced, *([] if self.server is None else [self.server])):
+            server.close()
+        self.replaced.clear()
+        self.server = None
+
     def withdraw(self) -> None:
         """Close the listener, every connection and every socket."""
         self.withdrawn = True
-        if self.server is not None:
-            self.server.close()
-            self.server = None
+        self.close_servers()
         for connection in list(self.downstream):
             connection.abort()
         for pool in list(self.pools.values()):

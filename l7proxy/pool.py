@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: Seconds that a connection may stay unused. Shorter than common servers' own limit (nginx 75 s), so that the race between
 #: their close and our next request is rare.
 IDLE_TIMEOUT = 60.0
+#: Seconds that a connection to another node is used, or kept unused. The node proxies that carry it are replaced now and then
+#: and end with their last connection: none may live for as long as there are requests.
+TUNNEL_AGE = 30.0
 
 
 class Waiter(Protocol):
@@ -97,10 +100,13 @@ class HostPool:
 
     def release(self, connection: UpstreamConnection) -> None:
         """The connection's exchange is complete and it may carry another."""
-        if self.closed or not connection.usable:
+        if self.closed or not connection.usable or self._old(connection):
             connection.close()
         else:
             self._offer(connection)
+
+    def _old(self, connection: UpstreamConnection) -> bool:
+        return self.tunnelled and monotonic() - connection.made > TUNNEL_AGE
 
     def lost(self, connection: UpstreamConnection) -> None:
         self.connections.discard(connection)
@@ -110,12 +116,20 @@ class HostPool:
 
     def sweep(self, now: float, *, wanted: bool) -> bool:
         """Close what has been idle too long, or everything idle if no configuration wants this endpoint. True: empty."""
-        limit = now - IDLE_TIMEOUT if wanted else now
+        limit = now - (TUNNEL_AGE if self.tunnelled else IDLE_TIMEOUT) if wanted else now
         stale = [connection for connection, since in self._idle if since <= limit]
         self._idle = [item for item in self._idle if item[1] > limit]
         for connection in stale:
             connection.close()
         return not self.connections and not self.connecting and not self._waiters
+
+    def renew(self) -> None:
+        """What carries the connections is about to end: idle ones are closed, others with what they carry now."""
+        for connection in self.connections:
+            connection.retired = True
+        idle, self._idle = self._idle, []
+        for connection, _ in idle:
+            connection.close()
 
     def close(self) -> None:
         self.closed = True

@@ -7,6 +7,7 @@ are the complete set, routes and endpoints replace what they name.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable
@@ -225,7 +226,8 @@ class Resources:
         response = discovery_pb2.DiscoveryResponse(type_url=kind, version_info=kept.version)
         response.resources.extend(kept.resources)
         path = self._path(kind)
-        temporary = path.with_suffix(".new")
+        # A name of its own: a predecessor may write at the same moment (and has the same process id, in its container).
+        temporary = path.with_suffix(f".{os.urandom(6).hex()}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
@@ -234,6 +236,8 @@ class Resources:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
             _log.error("configuration not kept on disk", file=str(path), reason=str(error))
 
     def load(self) -> bool:

@@ -7,8 +7,11 @@ configuration. How a request is served is :mod:`l7proxy.stream`'s.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
+import sys
+from collections.abc import Callable
 from random import Random
 from time import monotonic
 from typing import Any
@@ -37,6 +40,16 @@ _log = logs.get(__name__)
 #: Seconds after an agent's return in which it must speak of a pod, or the pod is gone.
 _CONFIRM_LIMIT = 15.0
 _SWEEP = 5.0
+#: Seconds that a new process waits for the controller, when it has a configuration from an earlier time.
+PREPARE = 5.0
+#: Seconds that an idle connection is kept for a last request while a successor takes new ones, and when there is none.
+IDLE, IDLE_ALONE = 15.0, 0.2
+#: Seconds that requests under way have at the end when no successor takes new connections meanwhile.
+ALONE = 10.0
+#: Seconds that a listener is kept when a newer one has come in its place.
+LINGER = 3.0
+_LOOK = 0.1
+_SO_COOKIE = 57
 _FLUSH = 1.0
 #: Seconds between two log lines of one cause.
 _LOG_INTERVAL = 10.0
@@ -63,7 +76,13 @@ class Proxy:
         self.metrics = Metrics()
         self.request_ids = RequestIds()
         self.pods: dict[PodKey, Pod] = {}
-        self.draining = False
+        self.fresh: Callable[[], bool] = lambda: True  #: whether the configuration is the controller's of now
+        self.keep: Callable[[], None] = lambda: None  #: writes the last good configuration, in a thread
+        self.serving = False  #: new connections come here
+        self.draining = False  #: they should not come back: responses say so
+        self._superseded: float | None = None  #: since when they come to a successor
+        self._alone = False  #: the process ends, and nobody has taken over
+        self._known = False
         self.connections = 0
         self.retries = 0
         self.tasks = Tasks()
@@ -160,7 +179,9 @@ class Proxy:
     def held(self) -> tuple[api.Held, ...]:
         kind = api.ListenerKind.OUTBOUND_L7
         return tuple(
-            api.Held(uid, cookie, kind) for (uid, cookie), pod in self.pods.items() if pod.server is not None
+            api.Held(uid, cookie, kind, pod.listener)
+            for (uid, cookie), pod in self.pods.items()
+            if pod.server is not None
         )
 
     def on_maps(self, maps: dict[str, int]) -> None:
@@ -201,22 +222,25 @@ class Proxy:
         pod.left = False
         pod.sockets.replenish()
         for kind, sock in listeners.items():
-            if kind is not api.ListenerKind.OUTBOUND_L7 or self.draining:
+            if kind is not api.ListenerKind.OUTBOUND_L7 or self._alone:
                 sock.close()
             else:
                 self.tasks.start(self._listen(pod, sock), name=f"listen {message.name}")
 
     async def _listen(self, pod: Pod, sock: socket.socket) -> None:
         sock.setblocking(False)
+        listener = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8), sys.byteorder)
         server = await self.loop.create_server(
             lambda: DownstreamConnection(self, pod), sock=sock, backlog=1024
         )
-        if pod.withdrawn or self.draining:
+        if pod.withdrawn or self._alone:
             server.close()
             return
         if pod.server is not None:
-            pod.server.close()
+            pod.replaced.append(pod.server)
+            self.loop.call_later(LINGER, pod.server.close)
         pod.server = server
+        pod.listener = listener
 
     def on_withdraw(self, message: api.Withdraw) -> None:
         key = (message.uid, message.netns_cookie)
@@ -242,10 +266,43 @@ class Proxy:
         for pod in self.pods.values():
             pod.sockets.agent_lost()
 
+    # -- one process after another -----------------------------------------------------------------------------------
+
+    def on_known(self) -> None:
+        if not self._known:
+            self._known = True
+            # Its folder is the agent's to make, and may not have been there.
+            self.tasks.start(asyncio.to_thread(self.keep), name="keep configuration")
+            self._prepare(monotonic() + PREPARE)
+
+    def _prepare(self, until: float) -> None:
+        """Serve with a configuration: the controller's, or if it is away the last good one."""
+        if self.config.version == "" or (not self.fresh() and monotonic() < until):
+            self.loop.call_later(_LOOK, self._prepare, until)
+        else:
+            self.agent.serve()
+
+    def on_serving(self) -> None:
+        _log.info("serving", pods=len(self.pods))
+        self.serving = True
+        self._superseded = None
+        self.draining = self._alone
+
+    def on_drain(self) -> None:
+        """A successor serves: what is open goes on here, and each connection ends with its next response."""
+        if self._superseded is None:
+            _log.info(
+                "a successor serves", connections=sum(len(pod.downstream) for pod in self.pods.values())
+            )
+            self.serving = False
+            self._superseded = monotonic()
+            self.draining = True
+
     # -- time --------------------------------------------------------------------------------------------------------
 
     async def _housekeeping(self) -> None:
         next_sweep = monotonic() + _SWEEP
+        renewals = 0
         while True:
             await asyncio.sleep(_FLUSH)
             if self._access_log is not None:
@@ -253,6 +310,11 @@ class Proxy:
             now = monotonic()
             for pod in self.pods.values():
                 pod.sockets.replenish()
+            if self.connector.node_proxy_changed():
+                renewals = 3  # also for what was being connected
+            if renewals:
+                renewals -= 1
+                self._renew()
             if now >= next_sweep:
                 next_sweep = now + _SWEEP
                 self._sweep(now)
@@ -266,27 +328,44 @@ class Proxy:
             for connection in list(pod.downstream):
                 connection.check_idle(now)
 
+    def _renew(self) -> None:
+        """The node proxy that carries connections to other nodes ends one day: requests go through its successor."""
+        for pod in self.pods.values():
+            for pool in pod.pools.values():
+                if pool.tunnelled:
+                    pool.renew()
+
     def reopen_access_log(self) -> None:
         if self._access_log is not None:
             self._access_log.reopen()
 
     async def drain(self, deadline: float) -> None:
-        """Stop accepting, let requests end for ``deadline`` seconds, then force."""
+        """End with the last connection, at most ``deadline`` seconds from now; without a successor :data:`ALONE` seconds."""
+        began = monotonic()
+        if self._superseded is None:
+            self._alone = True
+            for pod in self.pods.values():
+                pod.close_servers()
         self.draining = True
-        for pod in self.pods.values():
-            if pod.server is not None:
-                pod.server.close()
-                pod.server = None
-            for connection in list(pod.downstream):
-                connection.close_if_idle()
-        end = monotonic() + deadline
-        while (left := end - monotonic()) > 0 and any(pod.downstream for pod in self.pods.values()):
-            self._connection_gone.clear()
-            try:
-                async with asyncio.timeout(left):
-                    await self._connection_gone.wait()
-            except TimeoutError:
+        while True:
+            now = monotonic()
+            idle = IDLE_ALONE if self._alone else IDLE
+            connections = [connection for pod in self.pods.values() for connection in pod.downstream]
+            if now >= began + (min(deadline, ALONE) if self._alone else deadline):
                 break
+            if self._superseded is not None:
+                self._alone = False
+                if not connections and now >= self._superseded + LINGER:
+                    break
+            elif self._alone and not connections:
+                break
+            for connection in connections:
+                if now - connection.touched >= idle:
+                    connection.close_if_idle()
+            self._connection_gone.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK):
+                    await self._connection_gone.wait()
         for pod in list(self.pods.values()):
             pod.withdraw()
         self.pods.clear()

@@ -7,6 +7,7 @@ Owns its transport and response reader. One exchange at a time; whether the conn
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 from l7proxy.errors import Failure, ProtocolError
@@ -27,9 +28,11 @@ class UpstreamConnection(asyncio.Protocol):
         "_keep_alive",
         "_reader",
         "exchanges",
+        "made",
         "open",
         "pool",
         "received",
+        "retired",
         "stream",
         "transport",
         "tunnel",
@@ -42,8 +45,10 @@ class UpstreamConnection(asyncio.Protocol):
         self.pool = pool
         self.stream: Stream | None = None
         self.open = False
+        self.made = monotonic()
         self.exchanges = 0  #: begun
         self.received = False  #: bytes of the response to the exchange under way
+        self.retired = False  #: no more exchanges: what carries it is about to end
         self.tunnel = False
         self.write_paused = False
         self._reader = ResponseReader()
@@ -53,7 +58,7 @@ class UpstreamConnection(asyncio.Protocol):
     @property
     def usable(self) -> bool:
         """May carry another exchange."""
-        return self.open and self._keep_alive and not self.transport.is_closing()
+        return self.open and self._keep_alive and not self.retired and not self.transport.is_closing()
 
     def begin(self, stream: Stream, method: bytes) -> None:
         self.stream = stream

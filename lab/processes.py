@@ -77,10 +77,11 @@ class Process:
         """SIGKILL, and wait for its end."""
         if self._popen is not None and self._popen.poll() is None:
             # Of what is in a PID namespace the first takes all with it; its maker sees that.
-            for child in self._children() if self._contained else ():
+            children = self._children() if self._contained else []
+            for child in children:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
-            if not self._contained:
+            if not children:
                 self._popen.kill()
         self._wait(5.0)
 

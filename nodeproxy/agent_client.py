@@ -32,8 +32,8 @@ _log = logs.get(__name__)
 _RETRY_FIRST, _RETRY_MOST = 0.1, 2.0
 #: Seconds that a returned agent has to name the pods it knows.
 _GRACE = 10.0
-#: Seconds that a connection waits for a socket.
-PATIENCE = 10.0
+#: Seconds that a connection waits for a socket: longer than an agent takes to start, on a machine under load too.
+PATIENCE = 20.0
 #: Seconds that a listener is kept when a newer one has come in its place: connections may be on their way to it.
 LINGER = 3.0
 _SO_COOKIE = 57

@@ -237,7 +237,6 @@ class Delivery:
             )
             return
         self._all.open[self] = None
-        self._timer = self._all.loop.later(CONNECT_TIMEOUT, self._too_slow)
         self._all.agent.get_socket(self._pod, Purpose.DELIVERY, self._have_socket)
 
     def judge_again(self, verdicts: dict[tuple[str, str, int], str | None]) -> None:
@@ -277,6 +276,8 @@ class Delivery:
             self._refuse(503, Outcome.UNREACHABLE, "no socket from the agent")
             return
         self._sock = sock
+        self._timer.cancel()
+        self._timer = self._all.loop.later(CONNECT_TIMEOUT, self._too_slow)
         try:
             self._bind(sock)
             code = sock.connect_ex((self._pod.address, self._port))

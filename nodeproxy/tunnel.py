@@ -29,7 +29,7 @@ from nodeproxy.tls import Credentials
 _log = logs.get(__name__)
 
 #: Seconds from the CONNECT to its answer.
-ANSWER_TIMEOUT = 15.0
+ANSWER_TIMEOUT = 25.0
 #: Seconds that a destination may stay unknown: the controller's stream may be behind the kernel's tables.
 UNKNOWN_PATIENCE = 2.0
 #: Seconds between attempts to reach a pod that its node is just taking into the mesh.

@@ -18,6 +18,7 @@ class FakeAgent:
         self.path = str(run / "agent.sock")
         self.hellos: list[api.Hello] = []
         self.asked: list[api.GetSockets] = []
+        self.ready = asyncio.Event()  #: the proxy said Serve
         self.refuse_sockets = ""
         self.answer_sockets = True
         self.peer: socket.socket | None = None
@@ -79,6 +80,11 @@ class FakeAgent:
         listener.close()
         return address
 
+    def say(self, message: api.Serving | api.Drain) -> None:
+        """As when a successor serves, or has died."""
+        assert self.peer is not None
+        seqpacket.send(self.peer, api.encode(message))
+
     def withdraw(self, uid: str, netns_cookie: int = 7) -> None:
         assert self.peer is not None
         seqpacket.send(self.peer, api.encode(api.Withdraw(uid, netns_cookie)))
@@ -109,7 +115,11 @@ class FakeAgent:
             self.hellos.append(message)
             fds = (self._captured_fd,) if self._captured_fd >= 0 else ()
             seqpacket.send(peer, api.encode(api.Welcome("node-a", maps=("captured",) if fds else ())), fds)
+            for mark in (api.Known(), api.Serving()):
+                seqpacket.send(peer, api.encode(mark))
             self._connected.set()
+        elif isinstance(message, api.Serve):
+            self.ready.set()
         else:
             self.asked.append(message)
             if self.answer_sockets:
