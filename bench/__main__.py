@@ -14,15 +14,19 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import figures, report, rows, wrk
+from bench import figures, fleet, report, rows, wrk
 from bench.testbed import Testbed
+from common.kubernetes import ApiError, Unreachable
 from lab.errors import LabError
 
 
 def main() -> int:
     arguments = _arguments()
+    names = [name for name in arguments.rows.split(",") if name]
+    with_fleet = not names or any(name in fleet.ROWS for name in names)
+    names = [name for name in names if name not in fleet.ROWS]
     try:
-        paths = rows.select(name for name in arguments.rows.split(",") if name)
+        paths = [] if with_fleet and not names and arguments.rows else rows.select(names)
     except rows.UnknownRow as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -33,14 +37,20 @@ def main() -> int:
     found: figures.Json = {}
     failed = ""
     try:
-        with Testbed(paths, figures=with_figures) as testbed:
-            _measure_rows(testbed, paths, clients, arguments, results)
-            if with_figures:
-                try:
-                    found = figures.measure(testbed, say=_progress)
-                except (figures.FigureError, LabError) as error:
-                    # The rows are worth showing; the run has failed all the same.
-                    failed = str(error)
+        if paths or with_figures:
+            with Testbed(paths, figures=with_figures) as testbed:
+                _measure_rows(testbed, paths, clients, arguments, results)
+                if with_figures:
+                    try:
+                        found = figures.measure(testbed, say=_progress)
+                    except (figures.FigureError, LabError) as error:
+                        # The rows are worth showing; the run has failed all the same.
+                        failed = str(error)
+        if with_fleet:
+            try:
+                found |= fleet.measure(say=_progress)
+            except (fleet.FleetError, LabError, ApiError, Unreachable) as error:
+                failed = failed or str(error)
     except (wrk.RunError, LabError) as error:
         _progress("")
         print(f"bench: failed: {error}", file=sys.stderr)
@@ -83,7 +93,9 @@ def _measure_rows(
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
-        "--rows", default="", help=f"some of: {','.join(rows.PATHS)}; what they are compared with runs too"
+        "--rows",
+        default="",
+        help=f"some of: {','.join((*rows.PATHS, *fleet.ROWS))}; what they are compared with runs too",
     )
     parser.add_argument("--clients", default=",".join(map(str, rows.CLIENTS)))
     parser.add_argument("--rounds", type=int, default=rows.ROUNDS)

@@ -110,4 +110,12 @@ def bars(report: Json) -> list[tuple[str, bool]]:
         judged.append((f"agent memory (PSS): {agent:.1f} MB, at most 60", agent <= 60))
     if (plain := figures.get("plain_bytes_between_nodes")) is not None:
         judged.append((f"plain payload bytes between nodes: {plain}, exactly 0", plain == 0))
+    if (change := figures.get("fleet_policy_p99_ms")) is not None:
+        text = f"policy-fleet: p99 {change:.0f} ms until the last of 200 nodes acknowledges, at most 1000"
+        judged.append((text, change <= 1000))
+    if (peak := figures.get("controller_peak_mb")) is not None:
+        judged.append((f"controller-memory: {peak:.0f} MB at the most, at most 500", peak <= 500))
+    if (sent := figures.get("endpoint_bytes")) is not None:
+        most = max(sent.values())
+        judged.append((f"endpoint-bytes: {most} to a client, at most 10,000", most <= 10_000))
     return judged
