@@ -31,7 +31,8 @@ def chain(node: Node) -> list[str]:
 
 def attached(node: Node) -> set[str]:
     """UIDs of the pods that the node's agent has attached."""
-    return {pod["pod_uid"] for pod in json.loads((node.root / "var/lib/mycel/pods.json").read_text())["pods"]}
+    book = node.root / "var/lib/mycel/pods.json"
+    return {pod["pod_uid"] for pod in json.loads(book.read_text())["pods"]} if book.exists() else set()
 
 
 @pytest.fixture
