@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import figures, fleet, report, rows, wrk
+from bench import figures, fleet, installation, report, rows, wrk
 from bench.testbed import Testbed
 from common.kubernetes import ApiError, Unreachable
 from lab.errors import LabError
@@ -24,9 +24,10 @@ def main() -> int:
     arguments = _arguments()
     names = [name for name in arguments.rows.split(",") if name]
     with_fleet = not names or any(name in fleet.ROWS for name in names)
-    names = [name for name in names if name not in fleet.ROWS]
+    with_install = not names or any(name in installation.ROWS for name in names)
+    names = [name for name in names if name not in (*fleet.ROWS, *installation.ROWS)]
     try:
-        paths = [] if with_fleet and not names and arguments.rows else rows.select(names)
+        paths = [] if arguments.rows and not names else rows.select(names)
     except rows.UnknownRow as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -50,6 +51,11 @@ def main() -> int:
             try:
                 found |= fleet.measure(say=_progress)
             except (fleet.FleetError, LabError, ApiError, Unreachable) as error:
+                failed = failed or str(error)
+        if with_install:
+            try:
+                found |= installation.measure(say=_progress)
+            except installation.InstallError as error:
                 failed = failed or str(error)
     except (wrk.RunError, LabError) as error:
         _progress("")
@@ -95,7 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rows",
         default="",
-        help=f"some of: {','.join((*rows.PATHS, *fleet.ROWS))}; what they are compared with runs too",
+        help=f"some of: {','.join((*rows.PATHS, *fleet.ROWS, *installation.ROWS))}; what they are compared with runs too",
     )
     parser.add_argument("--clients", default=",".join(map(str, rows.CLIENTS)))
     parser.add_argument("--rounds", type=int, default=rows.ROUNDS)

@@ -118,4 +118,7 @@ def bars(report: Json) -> list[tuple[str, bool]]:
     if (sent := figures.get("endpoint_bytes")) is not None:
         most = max(sent.values())
         judged.append((f"endpoint-bytes: {most} to a client, at most 10,000", most <= 10_000))
+    if (seconds := figures.get("install_seconds")) is not None:
+        text = f"install: {seconds:.1f} s until mycel check passes, at most 30"
+        judged.append((text, seconds <= 30))
     return judged

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lab import cgroups, state
+from tests.programs import CGROUP_INET4_CONNECT, CGROUP_SOCK_OPS, SK_LOOKUP, attached, loaded
 from tests.requirements import ROOT
 
 pytestmark = pytest.mark.privileged
@@ -28,32 +27,6 @@ with Lab(nodes=2) as lab:
     print(lab.id, near.net, flush=True)
     time.sleep(1000)
 """
-
-#: enum bpf_attach_type (linux/bpf.h).
-CGROUP_SOCK_OPS, CGROUP_INET4_CONNECT, SK_LOOKUP = 3, 10, 36
-
-
-def attached(path: Path, kind: int) -> list[int]:
-    """Ids of the programs that are attached to a cgroup or a network namespace."""
-    libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
-    ids = (ctypes.c_uint32 * 16)()
-    count = ctypes.c_uint32(16)
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        assert libbpf.bpf_prog_query(fd, kind, 0, None, ids, ctypes.byref(count)) == 0, os.strerror(
-            ctypes.get_errno()
-        )
-    finally:
-        os.close(fd)
-    return list(ids[: count.value])
-
-
-def loaded(number: int) -> bool:
-    libbpf = ctypes.CDLL("libbpf.so.1", use_errno=True)
-    fd = libbpf.bpf_prog_get_fd_by_id(number)
-    if fd >= 0:
-        os.close(fd)
-    return bool(fd >= 0)
 
 
 def test_programs_go_with_the_lab_after_kill_9():
