@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from deploy import crds, manifests, rbac
+from deploy import agent, crds, manifests, rbac
 from deploy.values import load
 from lab.kubernetes import ControlPlane
 
@@ -110,6 +111,11 @@ def test_status_is_written_where_a_definition_has_one() -> None:
         if not any("status" in (version.get("subresources") or {}) for version in crd["spec"]["versions"])
     }
     assert without == rbac.WITHOUT_STATUS
+
+
+def test_the_agents_capabilities_are_those_of_the_page() -> None:
+    rows = dict(re.findall(r"^\| ([A-Z_]+) \| (.*) \|$", PAGE.read_text(), re.MULTILINE))
+    assert rows == agent.CAPABILITIES
 
 
 def allowed(server: ControlPlane, account: str, *question: str) -> bool:
