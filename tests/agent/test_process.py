@@ -109,13 +109,13 @@ def test_an_end_is_an_upgrade(agent, tmp_path, number):
         assert agent.stop(number) == (0 if number == signal.SIGTERM else -number)
         pins = sorted(os.listdir(agent.pins / f"v{wire.ABI}"))
         assert {"link_connect4", "policies", "pods"} <= set(pins)
-        assert os.listdir(agent.pins / "v1/netns") == [str(before["netns_cookie"])]
+        assert os.listdir(agent.pins / f"v{wire.ABI}/netns") == [str(before["netns_cookie"])]
         agent.start()
         assert sorted(os.listdir(agent.pins / f"v{wire.ABI}")) == pins
         assert json.loads(page(agent, "/debug/pods")) == [before]
         assert plugin.call("CHECK", config, **environment, **pod).code == 0
         assert plugin.call("DEL", config, **environment).code == 0
-        assert os.listdir(agent.pins / "v1/netns") == []
+        assert os.listdir(agent.pins / f"v{wire.ABI}/netns") == []
 
 
 def test_there_is_one_agent_at_a_time(agent):
