@@ -2,7 +2,8 @@
 
 Short-lived, because bcc maps LLVM; the only module that imports bcc. Run again (an upgrade, a restart of the agent) it keeps
 every map with all its elements and replaces each program in its link, under traffic and with no moment without one.
-Nothing is attached before everything is compiled and accepted by the verifier.
+Nothing is attached before everything is compiled and accepted by the verifier. If the programs in force are the very ones
+that it would bring (:mod:`bpf.seal`), it compiles nothing and is done at once.
 
 Under ``PINS/v<ABI>/``: maps by their names, ``link_*`` of the cgroup, ``program_sk_lookup`` for the agent to attach in pods'
 namespaces, ``netns/COOKIE`` its links there, ``accounts``, ``connections`` and ``refused_now`` (iterators).
@@ -21,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from bpf import links, maps, schema, wire
+from bpf import links, maps, schema, seal, wire
 from bpf.btf import Btf, BtfError
 
 _HERE = Path(__file__).parent
@@ -95,10 +96,11 @@ def kernel_macros(btf: Btf) -> dict[str, int]:
     }
 
 
-def load(pins: Path, cgroup: Path, sizes: dict[str, int]) -> dict[str, object]:
+def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = False) -> dict[str, object]:
     """Bring everything into force; gives what was done, for the log.
 
     :param sizes: elements by map, for maps that have to be made.
+    :param replace: compile and replace the programs also if those in force are the same.
     :raises LoadError: nothing was changed that matters (maps may have been made).
     """
     _require_bpffs(pins)
@@ -115,11 +117,23 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int]) -> dict[str, object]:
         stack.callback(os.close, target)
         try:
             opened, made = _open_maps(folder, sizes, stack)
-            programs, iterators = _compile(opened, stack)
+            with Btf.of_kernel() as btf:
+                macros = kernel_macros(btf)
+            sealed = seal.digest(
+                [*_HERE.rglob("*.[ch]"), Path(__file__)],
+                macros,
+                [(name, one.info.id) for name, one in sorted(opened.items())],
+            )
+            _drop_links_of_the_gone(folder)
+            pinned = {a.link: os.fstat(target).st_ino for a in _CGROUP} | {name: 0 for _, name in _ITERATORS}
+            if not replace and seal.holds(folder, sealed, pinned):
+                return {"maps_made": [], "programs_replaced": [], "namespaces": 0}
+            programs, iterators = _compile(opened, macros, stack)
             replaced = [name for name in _CGROUP if _attach(folder, name, programs[name.function], target)]
             namespaces = _attach_namespaces(folder, programs["sk_lookup"])
             for name, program in iterators.items():
                 _attach_iterator(folder / name, program, opened["sockets"].fd)
+            seal.put(folder, sealed, pinned)
         except (maps.MapError, links.LinkError, BtfError) as error:
             raise LoadError(str(error)) from None
     return {
@@ -184,13 +198,13 @@ def _make(spec: schema.MapSpec, size: int, stack: ExitStack) -> maps.Map:
     return one
 
 
-def _compile(opened: dict[str, maps.Map], stack: ExitStack) -> tuple[dict[str, int], dict[str, int]]:
+def _compile(
+    opened: dict[str, maps.Map], macros: dict[str, int], stack: ExitStack
+) -> tuple[dict[str, int], dict[str, int]]:
     """Descriptors of all programs, those for the cgroup and for namespaces by function, iterators by pin."""
     os.environ["BCC_KERNEL_SOURCE"] = str(kernel_headers())
     import bcc
 
-    with Btf.of_kernel() as btf:
-        macros = kernel_macros(btf)
     flags = [
         f"-I{_HERE}",
         # The headers' own, by the hundred.
@@ -259,6 +273,16 @@ def _attach_namespaces(folder: Path, program: int) -> int:
     return replaced
 
 
+def _drop_links_of_the_gone(folder: Path) -> None:
+    for path in (folder / "netns").iterdir():
+        link = links.open_pin(str(path))
+        try:
+            if links.link_info(link).where == 0:
+                path.unlink()
+        finally:
+            os.close(link)
+
+
 def _attach_iterator(path: Path, program: int, sockets: int) -> None:
     link = links.attach_iterator(program, sockets)
     try:
@@ -280,9 +304,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pins", type=Path, required=True, help="folder on a bpf file system")
     parser.add_argument("--cgroup", type=Path, required=True, help="folder of the cgroup v2 hierarchy")
     parser.add_argument("--size", type=_size, action="append", default=[], metavar="MAP=ELEMENTS")
+    parser.add_argument("--replace", action="store_true", help="also if the same programs are in force")
     options = parser.parse_args(arguments)
     try:
-        done = load(options.pins, options.cgroup, dict(options.size))
+        done = load(options.pins, options.cgroup, dict(options.size), replace=options.replace)
     except LoadError as error:
         print(f"bpf.loader: {error}", file=sys.stderr)
         return 1

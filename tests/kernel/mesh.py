@@ -251,8 +251,9 @@ class Node:
         ):
             self.kernel.set_role(self.cgroup(name).stat().st_ino, role)
 
-    def load(self) -> dict[str, Any]:
+    def load(self, *options: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "bpf.loader", "--pins", str(self.pins), "--cgroup", str(self.root)]
+        command += options
         for size in self._sizes:
             command += ["--size", size]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)

@@ -111,7 +111,7 @@ def test_loader_again_under_traffic(node, make_pod):
     try:
         programs = set()
         for _ in range(3):
-            assert node.load()["maps_made"] == []
+            assert node.load("--replace")["maps_made"] == []
             link = links.open_pin(str(node.pins / f"v{wire.ABI}/link_connect4"))
             programs.add(links.link_info(link).program)
             os.close(link)
@@ -132,7 +132,7 @@ def test_loader_again_under_traffic(node, make_pod):
     with Kernel(node.pins) as successor:
         assert successor.pods()[server.cookie] == Pod(server.cookie, server.address, server.identity)
         assert successor.policy(server.cookie) == (1, {(client.identity, 0): True})
-        assert successor.services()["10.96.9.1", 80] == (False, [Backend(server.address, PORT)])
+        assert successor.services()["10.96.9.1", 80] == (False, (Backend(server.address, PORT),), 0)
         key = FlowKey(client.identity, server.identity, PORT, Direction.OUTBOUND)
         sent = done["allowed"] * 100 + done["bytes"]
         deadline = time.monotonic() + 2
@@ -396,24 +396,60 @@ def test_a_pod_without_room_leaves_nothing(tmp_path):
 
 def test_a_load_that_fails_changes_nothing(node, make_pod, tmp_path):
     """No headers, so nothing compiles; what is in force goes on to be."""
-    folder = node.pins / f"v{wire.ABI}"
-
-    def in_force() -> dict[str, int]:
-        found = {}
-        for path in folder.glob("link_*"):
-            link = links.open_pin(str(path))
-            found[path.name] = links.link_info(link).program
-            os.close(link)
-        return found
-
-    before = in_force()
+    before = in_force(node)
     assert len(before) == 6
-    command = [sys.executable, "-m", "bpf.loader", "--pins", str(node.pins), "--cgroup", str(node.root)]
-    environment = {**os.environ, "BCC_KERNEL_SOURCE": str(tmp_path / "nowhere")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment)
+    done = load_without_headers(node, tmp_path, "--replace")
     assert done.returncode == 1
     assert "bpf.loader: the programs do not compile" in done.stderr
-    assert in_force() == before
+    assert in_force(node) == before
     client, server = make_pod().enrol({}), make_pod().enrol({})
     with server.app.listen(("0.0.0.0", PORT)), pytest.raises(PermissionError):
         client.app.connect((server.address, PORT))
+
+
+def in_force(node) -> dict[str, int]:
+    """The programs by link, at the node's cgroup."""
+    found = {}
+    for path in (node.pins / f"v{wire.ABI}").glob("link_*"):
+        link = links.open_pin(str(path))
+        found[path.name] = links.link_info(link).program
+        os.close(link)
+    return found
+
+
+def load_without_headers(node, tmp_path, *options: str) -> subprocess.CompletedProcess[str]:
+    """A load that fails if it has to compile anything."""
+    command = [sys.executable, "-m", "bpf.loader", "--pins", str(node.pins), "--cgroup", str(node.root)]
+    environment = {**os.environ, "BCC_KERNEL_SOURCE": str(tmp_path / "nowhere")}
+    return subprocess.run(
+        [*command, *options], capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment
+    )
+
+
+def test_programs_that_are_in_force_are_not_compiled_again(node, make_pod, tmp_path):
+    """An agent that is restarted is there at once; whatever is not as it was loaded is loaded again."""
+    client, server = make_pod().enrol({}), make_pod()
+    server.enrol({(client.identity, 0): True})
+    node.load()
+    before = in_force(node)
+    done = load_without_headers(node, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert in_force(node) == before
+    folder = node.pins / f"v{wire.ABI}"
+    (folder / "link_connect4").unlink()
+    assert load_without_headers(node, tmp_path).returncode == 1
+    node.load()
+    after = in_force(node)
+    assert after.keys() == before.keys()
+    assert not set(after.values()) & set(before.values())
+    # A pod whose guard is not the program that was loaded, but an older one.
+    older = links.open_pin(str(folder / "program_sk_lookup"))
+    node.load("--replace")
+    guard = links.open_pin(str(folder / f"netns/{server.cookie}"))
+    links.replace(guard, older)
+    os.close(guard)
+    os.close(older)
+    assert load_without_headers(node, tmp_path).returncode == 1
+    node.load()
+    with server.app.listen(("0.0.0.0", PORT)), client.app.connect((server.address, PORT)):
+        pass
