@@ -62,7 +62,42 @@ def online(controllers: Sequence[str], reader: Reader | None = None) -> list[Fin
                 f"the controller at {controller} writes its findings in a way that this version does not know: {error!r}"
             ) from error
     fleet = _settled_fleet(controllers, reader)
-    return ordered([*found, *clients(fleet, reader), *LIMITS])
+    return ordered([*found, *waiting(controllers, reader), *clients(fleet, reader), *LIMITS])
+
+
+def waiting(controllers: Sequence[str], reader: Reader) -> list[Finding]:
+    """Policy objects that some node has not taken yet."""
+    found = _waiting(controllers, reader)
+    if found:
+        # Clients have taken everything, as far as they say; controllers ask each other a few times a second.
+        time.sleep(2 * _INTERVAL)
+        found = _waiting(controllers, reader)
+    return found
+
+
+def _waiting(controllers: Sequence[str], reader: Reader) -> list[Finding]:
+    """As the first controller says it: each judges for all. One that is older than this command does not."""
+    for controller in controllers:
+        try:
+            rows = reader.read_json(controller, "/debug/status", who="the controller")
+        except Unreachable:
+            continue
+        try:
+            return [
+                Finding(
+                    Severity.WARNING,
+                    f"{row['kind']} {row['namespace']}/{row['name']}",
+                    "",
+                    f"accepted, and not in force everywhere: waiting for {row['waiting']}",
+                )
+                for row in rows
+                if row["state"] == "accepted"
+            ]
+        except (KeyError, TypeError) as error:
+            raise Unreachable(
+                f"the controller at {controller} writes its status in a way that this version does not know: {error!r}"
+            ) from error
+    return []
 
 
 def until_well(look: Callable[[], list[Finding]], seconds: float) -> list[Finding]:

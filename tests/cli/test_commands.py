@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter
 from typer.testing import CliRunner, Result
 
 from cli.main import app
+from controlplane.api import API_VERSION
 from controlplane.model.findings import Finding, Severity
 from tests.cli.conftest import Serve
 
@@ -80,7 +81,7 @@ def nobody() -> str:
 
 def test_version_says_which_contracts_it_speaks() -> None:
     assert run("version").output.startswith("mycel 0.")
-    assert json.loads(run("version", "--json").output)["controller_api"] == 1
+    assert json.loads(run("version", "--json").output)["controller_api"] == API_VERSION
 
 
 @pytest.mark.parametrize("command", ["check", "stat"])
@@ -130,6 +131,25 @@ def test_a_healthy_mesh_has_no_errors_but_its_limits_are_told(serve: Serve) -> N
     assert "UDP of enrolled pods passes as without a mesh: not encrypted, not authorized yet" in result.stdout
     assert "native IPv6 TCP of enrolled pods is refused" in result.stdout
     assert result.stdout.rstrip().endswith("no errors")
+
+
+def test_an_object_that_some_node_has_not_taken_is_named(serve: Serve) -> None:
+    row = {"kind": "AuthorizationPolicy", "namespace": "shop", "name": "a", "state": "accepted"}
+    rows = [row | {"waiting": "node2 agent"}, row | {"name": "b", "state": "programmed", "waiting": ""}]
+    pages = {
+        "/debug/findings": list,
+        "/debug/clients": lambda: {"version": "current", "clients": healthy()},
+        "/debug/status": lambda: rows,
+    }
+    result = run("check", "--controller", serve(json=pages))
+    assert result.exit_code == 0, result.output
+    assert "AuthorizationPolicy shop/a" in result.stdout
+    assert "waiting for node2 agent" in result.stdout
+    assert "shop/b" not in result.stdout
+    rows[:] = [{"kind": "x"}]
+    result = run("check", "--controller", serve(json=pages))
+    assert result.exit_code == 2
+    assert "this version does not know" in result.stderr
 
 
 def test_a_finding_is_shown_with_object_problem_and_remedy(serve: Serve) -> None:

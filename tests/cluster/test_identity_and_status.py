@@ -91,7 +91,7 @@ def sign(channel: grpc.Channel, token: str, uid: str) -> api.SignResponse:
 def refused(channel: grpc.Channel, token: str, uid: str) -> grpc.StatusCode:
     with pytest.raises(grpc.RpcError) as e:
         sign(channel, token, uid)
-    code: grpc.StatusCode = e.value.code()  # type: ignore[attr-defined]
+    code: grpc.StatusCode = e.value.code()
     return code
 
 

@@ -37,10 +37,10 @@ class Controller:
     def publish(self, version: str, *objects: Object) -> None:
         self.programming.published(version, {o.key: o for o in objects})
 
-    def holding(self, refusals: dict[tuple[str, str], str] | None = None, **acked: str) -> Holding:
+    def holding(self, **acked: str) -> Holding:
         """``node_1="v1"``: the version that an agent acknowledged."""
         clients = {(n.replace("_", "-"), "agent"): self.programming.sequence_of(v) for n, v in acked.items()}
-        return Holding(clients, refusals or {})
+        return Holding(clients, {})
 
     def replica(self, name: str, **acked: str) -> Replica:
         own = self.holding(**acked)
