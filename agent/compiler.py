@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from agent.identities import Identities, label_of
 from agent.mesh import Mesh, is_ipv4
 from bpf.wire import IDENTITY_PLAIN, IDENTITY_PROBE, IDENTITY_TUNNEL
-from controlplane.api import Action, Authorization, MtlsMode, Rule, Workload, authorize
+from controlplane.api import (
+    Action,
+    Authorization,
+    MtlsMode,
+    Rule,
+    Service,
+    ServicePort,
+    Workload,
+    authorize,
+)
 
 #: In a policy table: every port that has no entry of its own.
 ANY_PORT = 0
@@ -39,6 +48,7 @@ class ServiceEntry:
     service: str  #: ``NAMESPACE/NAME``
     l7: bool
     backends: tuple[tuple[str, int], ...]
+    affinity: int = 0  #: seconds for which a client keeps its backend; 0 is not at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +75,7 @@ def compile_tables(
     numbered = {uid: numbers.number(label_of(mesh.workloads[uid])) for uid in sorted(mesh.workloads)}
     return Tables(
         peers=_peers(mesh, node, attached, numbered),
-        services=_services(mesh),
+        services=_services(mesh, node),
         policies=_policies(mesh, node, attached, numbers),
         identities=numbered,
     )
@@ -100,20 +110,32 @@ def _peers(
     return peers
 
 
-def _services(mesh: Mesh) -> dict[tuple[str, int], ServiceEntry]:
+def _services(mesh: Mesh, node: str) -> dict[tuple[str, int], ServiceEntry]:
     entries: dict[tuple[str, int], ServiceEntry] = {}
     for key in sorted(mesh.services):
         service = mesh.services[key]
         for port in service.ports:
             if port.protocol != "TCP":
                 continue
-            backends = {(e.address, e.port) for e in port.endpoints if is_ipv4(e.address)}
-            entry = ServiceEntry(key, port.l7, tuple(sorted(backends)))
+            backends = _backends(service, port, node)
+            entry = ServiceEntry(key, port.l7, backends, service.session_affinity)
             for address in service.addresses:
                 if is_ipv4(address):
                     # Two services with one address are a fault of the source; the first by name has it.
                     entries.setdefault((address, port.port), entry)
     return entries
+
+
+def _backends(service: Service, port: ServicePort, node: str) -> tuple[tuple[str, int], ...]:
+    """The endpoints for clients of this node. With ``internalTrafficPolicy: Local`` no other node's, even if there is none.
+
+    Those that end take new connections only where no other does, as with kube-proxy (KEP-1669).
+    """
+    endpoints = [e for e in port.endpoints if is_ipv4(e.address)]
+    if service.internal_local:
+        endpoints = [e for e in endpoints if e.node == node]
+    living = [e for e in endpoints if not e.terminating]
+    return tuple(sorted({(e.address, e.port) for e in living or endpoints}))
 
 
 def _policies(

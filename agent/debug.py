@@ -104,8 +104,12 @@ def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mappi
                 for address, peer in sorted(kernel.peers().items())
             },
             "services": {
-                f"{address}:{port}": {"l7": l7, "backends": [f"{b.address}:{b.port}" for b in backends]}
-                for (address, port), (l7, backends) in sorted(kernel.services().items())
+                f"{address}:{port}": {
+                    "l7": service.l7,
+                    "backends": [f"{b.address}:{b.port}" for b in service.backends],
+                    "affinity_s": service.affinity,
+                }
+                for (address, port), service in sorted(kernel.services().items())
             },
             "pressure": {m: p._asdict() for m, p in sorted(kernel.pressure().items())},
         }

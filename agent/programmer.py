@@ -92,7 +92,8 @@ class Programmer:
         of_pods = {pod.address for pod in self._pods.values()}
         self._peers = {a: peer for a, peer in kernel.peers().items() if a not in of_pods}
         self._services = {
-            key: (l7, tuple(sorted(backends))) for key, (l7, backends) in kernel.services().items()
+            key: found._replace(backends=tuple(sorted(found.backends)))
+            for key, found in kernel.services().items()
         }
 
     @property
@@ -263,10 +264,11 @@ class Programmer:
 
     def _program_services(self, services: Mapping[tuple[str, int], ServiceEntry]) -> Iterable[ResourceError]:
         for (address, port), entry in services.items():
-            wanted = (entry.l7, tuple(facade.Backend(*backend) for backend in entry.backends))
+            backends = tuple(facade.Backend(*backend) for backend in entry.backends)
+            wanted = facade.Service(entry.l7, backends, entry.affinity)
             if self._services.get((address, port)) != wanted:
                 try:
-                    self._kernel.set_service(address, port, wanted[1], l7=entry.l7)
+                    self._kernel.set_service(address, port, backends, l7=entry.l7, affinity=entry.affinity)
                     self._services[address, port] = wanted
                 except (KernelError, MapFullError, ValueError) as error:
                     yield ResourceError(f"service/{entry.service}", f"{address}:{port}: {error}")

@@ -53,6 +53,52 @@ inline_always bool draw(struct endpoint *key, struct service *service, struct en
 	return false;
 }
 
+/* The backend that the client had last, if it still is one and the time is not over. */
+inline_always bool keeps(u64 netns, struct service *service, struct endpoint *kept)
+{
+	struct affinity_key key = { .netns = netns, .service = service->id };
+	struct affinity *last = map_lookup(MAP(AFFINITY), &key);
+	u64 timeout = (u64)(service->flags >> SERVICE_AFFINITY_SHIFT) * SECOND_NS;
+	u64 now = now_ns();
+
+	if (!last || now - last->used >= timeout)
+		return false;
+	struct member_key member = {
+		.service = service->id,
+		.generation = service->generation,
+		.address = last->address,
+		.port = last->port,
+	};
+
+	if (!map_lookup(MAP(MEMBERS), &member))
+		return false;
+	kept->address = member.address;
+	kept->port = member.port;
+	last->used = now;
+	return true;
+}
+
+inline_always void keep(u64 netns, struct service *service, struct endpoint *drawn)
+{
+	struct affinity_key key = { .netns = netns, .service = service->id };
+	struct affinity value = { .address = drawn->address, .port = drawn->port, .used = now_ns() };
+
+	map_update(MAP(AFFINITY), &key, &value, BPF_ANY);
+}
+
+/* Where a connection to the service goes; false when nowhere. */
+inline_always bool choose(u64 netns, struct endpoint *key, struct service *service, struct endpoint *chosen)
+{
+	if (!(service->flags & SERVICE_AFFINITY))
+		return draw(key, service, chosen);
+	if (keeps(netns, service, chosen))
+		return true;
+	if (!draw(key, service, chosen))
+		return false;
+	keep(netns, service, chosen);
+	return true;
+}
+
 /* The whole decision. Fills state and dial; PASS without SOCKET_* or kind means that we have nothing to do with it. */
 inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct dial *dial,
 			 struct socket_state *state)
@@ -124,7 +170,7 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 	if (service) {
 		struct endpoint drawn = {};
 
-		if (!draw(&key, service, &drawn)) {
+		if (!choose(netns, &key, service, &drawn)) {
 			refuse_dial(netns, pod->address, REASON_NO_BACKEND, pod->identity, 0, dial->address,
 				    dial->port, DIRECTION_OUTBOUND);
 			return refuse(ECONNREFUSED);

@@ -37,6 +37,8 @@ MAPS = (
         524288,
         maps.F_NO_PREALLOC,
     ),
+    MapSpec("members", maps.HASH, wire.MemberKey.LAYOUT.size, 4, 524288, maps.F_NO_PREALLOC),
+    MapSpec("affinity", maps.LRU_HASH, wire.AffinityKey.LAYOUT.size, wire.Affinity.LAYOUT.size, 65536),
     MapSpec("policies", maps.HASH_OF_MAPS, 8, 4, 1024, maps.F_NO_PREALLOC),
     MapSpec("connecting", maps.HASH, wire.Tuple.LAYOUT.size, wire.Who.LAYOUT.size, 65536, maps.F_NO_PREALLOC),
     MapSpec(

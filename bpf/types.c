@@ -11,6 +11,9 @@ struct wire_types {
 	struct endpoint endpoint;
 	struct service service;
 	struct backend_key backend_key;
+	struct member_key member_key;
+	struct affinity_key affinity_key;
+	struct affinity affinity;
 	struct policy_key policy_key;
 	struct tuple tuple;
 	struct who who;

@@ -107,6 +107,8 @@ struct endpoint {
 
 /* services: endpoint -> service. Its backends are those of (id, generation), all there before this names them. */
 #define SERVICE_L7 1
+#define SERVICE_AFFINITY 2	  /* a client keeps its backend */
+#define SERVICE_AFFINITY_SHIFT 8 /* for so many seconds after it dialled last: flags >> this */
 struct service {
 	__u32 id;
 	__u32 generation;
@@ -119,6 +121,29 @@ struct backend_key {
 	__u32 service;
 	__u32 generation;
 	__u32 slot;
+};
+
+/* members: member_key -> slot. The backends of services with SERVICE_AFFINITY, written and removed with them. */
+struct member_key {
+	__u32 service;
+	__u32 generation;
+	__be32 address;
+	__be16 port;
+	__u16 pad;
+};
+
+/* affinity: affinity_key -> affinity. The backend that a client had last; forgotten when there is no room. */
+struct affinity_key {
+	__u64 netns;
+	__u32 service;
+	__u32 pad;
+};
+
+struct affinity {
+	__be32 address;
+	__be16 port;
+	__u16 pad;
+	__u64 used; /* nanoseconds, of the kernel's monotonic clock */
 };
 
 /*

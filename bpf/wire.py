@@ -28,6 +28,8 @@ POD_PASSING = 1
 POD_OPEN = 2
 #: Flag of :class:`Service`.
 SERVICE_L7 = 1
+SERVICE_AFFINITY = 2
+SERVICE_AFFINITY_SHIFT = 8
 #: Flag of :class:`Connection`.
 SOCKET_REVOKED = 32
 #: In :class:`PolicyKey` in place of an identity: the value is the policy's generation.
@@ -258,6 +260,35 @@ class Service(Record):
     generation: int
     count: int
     flags: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemberKey(Record):
+    LAYOUT = Layout("member_key", service=U32, generation=U32, address=ADDRESS, port=PORT, pad=U16)
+    service: int
+    generation: int
+    address: str
+    port: int
+    pad: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AffinityKey(Record):
+    LAYOUT = Layout("affinity_key", netns=U64, service=U32, pad=U32)
+    netns: int
+    service: int
+    pad: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Affinity(Record):
+    """Value of ``affinity``; ``used`` in nanoseconds of CLOCK_MONOTONIC."""
+
+    LAYOUT = Layout("affinity", address=ADDRESS, port=PORT, pad=U16, used=U64)
+    address: str
+    port: int
+    pad: int
+    used: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from agent.kernel.model import (
     Pod,
     Pressure,
     Reason,
+    Service,
     Via,
 )
 
@@ -34,5 +35,6 @@ __all__ = [
     "Pod",
     "Pressure",
     "Reason",
+    "Service",
     "Via",
 ]

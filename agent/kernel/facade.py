@@ -23,6 +23,7 @@ from agent.kernel.model import (
     Peer,
     Pod,
     Pressure,
+    Service,
 )
 from agent.kernel.pods import Pods
 from agent.kernel.services import Services
@@ -64,7 +65,7 @@ class Kernel:
             stack.callback(self._events.close)
             self._maps = maps
             self._pods = Pods(self._folder, maps)
-            self._services = Services(maps["services"], maps["backends"])
+            self._services = Services(maps["services"], maps["backends"], maps["members"])
             self._closing = stack.pop_all()
 
     def close(self) -> None:
@@ -226,18 +227,23 @@ class Kernel:
         with self._lock, naming("peers"):
             return self._pods.peers()
 
-    def set_service(self, address: str, port: int, backends: Iterable[Backend], *, l7: bool = False) -> None:
-        """Where connections to (service address, port) go; swapped at once for all of it. None refuses them."""
+    def set_service(
+        self, address: str, port: int, backends: Iterable[Backend], *, l7: bool = False, affinity: int = 0
+    ) -> None:
+        """Where connections to (service address, port) go; swapped at once for all of it. None refuses them.
+
+        :param affinity: seconds for which a client keeps the backend that it dialled last, while that is one of them.
+        """
         with self._lock, naming(f"service {address}:{port}"):
-            self._services.set(wire.Endpoint(address, port), backends, l7=l7)
+            self._services.set(wire.Endpoint(address, port), backends, l7=l7, affinity=affinity)
 
     def remove_service(self, address: str, port: int) -> None:
         """Connections to it pass as to any unknown address."""
         with self._lock, naming(f"service {address}:{port}"):
             self._services.remove(wire.Endpoint(address, port))
 
-    def services(self) -> dict[tuple[str, int], tuple[bool, list[Backend]]]:
-        """(L7?, backends) by (service address, port)."""
+    def services(self) -> dict[tuple[str, int], Service]:
+        """By (service address, port)."""
         with self._lock:
             return self._services.all()
 

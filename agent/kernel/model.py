@@ -47,6 +47,14 @@ class Backend(NamedTuple):
     port: int
 
 
+class Service(NamedTuple):
+    """What the kernel has of one (service address, port)."""
+
+    l7: bool
+    backends: tuple[Backend, ...]
+    affinity: int = 0  #: seconds for which a client keeps its backend; 0 is not at all
+
+
 class Connection(NamedTuple):
     """One open inbound connection of a pod. ``sent`` and ``received`` are bytes as the server's application did."""
 

@@ -24,6 +24,7 @@ from agent.kernel import (
     Peer,
     Pod,
     Pressure,
+    Service,
 )
 from bpf.wire import Role
 
@@ -46,7 +47,7 @@ class FakeKernel(Kernel):
         self.fake_pods: dict[int, Pod] = {}
         self.fake_policies: dict[int, tuple[int, dict[tuple[int, int], bool]]] = {}
         self.fake_peers: dict[str, Peer] = {}
-        self.fake_services: dict[tuple[str, int], tuple[bool, list[Backend]]] = {}
+        self.fake_services: dict[tuple[str, int], Service] = {}
         self.fake_listeners: dict[tuple[str, int], int] = {}  #: cookies
         self.fake_events, self.fake_events_writer = os.pipe()
         self.fake_fails = os.environ.get("FAKE_KERNEL_FAILS", "").split(",")
@@ -141,18 +142,20 @@ class FakeKernel(Kernel):
             pod.address: Peer(True, True, pod.identity) for pod in self.fake_pods.values()
         }
 
-    def set_service(self, address: str, port: int, backends: Iterable[Backend], *, l7: bool = False) -> None:
-        backends = list(backends)
+    def set_service(
+        self, address: str, port: int, backends: Iterable[Backend], *, l7: bool = False, affinity: int = 0
+    ) -> None:
+        backends = tuple(backends)
         self._write(
             f"service {address}:{port} {','.join(f'{b.address}:{b.port}' for b in backends)}", (address, port)
         )
-        self.fake_services[address, port] = (l7, backends)
+        self.fake_services[address, port] = Service(l7, backends, affinity)
 
     def remove_service(self, address: str, port: int) -> None:
         self._write(f"no service {address}:{port}", (address, port))
         self.fake_services.pop((address, port), None)
 
-    def services(self) -> dict[tuple[str, int], tuple[bool, list[Backend]]]:
+    def services(self) -> dict[tuple[str, int], Service]:
         return dict(self.fake_services)
 
     def captured_fd(self) -> int:

@@ -254,6 +254,36 @@ class TestPeersAndServices:
             ("10.96.0.1", 81): ServiceEntry("default/web", False, ()),
         }
 
+    def test_session_affinity(self):
+        service = Service("d", "web", "web.d", ("10.96.0.1",), (ServicePort(80),), session_affinity=10800)
+        tables = compile_tables(mesh(service), node="n1", attached={}, numbers=Identities())
+        assert tables.services["10.96.0.1", 80].affinity == 10800
+
+    @pytest.mark.parametrize(
+        ("local", "ending", "expected"),
+        [
+            (False, (), ("10.0.1.1", "10.0.2.1")),
+            (True, (), ("10.0.1.1",)),
+            (True, ("n2",), ("10.0.1.1",)),
+            # The node's own that ends is better than none, and another node's is none.
+            (True, ("n1",), ("10.0.1.1",)),
+            (False, ("n1",), ("10.0.2.1",)),
+            (False, ("n1", "n2"), ("10.0.1.1", "10.0.2.1")),
+        ],
+    )
+    def test_internal_traffic_policy_and_endpoints_that_end(self, local, ending, expected):
+        ends = tuple(
+            Endpoint(f"u-{node}", address, 8080, node, node in ending)
+            for node, address in (("n1", "10.0.1.1"), ("n2", "10.0.2.1"))
+        )
+        service = Service(
+            "d", "web", "web.d", ("10.96.0.1",), (ServicePort(80, endpoints=ends),), internal_local=local
+        )
+        for node, backends in (("n1", expected), ("n3", () if local else expected)):
+            tables = compile_tables(mesh(service), node=node, attached={}, numbers=Identities())
+            found = tables.services["10.96.0.1", 80].backends
+            assert found == tuple((address, 8080) for address in backends)
+
 
 class TestMesh:
     def test_increments_replace_and_remove(self):

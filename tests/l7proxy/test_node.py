@@ -93,7 +93,10 @@ async def test_the_agent_away(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> No
     again.start()
     mesh.agent = again
     await again.connected()
-    assert again.hellos[0].held == (api.Held("client", 7, api.ListenerKind.OUTBOUND_L7),)
+    (held_listener,) = again.hellos[0].held
+    assert held_listener.socket
+    assert held_listener == api.Held("client", 7, api.ListenerKind.OUTBOUND_L7, held_listener.socket)
+    assert again.hellos[0].serving
     again.enroll("client", listen=False)
     await eventually(lambda: len(pod.sockets._ready) >= pods.STOCK)
     assert (await (await mesh.client()).get())[0] == 200

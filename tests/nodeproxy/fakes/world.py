@@ -60,6 +60,7 @@ class Node:
         self.proxy.start()
         self._thread = threading.Thread(target=self.loop.run, daemon=True)
         self._thread.start()
+        wait_until((self.run / "nodeproxy/nodeproxy.sock").exists, f"{name} serves")
 
     def _on_sign(self, request: SignRequest, done: Callable[[SignResponse | str], None]) -> None:
         self.requests.append(request)

@@ -1,0 +1,150 @@
+"""Which backend of a service a client gets: drawn anew each time, or kept (session affinity)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from agent.kernel import Backend, Kernel
+from bpf import wire
+from bpf.maps import Map
+from tests.kernel.mesh import Node, TestPod
+
+pytestmark = pytest.mark.privileged
+
+VIP = "10.96.77.1"
+BACKENDS = 4
+
+
+@pytest.fixture
+def servers(make_pod: Callable[..., TestPod]) -> Iterator[list[TestPod]]:
+    """Pods that listen; whoever connects is known by who has to accept."""
+    made = [make_pod() for _ in range(BACKENDS)]
+    listeners = []
+    for pod in made:
+        listeners.append(pod.app.listen(("0.0.0.0", 8080)))
+    yield made
+    for listener in listeners:
+        listener.close()
+
+
+@pytest.fixture
+def clients(make_pod: Callable[..., TestPod], servers: list[TestPod]) -> list[TestPod]:
+    made = [make_pod().enrol({}) for _ in range(2)]
+    for server in servers:
+        server.enrol({(client.identity, 8080): True for client in made})
+    return made
+
+
+@pytest.fixture(autouse=True)
+def no_service(node: Node) -> Iterator[None]:
+    yield
+    for port in (80, 81):
+        node.kernel.remove_service(VIP, port)
+
+
+def backends(servers: list[TestPod]) -> list[Backend]:
+    return [Backend(server.address, 8080) for server in servers]
+
+
+def drawn(node: Node, client: TestPod, *, count: int = 1, port: int = 80) -> set[str]:
+    """The addresses of the backends that ``count`` new connections go to, as the servers' kernel has them."""
+    found = set()
+    for _ in range(count):
+        with client.app.connect((VIP, port)) as sock:
+            local = sock.getsockname()
+            assert sock.getpeername() == (VIP, port)
+            [connection] = [c for c in node.kernel.connections() if c.client == local]
+            found.add(connection.server[0])
+    return found
+
+
+def members(node: Node) -> int:
+    with Map.open(str(node.pins / f"v{wire.ABI}" / "members")) as table:
+        return len(list(table.items()))
+
+
+def test_without_affinity_every_backend_gets_some(node, servers, clients):
+    node.kernel.set_service(VIP, 80, backends(servers))
+    assert drawn(node, clients[0], count=40) == {server.address for server in servers}
+
+
+def test_a_client_keeps_its_backend(node, servers, clients):
+    node.kernel.set_service(VIP, 80, backends(servers), affinity=60)
+    node.kernel.set_service(VIP, 81, backends(servers), affinity=60)
+    first = {(client, port): drawn(node, client, port=port) for client in clients for port in (80, 81)}
+    for (client, port), address in first.items():
+        assert drawn(node, client, count=20, port=port) == address
+    assert node.kernel.services()[VIP, 80].affinity == 60
+
+
+def test_while_it_is_one(node, servers, clients):
+    """Other backends may come and go; when its own goes it gets another, and keeps that."""
+    client = clients[0]
+    node.kernel.set_service(VIP, 80, backends(servers), affinity=60)
+    [address] = drawn(node, client)
+    others = [server for server in servers if server.address != address]
+    own = next(server for server in servers if server.address == address)
+    node.kernel.set_service(VIP, 80, backends([own, others[0]]), affinity=60)
+    assert drawn(node, client, count=20) == {address}
+    node.kernel.set_service(VIP, 80, backends(others), affinity=60)
+    [second] = drawn(node, client)
+    assert second != address
+    node.kernel.set_service(VIP, 80, backends(servers), affinity=60)
+    assert drawn(node, client, count=20) == {second}
+    node.kernel.set_service(VIP, 80, [], affinity=60)
+    with pytest.raises(ConnectionRefusedError):
+        client.app.connect((VIP, 80))
+
+
+def test_for_a_time_after_its_last_connection(node, servers, clients):
+    client = clients[0]
+    node.kernel.set_service(VIP, 80, backends(servers), affinity=1)
+    address = drawn(node, client)
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end:  # each one begins the second anew
+        assert drawn(node, client) == address
+        time.sleep(0.1)
+    found = set()
+    deadline = time.monotonic() + 60
+    while len(found | address) == 1 and time.monotonic() < deadline:
+        time.sleep(1.1)
+        found |= drawn(node, client)
+    assert found - address, "never another, though each time was over"
+
+
+def test_no_longer_when_the_service_has_none(node, servers, clients):
+    node.kernel.set_service(VIP, 80, backends(servers), affinity=60)
+    drawn(node, clients[0])
+    node.kernel.set_service(VIP, 80, backends(servers))
+    assert drawn(node, clients[0], count=40) == {server.address for server in servers}
+
+
+def test_members_go_with_their_backends(node, servers):
+    before = members(node)
+    node.kernel.set_service(VIP, 80, backends(servers), affinity=60)
+    assert members(node) == before + BACKENDS
+    node.kernel.set_service(VIP, 80, backends(servers[:1]), affinity=60)
+    assert members(node) == before + 1
+    node.kernel.set_service(VIP, 80, backends(servers))
+    assert members(node) == before
+    node.kernel.set_service(VIP, 80, backends(servers), affinity=60)
+    # A successor of the agent finds what there is, and what nobody needs any more it removes.
+    with Map.open(str(node.pins / f"v{wire.ABI}" / "members")) as table:
+        orphan = wire.MemberKey(77_777, 0, "10.1.2.3", 80).pack()
+        table.update(orphan, bytes(4))
+        with Kernel(node.pins) as successor:
+            assert table.lookup(orphan) is None
+            assert successor.services()[VIP, 80] == (False, tuple(backends(servers)), 60)
+    assert members(node) == before + BACKENDS
+    node.kernel.remove_service(VIP, 80)
+    assert members(node) == before
+
+
+@pytest.mark.parametrize("affinity", [-1, 1 << 24])
+def test_what_is_no_number_of_seconds(node, servers, affinity):
+    with pytest.raises(ValueError, match="session affinity"):
+        node.kernel.set_service(VIP, 80, backends(servers), affinity=affinity)
+    assert (VIP, 80) not in node.kernel.services()
