@@ -2,7 +2,8 @@
 
 ``--http URL``: ``new`` asks once per connection, ``kept`` asks again and again on one connection and follows the server's
 ``connection: close``. ``--echo HOST:PORT``: ``line`` sends one line per connection, ``long`` keeps a connection until the
-server says ``bye``. A connection that the server ends without announcing it is a failure, whatever it was doing.
+server says ``bye`` or it is ``--life`` seconds old. A connection that the server ends without announcing it is a failure,
+whatever it was doing.
 
 Writes one line of JSON for each failure, as it happens, one each ``--report`` seconds with the counts so far, and one at the
 end (SIGTERM, or ``--seconds``) with ``"end": true``. Times are ``time.time()``.
@@ -25,6 +26,9 @@ parser.add_argument("--echo", action="append", default=[])
 parser.add_argument("--workers", type=int, default=2, help="of each kind and target")
 parser.add_argument("--interval", type=float, default=0.05, help="seconds between a worker's requests")
 parser.add_argument("--timeout", type=float, default=10.0)
+parser.add_argument(
+    "--life", type=float, default=float("inf"), help="seconds after which `long` opens another"
+)
 parser.add_argument("--seconds", type=float, default=0.0)
 parser.add_argument("--report", type=float, default=1.0)
 options = parser.parse_args()
@@ -141,7 +145,7 @@ def long(target: str) -> None:
                     began = time.time()
                     bye, by = talk(stream, rest)
                     done("long", time.time() - began, by)
-                    if bye:
+                    if bye or time.time() - opened > options.life:
                         break
         except (OSError, ValueError) as error:
             age = time.time() - opened
