@@ -69,8 +69,9 @@ class Access:
             return cls._from_files([kubeconfig], context)
         if named := os.environ.get("KUBECONFIG"):
             return cls._from_files([Path(p) for p in named.split(os.pathsep) if p], context)
-        default = Path.home() / ".kube/config"
-        if default.exists():
+        # Not Path.home(): a container's user may have no home at all.
+        default = Path(os.path.expanduser("~/.kube/config"))
+        if default.is_file():
             return cls._from_files([default], context)
         if context is None and os.environ.get("KUBERNETES_SERVICE_HOST"):
             return cls.in_cluster()

@@ -286,6 +286,8 @@ class Client:
                             size += len(rest)
                             if size > _MAX_EVENT:
                                 raise Unreachable(f"watch {path}: an event of more than {_MAX_EVENT} bytes")
+                    if parts:
+                        raise Unreachable(f"watch {path}: ended within an event")
                 return
             except (aiohttp.ClientError, OSError, TimeoutError, AccessError) as e:
                 raise Unreachable(f"watch {path}: {_text(e)}") from e

@@ -21,6 +21,8 @@ _log = logs.get(__name__)
 _PATH = path_of("apiextensions.k8s.io/v1", "customresourcedefinitions")
 #: Seconds until a definition that could not be read is read again.
 _AGAIN = 1.0
+#: Rounds in a row in which one could not be read, after which nobody should wait for it.
+_PATIENCE = 4
 #: v2 before v1 before v1beta2 before v1alpha1, as Kubernetes orders them.
 _VERSION = re.compile(r"v(\d+)(?:(alpha|beta)(\d+))?")
 _STABILITY = {"alpha": 0, "beta": 1, None: 2}
@@ -47,17 +49,19 @@ class Definitions:
         self._versions: dict[Kind, str] = {}
         self._told: dict[Kind, str] | None = None
         self._wake = asyncio.Event()
+        self._failures = 0
+        self._refusal: ApiError | None = None
 
     @property
     def settled(self) -> bool:
         """True once it is known which kinds there are, or that this cannot be known for now."""
         if not self._follower.synced:
             return self._follower.settled
-        return self._told is not None and not self._unread
+        return (self._told is not None and not self._unread) or self._failures >= _PATIENCE
 
     @property
     def problem(self) -> Exception | None:
-        return self._follower.problem
+        return self._follower.problem or (self._refusal if self._failures >= _PATIENCE else None)
 
     def start(self) -> None:
         """Follow, from nothing."""
@@ -96,6 +100,7 @@ class Definitions:
         while True:
             await self._wake.wait()
             self._wake.clear()
+            self._refusal = None
             for name in sorted(self._unread):
                 await self._read(name)
             self._unread &= self._there
@@ -104,7 +109,10 @@ class Definitions:
                 self._told = versions
                 self._served(versions)
             self._changed()
-            if self._unread:
+            if not self._unread:
+                self._failures = 0
+            else:
+                self._failures += self._refusal is not None
                 await asyncio.sleep(_AGAIN)
                 self._wake.set()
 
@@ -116,6 +124,7 @@ class Definitions:
         except ApiError as e:
             if e.status != 404:
                 _log.warning("definition cannot be read", name=name, error=str(e))
+                self._refusal = e
                 self._unread.add(name)
             else:
                 self._there.discard(name)

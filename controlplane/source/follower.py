@@ -101,6 +101,11 @@ class Follower:
                     self._failed(e)
             except Unreachable as e:
                 self._failed(e)
+            except Exception as e:
+                # A bug of ours, or an answer that is not what the API promises: from the beginning.
+                _log.exception("collection cannot be read", e, path=self._path)
+                self._version = ""
+                self._failed(ApiError(500, "", f"{type(e).__name__}: {e}"))
             await asyncio.sleep(self._pause())
 
     def _pause(self) -> float:
