@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
     proxy = NodeProxy(loop, node=options.node, run=options.run, sign=sign, envoy=options.envoy)
     controller = Controller(
         options.controller,
-        roots=options.roots.read_bytes(),
+        roots=options.roots,
         credential=options.credential,
         admin=options.admin,
         post=loop.post,

@@ -7,6 +7,7 @@ good state stays with those who hold it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import queue
 import random
@@ -43,6 +44,16 @@ _SIGN_TIMEOUT = 10.0
 #: A snapshot is one message.
 _MAX_MESSAGE = 256 * 1024 * 1024
 
+_OPTIONS = [
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.enable_http_proxy", 0),
+]
+
 Post = Callable[[Callable[[], None]], None]
 
 
@@ -51,19 +62,21 @@ class Controller:
         self,
         address: str,
         *,
-        roots: bytes,
+        roots: Path,
         credential: Path,
         admin: str,
         post: Post,
         on_update: Callable[[Update], tuple[ResourceError, ...]],
         version: Callable[[], str],
     ) -> None:
-        """Make the channel; :meth:`start` connects.
+        """:meth:`start` connects.
 
-        :param roots: PEM; the controller's TLS certificate has to chain to one of them.
+        :param roots: PEM file; the controller's TLS certificate has to chain to one of them. Read again when a stream ends.
         :param credential: file with the node's token; read for each call, since kubelet replaces it hourly.
         :param post: calls back on the data loop's thread; ``on_update`` and ``version`` run there.
         """
+        self._address = address
+        self._roots = roots
         self._credential = credential
         self._admin = admin
         self._post = post
@@ -71,34 +84,48 @@ class Controller:
         self._version = version
         self._stopped = threading.Event()
         self.connected = False
-        options = [
-            ("grpc.max_receive_message_length", _MAX_MESSAGE),
-            ("grpc.keepalive_time_ms", 20_000),
-            ("grpc.keepalive_timeout_ms", 10_000),
-            ("grpc.max_reconnect_backoff_ms", 5_000),
-            ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.min_reconnect_backoff_ms", 200),
-            ("grpc.enable_http_proxy", 0),
-        ]
-        self._channel = grpc.secure_channel(address, grpc.ssl_channel_credentials(roots), options)
-        self._subscribe = self._channel.stream_stream(
-            METHOD_SUBSCRIBE, request_serializer=encode, response_deserializer=decode_update
-        )
-        self._sign = self._channel.unary_unary(
-            METHOD_SIGN, request_serializer=encode, response_deserializer=decode_sign_response
-        )
+        self._trusted = b""  #: what the channel was made with
+        self._channel: grpc.Channel | None = None
+        self._subscribe: Any = None
+        self._sign: Any = None
         self._call: Any = None
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
 
     def start(self) -> None:
+        # Before the thread, so that certificates can be asked for at once; what is wrong the thread tells.
+        with contextlib.suppress(OSError, ValueError):
+            self._connect()
         self._thread.start()
 
     def stop(self) -> None:
         self._stopped.set()
         if self._call is not None:
             self._call.cancel()
-        self._channel.close()
         self._thread.join(timeout=5)
+        if self._channel is not None:
+            self._channel.close()
+
+    def _connect(self) -> None:
+        """Make the channel, anew when the roots have changed.
+
+        :raises OSError: they cannot be read.
+        :raises ValueError: there are none.
+        """
+        roots = self._roots.read_bytes()
+        if not roots.strip():
+            raise ValueError(f"{self._roots} is empty")
+        if roots == self._trusted:
+            return
+        if self._channel is not None:
+            self._channel.close()
+        channel = grpc.secure_channel(self._address, grpc.ssl_channel_credentials(roots), _OPTIONS)
+        self._subscribe = channel.stream_stream(
+            METHOD_SUBSCRIBE, request_serializer=encode, response_deserializer=decode_update
+        )
+        self._sign = channel.unary_unary(
+            METHOD_SIGN, request_serializer=encode, response_deserializer=decode_sign_response
+        )
+        self._channel, self._trusted = channel, roots
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         """:raises OSError: the credential cannot be read."""
@@ -109,6 +136,8 @@ class Controller:
     def sign(self, request: SignRequest, done: Callable[[SignResponse | str], None]) -> None:
         """Ask for a certificate; ``done`` gets it on the loop's thread, or in words why not."""
         try:
+            if self._sign is None:
+                raise ValueError("no connection to the controller yet")
             future = self._sign.future(request, timeout=_SIGN_TIMEOUT, metadata=self._metadata())
         except (ValueError, OSError) as error:  # the channel is closed, or the credential not there
             reason = str(error)
@@ -135,6 +164,7 @@ class Controller:
         delay = _RETRY_FIRST
         while not self._stopped.is_set():
             try:
+                self._connect()
                 if self._stream():
                     delay = _RETRY_FIRST
             except grpc.RpcError as error:
@@ -143,7 +173,7 @@ class Controller:
             except (msgspec.DecodeError, ValueError) as error:
                 _log.error("controller stream not understood", reason=str(error))
             except OSError as error:
-                _log.error("credential cannot be read", reason=str(error))
+                _log.error("roots or credential cannot be read", reason=str(error))
             self.connected = False
             self._stopped.wait(delay * random.uniform(0.8, 1.2))
             delay = min(delay * 2, _RETRY_MOST)
