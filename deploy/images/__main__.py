@@ -1,4 +1,4 @@
-"""``python -m deploy.images [build|lock|tree]``: see :mod:`deploy.images`."""
+"""``python -m deploy.images [build|lock|unpack]``: see :mod:`deploy.images`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,10 @@ def build(options: argparse.Namespace) -> None:
         print(f"  {result.archive}, {result.archive.with_suffix('').name}.spdx.json beside it")
 
 
+def unpack(options: argparse.Namespace) -> None:
+    Builder(options.architecture, options.cache).unpack(options.output)
+
+
 def lock(options: argparse.Namespace) -> None:
     print(make_lock(options.architecture, options.cache))
 
@@ -45,7 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m deploy.images", description="Build the container images."
     )
-    parser.add_argument("command", nargs="?", choices=("build", "lock"), default="build")
+    parser.add_argument("command", nargs="?", choices=("build", "lock", "unpack"), default="build")
     parser.add_argument("images", nargs="*", help="default: all")
     parser.add_argument("--output", type=Path, default=ROOT / "build/images")
     parser.add_argument("--cache", type=Path, default=cache_folder())
@@ -55,7 +59,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         options.architecture = options.architecture or architecture()
-        {"build": build, "lock": lock}[options.command](options)
+        {"build": build, "lock": lock, "unpack": unpack}[options.command](options)
     except (BuildError, DebianError, HeaderError, PluginError, PythonError) as error:
         print(f"images: {error}", file=sys.stderr)
         return 1

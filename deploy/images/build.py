@@ -6,6 +6,7 @@ import json
 import os
 import posixpath
 import subprocess
+import tarfile
 import time
 import tomllib
 from collections.abc import Callable
@@ -82,12 +83,7 @@ class Builder:
                 created=created,
                 user=about["user"],
                 command=about["command"],
-                environment={
-                    "LANG": "C.UTF-8",
-                    "PATH": "/usr/local/bin:/usr/bin:/bin",
-                    "PYTHONDONTWRITEBYTECODE": "1",
-                    **about["environment"],
-                },
+                environment=environment(about),
                 layers=[one.layer for one in built],
                 labels={
                     "org.opencontainers.image.title": f"mycel-{name}",
@@ -121,12 +117,21 @@ class Builder:
             )
         return self._layers[name]
 
+    def unpack(self, folder: Path) -> None:
+        """Write the files of every layer below ``folder``, for a builder that makes its own archives of them."""
+        for name in dict.fromkeys(
+            layer for image in self.contents["images"].values() for layer in image["layers"]
+        ):
+            with tarfile.open(self.layer(name).layer.file) as archive:
+                archive.extractall(folder / name, filter="fully_trusted")
+
     def tree(self, name: str) -> Tree:
         """The files of a layer (not from the cache)."""
         if name not in self._trees:
             make: dict[str, Callable[[], Tree]] = {
                 "base": self._base,
                 "kernel": self._kernel,
+                "headers": self._headers,
                 "plugin": lambda: plugin.bundle(self.tree("base"), self._debian(["busybox-static"])),
                 "mycel": self._mycel,
             }
@@ -162,7 +167,7 @@ class Builder:
         inputs.append(self.contents["layers"].get(name))
         if name == "python":
             inputs.append((self.root / "requirements.lock").read_text())
-        if name == "kernel":
+        if name == "headers":
             inputs += [path.read_text() for path in self._sources()]
         if name == "plugin":
             inputs.append(self._key("base"))
@@ -233,9 +238,11 @@ class Builder:
     def _kernel(self) -> Tree:
         tree = self._layer_of("kernel")
         tree.entries.update(python.compiled(tree).entries)
-        whole = self._debian(list(self.lock.headers))
-        tree.entries.update(headers.reachable(whole, self.architecture, self._sources()).entries)
         return tree
+
+    def _headers(self) -> Tree:
+        whole = self._debian(list(self.lock.headers))
+        return headers.reachable(whole, self.architecture, self._sources())
 
     def _mycel(self) -> Tree:
         tree = python.project(self.root, self.epoch)
@@ -265,6 +272,12 @@ class Builder:
 
 def lock_path(architecture: str) -> Path:
     return _HERE / f"packages.{architecture}.lock"
+
+
+def environment(image: dict[str, Any]) -> dict[str, str]:
+    """The variables of an image as contents.toml has it."""
+    always = {"LANG": "C.UTF-8", "PATH": "/usr/local/bin:/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
+    return {**always, **image["environment"]}
 
 
 def make_lock(architecture: str, cache: Path) -> Path:

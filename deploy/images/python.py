@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+import warnings
 import zipfile
 from dataclasses import dataclass
 from importlib import metadata
@@ -64,7 +65,9 @@ def compiled(tree: Tree) -> Tree:
     result = Tree()
     for path, data in tree.files(".py"):
         try:
-            code = compile(data, f"/{path}", "exec", dont_inherit=True, optimize=0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of others' code
+                code = compile(data, f"/{path}", "exec", dont_inherit=True, optimize=0)
         except (SyntaxError, ValueError):
             continue
         folder, _, name = path.rpartition("/")

@@ -21,7 +21,7 @@ import pytest
 
 from deploy.images import debian, elf, headers, oci
 from deploy.images.__main__ import cache_folder
-from deploy.images.build import ROOT, Builder, Result, lock_path
+from deploy.images.build import ROOT, Builder, Result, environment, lock_path
 from deploy.images.tree import Tree
 from tests.requirements import require_root
 
@@ -152,7 +152,7 @@ def test_a_change_of_code_makes_one_layer(built, tmp_path):
     """Which layers depend on what, by the keys under which they are kept."""
     maker = Builder(debian.architecture(), tmp_path, epoch=1_700_000_000)
     later = Builder(debian.architecture(), tmp_path, epoch=1_800_000_000)
-    names = ("base", "kernel", "plugin", "python", "mycel")
+    names = ("base", "kernel", "plugin", "python", "headers", "mycel")
     assert [n for n in names if maker._key(n) != later._key(n)] == ["mycel"]
 
 
@@ -311,6 +311,23 @@ def test_locks_name_all_packages_by_hash(architecture):
         assert re.fullmatch("[0-9a-f]{64}", package.sha256)
         assert package.architecture in (architecture, "all")
     assert lock.headers[0].endswith(architecture)
+
+
+def test_the_containerfile_makes_the_same_images():
+    """Layers in the same order, the same user, command and environment: it has them once more, in its own words."""
+    contents = tomllib.loads((ROOT / "deploy/images/contents.toml").read_text())["images"]
+    text = (ROOT / "deploy/images/Containerfile").read_text()
+    stages = dict(re.findall(r"^FROM scratch AS (\w+)\n(.*?)(?=^FROM|\Z)", text, re.MULTILINE | re.DOTALL))
+    assert stages.keys() == contents.keys()
+    for name, stage in stages.items():
+        assert (
+            re.findall(r"^COPY --from=build /layers/(\w+)/ /$", stage, re.MULTILINE)
+            == contents[name]["layers"]
+        )
+        assert re.findall(r"^USER (.*)$", stage, re.MULTILINE) == [contents[name]["user"]]
+        assert re.findall(r"^CMD (.*)$", stage, re.MULTILINE) == [json.dumps(contents[name]["command"])]
+        (given,) = re.findall(r"^ENV (.*)$", stage, re.MULTILINE)
+        assert dict(pair.split("=", 1) for pair in given.split()) == environment(contents[name])
 
 
 def test_a_package_with_other_bytes_is_refused(tmp_path, monkeypatch):
