@@ -19,12 +19,20 @@ from deploy.values import Values
 _INTERVAL = 0.3
 
 #: What the cluster itself puts into every namespace.
-_ANYBODYS = {("configmaps", "kube-root-ca.crt"), ("serviceaccounts", "default")}
+_ANYBODYS = {("ConfigMap", "kube-root-ca.crt"), ("ServiceAccount", "default")}
 #: Where somebody may have put something of theirs.
 _PLACES = (
-    ("v1", ("configmaps", "persistentvolumeclaims", "pods", "secrets", "serviceaccounts", "services")),
-    ("apps/v1", ("daemonsets", "deployments", "statefulsets")),
-    ("batch/v1", ("cronjobs", "jobs")),
+    ("v1", "ConfigMap", "configmaps"),
+    ("v1", "PersistentVolumeClaim", "persistentvolumeclaims"),
+    ("v1", "Pod", "pods"),
+    ("v1", "Secret", "secrets"),
+    ("v1", "Service", "services"),
+    ("v1", "ServiceAccount", "serviceaccounts"),
+    ("apps/v1", "DaemonSet", "daemonsets"),
+    ("apps/v1", "Deployment", "deployments"),
+    ("apps/v1", "StatefulSet", "statefulsets"),
+    ("batch/v1", "CronJob", "cronjobs"),
+    ("batch/v1", "Job", "jobs"),
 )
 
 
@@ -155,17 +163,17 @@ def _namespace(cluster: Cluster, timeout: float) -> list[str]:
 
 
 def _foreign(cluster: Cluster) -> list[str]:
+    """What there is in the namespace that is neither ours nor the cluster's own."""
     found = []
-    for version, plurals in _PLACES:
-        for plural in plurals:
-            try:
-                objects = cluster.all(path_of(version, plural, cluster.namespace))
-            except ApiError as error:
-                found.append(f"{plural} that you may not see ({error.status})")
-                continue
-            for one in objects:
-                meta = one["metadata"]
-                ours = (meta.get("labels") or {}).get("app.kubernetes.io/name") == "mycel"
-                if not ours and not meta.get("deletionTimestamp") and (plural, meta["name"]) not in _ANYBODYS:
-                    found.append(f"{one.get('kind') or plural.removesuffix('s')} {meta['name']}")
+    for version, kind, plural in _PLACES:
+        try:
+            objects = cluster.all(path_of(version, plural, cluster.namespace))
+        except ApiError as error:
+            found.append(f"{plural} that you may not see ({error.status})")
+            continue
+        for one in objects:
+            meta = one["metadata"]
+            ours = (meta.get("labels") or {}).get("app.kubernetes.io/name") == "mycel"
+            if not ours and not meta.get("deletionTimestamp") and (kind, meta["name"]) not in _ANYBODYS:
+                found.append(f"{kind} {meta['name']}")
     return found

@@ -15,11 +15,8 @@ CAPABILITIES: Final = {
     "NET_ADMIN": "attach programs to cgroups and network namespaces; rules and routes in pods' namespaces; abort connections",
     "SYS_ADMIN": "setns into pods' network namespaces; BTF of the running kernel by id",
     "SYS_PTRACE": "namespaces and cgroups of other users' processes under /proc (proxies, pods)",
-    "NET_RAW": "sockets that are bound to a client's address (IP_TRANSPARENT) in pods' namespaces",
-    "NET_BIND_SERVICE": "sockets in pods' namespaces at the address and port that a client sees",
     "CHOWN": "gives its proxies the folders and the socket that they share with it",
     "DAC_OVERRIDE": "files of the node and of pods that belong to other users",
-    "FOWNER": "permissions of those folders and files",
 }
 
 
