@@ -16,7 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lab import cgroups, namespaces
+from lab import cgroups, namespaces, reach
 from lab.errors import LabError
 from lab.metrics import Metrics
 from lab.node import RUN, Node, python_module
@@ -281,7 +281,7 @@ class MeshProcesses:
         else:
             command = place.command(command, cgroup=cgroup)
         log = self._folder / "logs" / f"{name.replace(' ', '-')}.log"
-        environment = {"BCC_KERNEL_SOURCE": str(_cache() / "headers/current"), **os.environ}
+        environment = {"BCC_KERNEL_SOURCE": str(reach.cache() / "headers/current"), **os.environ}
         return Process(name, command, log, environment, contained=contained)
 
 
@@ -290,9 +290,3 @@ def _alive(process: Process) -> bool:
     if not process.running:
         raise LabError(f"{process.name} ended with status {process.exit_status}:\n{process.tail()}")
     return True
-
-
-def _cache() -> Path:
-    """Where ``scripts/setup`` keeps the kernel headers."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("MYCEL_CACHE") or home / "mycel")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cni.install import install as install_plugin
-from lab import cgroups
+from lab import cgroups, reach
 from lab.errors import LabError
 from lab.place import Place
 from lab.runtime import Runtime
@@ -94,7 +94,7 @@ class Node(Place):
             "mycel/nodeproxy",
         ):
             (cgroup / part).mkdir(parents=True)
-        held, self.holder = hold(name, cgroup / "machine", _NODE_INIT)
+        held, self.holder = hold(name, cgroup / "machine", f"{_NODE_INIT}{reach.script(reach.needed())}\n")
         super().__init__(name, net=held.net, cgroup=held.cgroup, mount=held.mount)
         assert held.mount is not None
         #: The node's file system as this process sees it.
