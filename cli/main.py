@@ -267,7 +267,7 @@ def envoy_bootstrap(
     ],
     socket: Annotated[
         str, typer.Option("--envoy", help="As the node proxy's --envoy.")
-    ] = "/run/mycel/envoy.sock",
+    ] = "/run/mycel/nodeproxy/envoy.sock",
     admin: Annotated[
         str, typer.Option("--admin", help="Envoy's admin server, ADDRESS:PORT.")
     ] = "127.0.0.1:15000",

@@ -19,7 +19,7 @@ from controlplane.xds.types import over_ads, pack
 
 NAME = "outbound-l7"
 #: Where Envoy listens unless its node's metadata says otherwise (``ENVOY_SOCKET``).
-DEFAULT_SOCKET = "/run/mycel/envoy.sock"
+DEFAULT_SOCKET = "/run/mycel/nodeproxy/envoy.sock"
 _MAX_HEADERS_KB = 60
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from tests.peers.waiting import accepts
 
 pytestmark = pytest.mark.privileged
 
-SOCKET = "/run/mycel/envoy.sock"
+#: Envoy is the proxies' user: the node proxy writes to its socket, and it reads the node's token.
+NOBODY = ("/usr/bin/setpriv", "--reuid", "15008", "--regid", "15008", "--clear-groups", "--")
+SOCKET = "/run/mycel/nodeproxy/envoy.sock"
 ADMIN = "127.0.0.1:15000"
 PORT = 8080
 REQUESTS = 400
@@ -60,9 +63,15 @@ def running(lab: Lab, service: str, client: Pod) -> Iterator[Path]:
         "--credential", str(node.folder / "credential"), "--envoy", SOCKET, "--admin", ADMIN, "--output", str(bootstrap),
     )  # fmt: skip
     log = node.folder / "envoy.log"
+    log.touch()
+    for file in (bootstrap, log):  # its access log opens /dev/stdout again, by name
+        os.chown(file, 15008, 15008)
     with log.open("w") as output:
         process = node.popen(
-            envoy.command(bootstrap), cgroup=node.top / "envoy", stdout=output, stderr=subprocess.STDOUT
+            [*NOBODY, *envoy.command(bootstrap)],
+            cgroup=node.top / "envoy",
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
 
     def listening() -> bool:

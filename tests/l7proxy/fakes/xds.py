@@ -58,7 +58,7 @@ def listener(*, vip: str = VIP, port: int = PORT, route: str = ROUTE_NAME, **man
     }
     document = {
         "name": "outbound-l7",
-        "address": {"pipe": {"path": "/run/mycel/envoy.sock"}},
+        "address": {"pipe": {"path": "/run/mycel/nodeproxy/envoy.sock"}},
         "filter_chains": [chain],
     }
     return _parse(document, listener_pb2.Listener())
