@@ -14,18 +14,26 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import figures, fleet, installation, report, rows, wrk
+from bench import figures, fleet, installation, pod_start, policy_apply, report, rows, wrk
 from bench.testbed import Testbed
 from common.kubernetes import ApiError, Unreachable
 from lab.errors import LabError
+
+#: What is measured on clusters of its own, each part with its rows.
+_ON_CLUSTERS = (fleet, installation, policy_apply, pod_start)
+_FAILURES = (
+    fleet.FleetError,
+    installation.InstallError,
+    policy_apply.PolicyApplyError,
+    pod_start.PodStartError,
+)
 
 
 def main() -> int:
     arguments = _arguments()
     names = [name for name in arguments.rows.split(",") if name]
-    with_fleet = not names or any(name in fleet.ROWS for name in names)
-    with_install = not names or any(name in installation.ROWS for name in names)
-    names = [name for name in names if name not in (*fleet.ROWS, *installation.ROWS)]
+    on_clusters = [part for part in _ON_CLUSTERS if not names or any(name in part.ROWS for name in names)]
+    names = [name for name in names if not any(name in part.ROWS for part in _ON_CLUSTERS)]
     try:
         paths = [] if arguments.rows and not names else rows.select(names)
     except rows.UnknownRow as error:
@@ -47,15 +55,10 @@ def main() -> int:
                     except (figures.FigureError, LabError) as error:
                         # The rows are worth showing; the run has failed all the same.
                         failed = str(error)
-        if with_fleet:
+        for part in on_clusters:
             try:
-                found |= fleet.measure(say=_progress)
-            except (fleet.FleetError, LabError, ApiError, Unreachable) as error:
-                failed = failed or str(error)
-        if with_install:
-            try:
-                found |= installation.measure(say=_progress)
-            except installation.InstallError as error:
+                found |= part.measure(say=_progress)
+            except (*_FAILURES, LabError, ApiError, Unreachable) as error:
                 failed = failed or str(error)
     except (wrk.RunError, LabError) as error:
         _progress("")
@@ -101,7 +104,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--rows",
         default="",
-        help=f"some of: {','.join((*rows.PATHS, *fleet.ROWS, *installation.ROWS))}; what they are compared with runs too",
+        help=f"some of: {','.join((*rows.PATHS, *(row for part in _ON_CLUSTERS for row in part.ROWS)))}; "
+        "what they are compared with runs too",
     )
     parser.add_argument("--clients", default=",".join(map(str, rows.CLIENTS)))
     parser.add_argument("--rounds", type=int, default=rows.ROUNDS)

@@ -121,4 +121,10 @@ def bars(report: Json) -> list[tuple[str, bool]]:
     if (seconds := figures.get("install_seconds")) is not None:
         text = f"install: {seconds:.1f} s until mycel check passes, at most 30"
         judged.append((text, seconds <= 30))
+    if (apply := figures.get("policy_apply_ms")) is not None:
+        text = f"policy-apply: p99 {apply['p99']:.0f} ms of {apply['changes']} until both nodes enforce, at most 1000"
+        judged.append((text, apply["p99"] <= 1000))
+    if (start := figures.get("pod_start_ms")) is not None:
+        text = f"pod-start: {start['added']:+.0f} ms p50 with our plugin in the chain, at most +60"
+        judged.append((text, start["added"] <= 60))
     return judged
