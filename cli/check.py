@@ -241,7 +241,29 @@ def _state(client: watch.Client, reader: Reader) -> list[Finding]:
             found.append(Finding(Severity.WARNING, where, "", str(error), action))
         else:
             found += _unattached(client, reader)
+            found += _certificates(client, reader)
     return found
+
+
+def _certificates(client: watch.Client, reader: Reader) -> list[Finding]:
+    """Workloads of a node without a certificate that is good: their connections to other nodes wait, and are refused."""
+    if client.component != "nodeproxy":
+        return []
+    try:
+        page = reader.read_json(client.admin, "/debug/state", who=str(client))["certificates"]
+        missing = sorted(about["identity"] for about in page.values() if not about["usable"])
+    except (Unreachable, KeyError, TypeError, AttributeError):
+        return []  # a node proxy of another version
+    if not missing:
+        return []
+    count = _count(len(missing), "workload")
+    message = (
+        f"{count} without a certificate that is good, of {missing[0]} first: no connection between nodes"
+    )
+    action = (
+        f"look at the log of mycel-nodeproxy on {client.node}, and at the controllers' for refused requests"
+    )
+    return [Finding(Severity.WARNING, f"Node {client.node}", "", message, action)]
 
 
 def _unattached(client: watch.Client, reader: Reader) -> list[Finding]:

@@ -299,3 +299,21 @@ def test_stat_without_any_client_says_so(serve: Serve) -> None:
     result = run("stat", "--controller", controller(serve, clients=[]))
     assert result.exit_code == 2
     assert "nothing is measured yet" in result.stderr
+
+
+def test_check_names_workloads_without_a_certificate(serve: Serve) -> None:
+    pages: dict[str, dict[str, Any]] = {
+        "a": {"identity": "spiffe://cluster.local/ns/shop/sa/web", "not_after": None, "usable": False},
+        "b": {"identity": "spiffe://cluster.local/ns/shop/sa/db", "not_after": 1.0, "usable": True},
+    }
+    admin = serve(json={"/debug/state": lambda: {"certificates": pages}})
+    clients = [client("agent"), client("nodeproxy", admin=admin), client("l7proxy")]
+    result = run("check", "--controller", controller(serve, clients=clients), "--json")
+    (finding,) = [f for f in json.loads(result.stdout) if f["object"] == "Node node1"]
+    assert finding["severity"] == "warning"
+    assert finding["message"].startswith(
+        "1 workload without a certificate that is good, of spiffe://cluster.local/ns/shop/sa/web"
+    )
+    pages["a"]["usable"] = True
+    result = run("check", "--controller", controller(serve, clients=clients), "--json")
+    assert not [f for f in json.loads(result.stdout) if f["object"] == "Node node1"]
