@@ -51,7 +51,7 @@ def _daemon_set(
                             "command": [name],
                             "args": [
                                 "--node=$(NODE_NAME)",
-                                "--run=/run/mycel",
+                                f"--run={values.node.run_dir}",
                                 f"--controller={parts.controller_address(values, namespace)}",
                                 f"--roots={parts.ROOTS_FOLDER}/roots.pem",
                                 f"--credential={parts.TOKENS}/token",
@@ -68,7 +68,7 @@ def _daemon_set(
                             "resources": parts.resources(chosen.resources),
                             "securityContext": parts.unprivileged_with_maps(),
                             "volumeMounts": [
-                                {"name": "run", "mountPath": "/run/mycel"},
+                                {"name": "run", "mountPath": values.node.run_dir},
                                 {"name": "tmp", "mountPath": "/tmp"},
                                 parts.token_mount(),
                                 parts.roots_mount(),
