@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 
-_PAUSE = 0.002  # seconds between dials
+_PAUSE = 0.005  # seconds between dials
 _PATIENCE = 1.0  # seconds for one answer
 
 
