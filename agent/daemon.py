@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from agent import leaving, processes
+from agent import api, leaving, processes
 from agent.cni_node import BUNDLE, CniNode, entry
 from agent.cni_node import InstallError as CniInstallError
 from agent.cni_node import Settings as CniSettings
@@ -35,7 +35,7 @@ from agent.prober import Prober
 from agent.programmer import Programmer
 from agent.proxies import Proxies
 from agent.refusals import Refusals
-from agent.roles import RoleError, Roles
+from agent.roles import RoleError, Roles, vouch
 from agent.sockets import PodSockets
 from agent.storage import Storage
 from agent.stream import Settings, Stream
@@ -211,11 +211,18 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
         sweeper=sweeper,
         boot=processes.boot_id(),
     )
+
+    def register(role: api.Role, cgroup: processes.Cgroup) -> None:
+        if options.daemonset:
+            namespace = options.daemonset.partition("/")[0]
+            vouch(role, cgroup, namespace=namespace, workloads=node.mesh.workloads)
+        roles.register(role, cgroup)
+
     proxies = Proxies(
         node=options.node,
         enrolled=node,
         sockets=PodSockets(kernel, namespaces),
-        register=roles.register,
+        register=register,
         maps=lambda: {"captured": kernel.captured_fd()},
     )
     node.proxies = proxies

@@ -6,6 +6,8 @@ Owns the rule that a cgroup has one role, so that no process gets another's exem
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from agent import api, processes
@@ -13,10 +15,38 @@ from agent.kernel import Kernel, KernelError, MapFullError
 from agent.proxies import ProxyRefused
 from bpf.wire import Role
 from common import logs
+from controlplane.api import Workload
 
 _log = logs.get(__name__)
 
 _OF_PROXIES = {api.Role.NODEPROXY: Role.NODEPROXY, api.Role.L7PROXY: Role.L7PROXY}
+
+
+#: The part of a container's cgroup that kubelet names after its pod, by either cgroup driver.
+_POD = re.compile(r"pod([0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12})")
+
+
+def vouch(
+    role: api.Role, cgroup: processes.Cgroup, *, namespace: str, workloads: Mapping[str, Workload]
+) -> None:
+    """Whose pod it is, kubelet says by the cgroup that it made: nothing within a pod can change that.
+
+    Who mounts our run folder and is in our group could say Hello; the pod of another service account is refused. A pod that
+    the controller has not told of (yet) is not another's.
+
+    :param namespace: of the mesh's own pods.
+    :raises ProxyRefused: it is no pod of this proxy.
+    """
+    found = _POD.findall(str(cgroup.path))
+    workload = workloads.get(found[-1].replace("_", "-")) if found else None
+    if workload is None:
+        return
+    expected = (namespace, f"mycel-{role.value}")
+    if (workload.namespace, workload.service_account) != expected:
+        raise ProxyRefused(
+            f"pod {workload.namespace}/{workload.name} of service account {workload.service_account} is no "
+            f"{role.value}: that is {'/'.join(expected)}"
+        )
 
 
 class RoleError(Exception):

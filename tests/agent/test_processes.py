@@ -32,6 +32,26 @@ def test_a_cgroup_outside_of_what_is_visible_is_not_taken_for_another(proc, tmp_
         cgroup_of(7, proc)
 
 
+def test_a_cgroup_outside_of_our_namespace_is_found_by_who_is_in_it(proc, tmp_path):
+    """A container has a cgroup namespace with cgroup v2, and the node's hierarchy mounted beside its own."""
+    own, node = tmp_path / "own", tmp_path / "node"
+    folders = [node / "kubepods/pod-a/one", node / "kubepods/pod-b/one", own / "pod-a/one"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "cgroup.procs").write_text("")
+    (folders[1] / "cgroup.procs").write_text("6\n7\n")
+    (proc / "self/mountinfo").write_text(
+        MOUNT.format(root="/", point=own) + MOUNT.format(root="/../../..", point=node)
+    )
+    (proc / "7/cgroup").write_text("0::/../../pod-b/one\n")
+    found = cgroup_of(7, proc)
+    assert (found.path, found.id) == (folders[1], folders[1].stat().st_ino)
+    # Of that name, but it is not in it.
+    (proc / "7/cgroup").write_text("0::/../../pod-a/one\n")
+    with pytest.raises(ProcessError, match="outside of what is visible"):
+        cgroup_of(7, proc)
+
+
 def test_a_process_that_is_gone_has_none(proc):
     with pytest.raises(ProcessError, match="process 8: No such file"):
         cgroup_of(8, proc)
