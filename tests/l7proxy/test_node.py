@@ -265,6 +265,79 @@ async def test_draining(mesh: Mesh) -> None:
     assert len(mesh.log.read_text().splitlines()) == 3
 
 
+async def test_while_a_successor_serves(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "IDLE", 0.5)
+    await mesh.serve()
+    kept, idle = await mesh.client(), await mesh.client()
+    assert "connection" not in (await kept.get())[1]
+    assert (await idle.get())[0] == 200
+    mesh.agent.say(api.Drain())
+    await eventually(lambda: mesh.proxy.draining)
+    # Nothing is closed yet, and what comes is answered, by a listener that goes on to take what is on its way.
+    late = await mesh.client()
+    for client in (kept, late):
+        status, fields, _ = await client.get()
+        assert (status, fields["connection"]) == (200, "close")
+        assert await client.closed() == b""
+    drained = asyncio.create_task(mesh.proxy.drain(20.0))
+    assert await idle.closed() == b""
+    started = time.monotonic()
+    await asyncio.wait_for(drained, server.LINGER + 2)
+    assert time.monotonic() - started < server.LINGER + 1
+
+
+async def test_an_idle_connection_with_an_unread_request_is_not_closed(mesh: Mesh) -> None:
+    await mesh.serve()
+    client = await mesh.client()
+    assert (await client.get())[0] == 200
+    (connection,) = next(iter(mesh.proxy.pods.values())).downstream
+    client.send(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+    # In the kernel, and not read: this test has not let the loop turn since.
+    connection.close_if_idle()
+    assert (await client.response())[0] == 200
+    connection.close_if_idle()
+    assert await client.closed() == b""
+
+
+async def test_a_successor_that_died(mesh: Mesh) -> None:
+    await mesh.serve()
+    mesh.agent.say(api.Drain())
+    await eventually(lambda: mesh.proxy.draining)
+    drained = asyncio.create_task(mesh.proxy.drain(1.5))
+    mesh.agent.say(api.Serving())
+    await eventually(lambda: not mesh.proxy.draining)
+    client = await mesh.client()
+    status, fields, _ = await client.get()
+    assert (status, fields.get("connection")) == (200, None)
+    # With nobody else it serves until its deadline.
+    await asyncio.sleep(0.5)
+    assert not drained.done()
+    await drained
+
+
+async def test_it_serves_when_it_has_a_configuration(mesh: Mesh) -> None:
+    assert mesh.agent.hellos[0].serving is False
+    assert not mesh.agent.ready.is_set()
+    await mesh.serve()
+    async with asyncio.timeout(5):
+        await mesh.agent.ready.wait()
+
+
+async def test_another_node_proxy_gets_new_connections(mesh: Mesh, remote: NodeProxy) -> None:
+    client = await mesh.client()
+    assert (await client.get())[0] == 200
+    (pool,) = next(iter(mesh.proxy.pods.values())).pools.values()
+    (connection,) = pool.connections
+    assert not mesh.proxy.connector.node_proxy_changed()
+    path = mesh.run / "nodeproxy" / "nodeproxy.sock"
+    other = await NodeProxy(path.with_suffix(".new"), remote.backend).start()
+    path.with_suffix(".new").rename(path)
+    await eventually(lambda: not connection.open)
+    assert (await client.get())[0] == 200
+    assert len(other.handoffs) == 1
+    other.stop()
+
+
 def samples(mesh: Mesh, name: str) -> dict[tuple[str, ...], float]:
     """Values of a metric by (destination_version, response_code, response_flags, le)."""
     registry = CollectorRegistry(auto_describe=False)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from agent import api
 from nodeproxy.accounting import Labels
 from tests.nodeproxy.fakes.apps import Server, echo, read_all
 from tests.nodeproxy.fakes.world import World, identity, wait_until
@@ -329,3 +330,49 @@ def test_a_bug_ends_one_connection_and_nothing_else(
     with world.dial(server.port) as sock:
         sock.sendall(b"one")
         assert sock.recv(10) == b"one"
+
+
+def test_a_successor_of_the_server_s_proxy_gets_new_streams(world: World, server: Server):
+    """The old one says so twice, so that what is asked of it meanwhile is served; it keeps its listeners and what is open."""
+    with world.dial(server.port) as sock:
+        sock.sendall(b"one")
+        assert sock.recv(10) == b"one"
+        (link,) = world.b.proxy.inbound.links()
+        world.b.agent.say(api.Drain())
+        wait_until(lambda: link.core.closing, "said for good", 5)
+        # Nobody has taken over here: its own listener takes what still comes, on a connection that is told the same.
+        with world.dial(server.port) as new:
+            new.sendall(b"new")
+            assert new.recv(10) == b"new"
+        sock.sendall(b"two")
+        assert sock.recv(10) == b"two"
+        world.b.call(lambda: world.b.proxy.drain(30))
+        time.sleep(0.3)
+        assert world.b._thread.is_alive()
+    wait_until(lambda: not world.b._thread.is_alive(), "it ends with its last stream", 10)
+
+
+def test_a_proxy_that_ends_serves_again_when_its_successor_died(world: World, server: Server):
+    world.b.agent.say(api.Drain())
+    wait_until(lambda: world.b.proxy.ready() is True, "it could serve again")
+    world.b.call(lambda: world.b.proxy.drain(5))
+    world.b.agent.say(api.Serving())
+    began = time.monotonic()
+    while time.monotonic() < began + 4:
+        with world.dial(server.port) as sock:
+            sock.sendall(b"on")
+            assert sock.recv(10) == b"on"
+        time.sleep(0.2)
+    assert (world.b.run / "nodeproxy/nodeproxy.sock").exists()
+    wait_until(lambda: not world.b._thread.is_alive(), "at its deadline", 5)
+
+
+def test_who_is_not_ready_does_not_say_so(world: World):
+    assert world.a.agent.ready.wait(5)
+    assert world.a.agent.hellos[0].serving is False
+    # To the next agent it is.
+    world.a.agent.stop()
+    world.a.agent.start()
+    wait_until(lambda: len(world.a.agent.hellos) == 2, "back", 10)
+    assert world.a.agent.hellos[1].serving is True
+    assert all(held.socket for held in world.a.agent.hellos[1].held)
