@@ -35,6 +35,8 @@ class EnrolmentFile:
         try:
             protocol.write_outside(str(self._run), names)
         except OSError as error:
-            _log.error("namespaces outside of the mesh cannot be noted", run=str(self._run), reason=str(error))
+            _log.error(
+                "namespaces outside of the mesh cannot be noted", run=str(self._run), reason=str(error)
+            )
             return
         self._written = names
