@@ -107,7 +107,7 @@ struct endpoint {
 
 /* services: endpoint -> service. Its backends are those of (id, generation), all there before this names them. */
 #define SERVICE_L7 1
-#define SERVICE_AFFINITY 2	  /* a client keeps its backend */
+#define SERVICE_AFFINITY 2	 /* a client keeps its backend */
 #define SERVICE_AFFINITY_SHIFT 8 /* for so many seconds after it dialled last: flags >> this */
 struct service {
 	__u32 id;
