@@ -30,6 +30,8 @@ _SEND_TIMEOUT = 2.0
 _MAX_SOCKETS = 32
 #: Seconds after an agent's start in which proxies come back, in any order: what lives in the kernel stays as it is meanwhile.
 _RETURN = 5.0
+#: Seconds for a process that ends to close its listeners, after its connection to the agent.
+_CLOSING = 1.0
 
 #: Which listeners a role gets if it names none.
 _DEFAULT_KINDS = {
@@ -256,8 +258,13 @@ class Proxies:
         if ending is not None and ending.cancelling():
             return  # it is the agent that ends: whoever has the listeners keeps them
         older = self._foremost(role)
-        if older is not None:
-            older.returned = False
+        if older is None:
+            return
+        older.returned = False
+        await self._guarded(older, self._promote(older))
+        if not older.serving:
+            # It gets only what nobody listens for, and who has just ended may not have closed everything yet.
+            await asyncio.sleep(_CLOSING)
             await self._guarded(older, self._promote(older))
 
     async def enroll(self, pod: api.Enroll) -> None:

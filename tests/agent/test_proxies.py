@@ -338,6 +338,24 @@ async def test_who_is_not_ready_serves_where_nobody_else_does(world):
     assert owns(world, proxy)
 
 
+async def test_who_is_not_ready_gets_what_the_last_one_closes_late(world, monkeypatch):
+    """A process' connection to the agent may close before its listeners do."""
+    monkeypatch.setattr("agent.proxies._CLOSING", 0.2)
+    world.enrolled.pods = [pod()]
+    old, new = world.proxy(), world.proxy()
+    await old.greet()
+    await old.settled()
+    await new.greet(serving=False)
+    await new.settled(api.Known)
+    old.die()
+    await new.settled()
+    assert new.listeners == {}
+    world.sockets.registered.clear()
+    while not new.listeners:
+        await new.hear()
+    assert owns(world, new)
+
+
 async def test_an_older_version_hears_nothing_that_it_does_not_know(world):
     world.enrolled.pods = [pod()]
     old, new = world.proxy(), world.proxy()

@@ -107,7 +107,7 @@ def test_for_a_time_after_its_last_connection(node, servers, clients):
     while time.monotonic() < end:  # each one begins the second anew
         assert drawn(node, client) == address
         time.sleep(0.1)
-    found = set()
+    found: set[str] = set()
     deadline = time.monotonic() + 60
     while len(found | address) == 1 and time.monotonic() < deadline:
         time.sleep(1.1)
