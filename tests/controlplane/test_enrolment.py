@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from controlplane.api import MeshConfig
 from controlplane.model.snapshot import Snapshot
 from controlplane.model.world import Settings
 from tests.controlplane.support import Manifest, compile_all, messages, namespace, pod
@@ -153,3 +154,17 @@ def test_another_revision_is_said() -> None:
     assert "revision 1-22 is another control plane's" in messages(snapshot, "Namespace default")
     both = compile_all(namespace("default", **{"istio.io/rev": "1-22"}, **AMBIENT), pod("p"))
     assert messages(both) == ""
+
+
+def test_namespaces_that_do_not_ask_are_told_to_the_nodes():
+    """For plugins whose agent is away; one that is always outside is outside whatever its labels say."""
+    settings = Settings(outside=("kube-system",))
+    objects: list[Manifest] = [
+        namespace("plain"),
+        namespace("inside", **MYCEL),
+        namespace("out", **{"mycel.io/mesh": "disabled"}),
+        namespace("kube-system", **MYCEL),
+    ]
+    config = compile_all(*objects, settings=settings).resources["mesh"]
+    assert isinstance(config, MeshConfig)
+    assert config.outside_namespaces == ("kube-system", "out", "plain")
