@@ -98,7 +98,7 @@ def outcomes(processes: dict[str, subprocess.Popen[str]]) -> dict[str, list[dict
 
 def stages(cluster: Kubernetes, pods: dict[str, Pod]) -> dict[str, str]:
     """By name of the pod, from the agents' own pages."""
-    found = {}
+    found: dict[str, str] = {}
     names = {pod.name: name for name, pod in pods.items()}
     for agent in cluster.get("pods", "-n", "mycel-system", "-l", "app.kubernetes.io/component=agent")[
         "items"

@@ -26,8 +26,8 @@ from tests.controlplane.cluster import Api
 from tests.controlplane.support import MeshClient, eventually
 from tests.requirements import ROOT
 
-_APPLIED = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
-_APPLIED += ("Secret", "ConfigMap", "Lease", "Service")
+_RIGHTS = ("ServiceAccount", "ClusterRole", "ClusterRoleBinding", "Role", "RoleBinding")
+_APPLIED = (*_RIGHTS, "Secret", "ConfigMap", "Lease", "Service")
 
 
 def _free_port() -> int:
