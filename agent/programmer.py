@@ -221,8 +221,12 @@ class Programmer:
         try:
             async with slots:
                 if self._pods.get(cookie) != pod:
+                    # One that runs already is dialled meanwhile: it is never without verdicts.
+                    first = _Policy(1, table) if pod.open and cookie not in self._pods else None
                     with self._namespaces.borrow(cookie) as netns:
-                        await asyncio.to_thread(self._kernel.add_pod, pod, netns)
+                        await asyncio.to_thread(self._kernel.add_pod, pod, netns, first)
+                    if first is not None:
+                        self._policies[cookie] = first
                     self._pods[cookie] = pod
                     self._peers.pop(pod.address, None)
                 if not spec.leaving:

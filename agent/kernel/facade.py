@@ -101,15 +101,31 @@ class Kernel:
 
     # Pods
 
-    def add_pod(self, pod: Pod, netns: int) -> None:
+    def add_pod(
+        self, pod: Pod, netns: int, policy: tuple[int, Mapping[tuple[int, int], bool]] | None = None
+    ) -> None:
         """Enrol a pod: refuse everything inbound until its policy is set, capture its dials from now on.
+
+        :param policy: generation and table (see :meth:`set_policy`) that judge from the first moment on: for a pod that
+            runs already, whose address is dialled meanwhile.
 
         In its namespace: sk_lookup link, ``tcp_fwmark_accept``, the rule and the table that bring answers to delivered
         connections back. Called again with another address or identity it changes those. An address that another
         pod had belongs to this one from now on.
         """
-        with self._lock, naming(f"pod {pod.netns_cookie} ({pod.address})"):
-            self._pods.add(pod, netns)
+        with naming(f"pod {pod.netns_cookie} ({pod.address})"):
+            if policy is not None:
+                # Not under the lock, as in set_policy.
+                generation, table = policy
+                policies.set_policy(self._maps["policies"], pod.netns_cookie, table, generation)
+            try:
+                with self._lock:
+                    self._pods.add(pod, netns)
+            except (OSError, ValueError):
+                with self._lock:
+                    if policy is not None and self._pods.get(pod.netns_cookie) is None:
+                        policies.remove_policy(self._maps["policies"], pod.netns_cookie)
+                raise
 
     def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
         """Forget a pod: no element about it stays in any map, no link in its namespace, no listener.

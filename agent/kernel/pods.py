@@ -114,11 +114,12 @@ class Pods:
         known = self.get(cookie)
         self._pods.delete(netns_key(cookie))
         (self._links / str(cookie)).unlink(missing_ok=True)
-        self._policies.delete(netns_key(cookie))
+        # The address before the verdicts: whoever dials it from here while it runs on is never refused for their lack.
         if known is not None:
             self._release(known)
         elif address:
             self._release(Pod(cookie, address, 0))
+        self._policies.delete(netns_key(cookie))
         _purge(self._captured, lambda key: wire.CapturedKey.unpack(key).netns == cookie)
         for key, value in self._connecting.items():
             if wire.Who.unpack(value).netns == cookie:

@@ -75,10 +75,15 @@ class FakeKernel(Kernel):
     def roles(self) -> dict[int, Role]:
         return dict(self.fake_roles)
 
-    def add_pod(self, pod: Pod, netns: int) -> None:
+    def add_pod(
+        self, pod: Pod, netns: int, policy: tuple[int, Mapping[tuple[int, int], bool]] | None = None
+    ) -> None:
         os.fstat(netns)
-        self._write(f"add pod {pod.netns_cookie} {pod.address} {pod.identity}", pod.netns_cookie)
+        judged = f" judged by {policy[0]}" if policy is not None else ""
+        self._write(f"add pod {pod.netns_cookie} {pod.address} {pod.identity}{judged}", pod.netns_cookie)
         self.fake_pods[pod.netns_cookie] = pod
+        if policy is not None:
+            self.fake_policies[pod.netns_cookie] = (policy[0], dict(policy[1]))
 
     def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
         self._write(f"remove pod {netns_cookie}", netns_cookie)

@@ -483,6 +483,42 @@ def test_verdicts_follow_random_tables(node, make_pod, server):
         listener.close()
 
 
+def test_pod_that_comes_and_goes_as_it_runs_is_never_without_verdicts(node, make_pod):
+    """Who dials it from the same node meanwhile is not refused: neither before its verdicts are there nor after."""
+    client, server = make_pod().enrol({}), make_pod()
+    outcomes, enough = [], threading.Event()
+    listener = server.app.listen(("0.0.0.0", PORT))
+
+    def dial():
+        while not enough.is_set():
+            try:
+                client.app.connect((server.address, PORT)).close()
+                outcomes.append("ok")
+            except OSError as error:
+                outcomes.append(str(error))
+            with contextlib.suppress(BlockingIOError):
+                listener.accept()[0].close()
+
+    listener.setblocking(False)
+    dialler = threading.Thread(target=dial)
+    dialler.start()
+    try:
+        pod = Pod(server.cookie, server.address, server.identity, passing=True, open=True)
+        for generation in range(1, 30):
+            node.kernel.add_pod(pod, server.netns, (generation, {(client.identity, 0): True}))
+            assert node.kernel.policy(server.cookie) == (generation, {(client.identity, 0): True})
+            node.kernel.remove_pod(server.cookie)
+    finally:
+        enough.set()
+        dialler.join()
+        listener.close()
+    assert len(outcomes) > 30
+    assert set(outcomes) == {"ok"}
+    with pytest.raises(ValueError, match="identity 1 is no workload's"):
+        node.kernel.add_pod(Pod(server.cookie, server.address, 1, open=True), server.netns, (1, {}))
+    assert node.kernel.policy(server.cookie) is None
+
+
 def test_kernel_opens_only_what_is_whole(tmp_path):
     with pytest.raises(OSError, match=r"pins .*: "):
         Kernel(tmp_path)
