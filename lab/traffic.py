@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
+import time
 from types import TracebackType
 from typing import Any, Self
 
@@ -42,16 +44,27 @@ class Traffic:
         if not self._file.closed:
             self.end()
 
+    def _records(self) -> int:
+        """So many are written. The file's offset is shared with the process that writes, and stays where it is."""
+        descriptor = self._file.fileno()
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).count(b"\n")
+
     def wait(self, timeout: float) -> list[dict[str, Any]]:
         """Wait for its own end (``count``), and give back the records."""
         self._process.wait(timeout)
         return self.end()
 
-    def end(self, patience: float = 20.0) -> list[dict[str, Any]]:
+    def end(self, patience: float = 20.0, *, at_least: int = 0) -> list[dict[str, Any]]:
         """End it, and give back one record per connection or request.
 
         An echo client ends what is under way first, so that its records are all that it did.
+
+        :param patience: seconds.
+        :param at_least: so many records first, if they come within ``patience``: a busy machine makes few in a given time.
         """
+        deadline = time.monotonic() + patience
+        while self._records() < at_least and time.monotonic() < deadline and self._process.poll() is None:
+            time.sleep(0.05)
         self._process.terminate()
         try:
             self._process.wait(patience)

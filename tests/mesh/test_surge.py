@@ -102,7 +102,7 @@ def test_node_proxies_one_after_another(lab: Lab, world: World, node: str):
         assert long.exchange().ok
         assert ended[0].running, "it serves its long connection"
         long.close()
-        connections, answers = new.end(), requests.end()
+        connections, answers = new.end(at_least=51), requests.end(at_least=51)
     assert len(connections) > 50
     assert len(answers) > 50
     assert failures(connections) == []
@@ -125,7 +125,7 @@ def test_l7_proxies_one_after_another(lab: Lab, world: World):
             ended.append(old)
             time.sleep(0.3)
         time.sleep(1)
-        records = {"new": new.end(), "kept": kept.end()}
+        records = {"new": new.end(at_least=51), "kept": kept.end(at_least=51)}
     for name, answers in records.items():
         assert len(answers) > 50, name
         assert failures(answers) == [], name
@@ -182,7 +182,7 @@ def test_a_successor_that_is_killed_before_it_serves(lab: Lab, world: World):
         lab.kill("node1", "nodeproxy")
         lab.start("node1", "nodeproxy")
         end(old)
-        records = traffic.end()
+        records = traffic.end(at_least=51)
     assert len(records) > 20
     assert failures(records) == []
     assert ends(old)
@@ -202,7 +202,7 @@ def test_an_agent_that_is_replaced_while_proxies_are(lab: Lab, world: World):
         long.close()
         assert ends(old)
         time.sleep(0.5)
-        records = traffic.end()
+        records = traffic.end(at_least=51)
     assert len(records) > 50
     assert failures(records) == []
 
