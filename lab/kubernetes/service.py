@@ -6,7 +6,9 @@ the cgroup alone says which processes are the service's.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import time
@@ -86,16 +88,35 @@ class Service:
         while pids := self.pids:
             if time.monotonic() > deadline:
                 raise LabError(f"processes {pids} of {self.name} do not end")
-            self.signal(signal.SIGKILL)
-            time.sleep(0.005)
+            self._end(signal.SIGKILL, deadline)
 
     def stop(self, timeout: float = 10.0) -> None:
         """SIGTERM; SIGKILL for what is still there after ``timeout`` seconds."""
-        self.signal(signal.SIGTERM)
-        deadline = time.monotonic() + timeout
-        while self.running and time.monotonic() < deadline:
-            time.sleep(0.02)
+        self._end(signal.SIGTERM, time.monotonic() + timeout)
         self.kill()
+
+    def _end(self, number: int, deadline: float) -> None:
+        """Signal its processes and wait until ``deadline`` for the end of each of their threads.
+
+        ``cgroup.procs`` forgets a process whose threads still hold its files, the sockets it listens on among them: only
+        a pidfd tells when it has let go of everything.
+        """
+        with contextlib.ExitStack() as opened:
+            waiting = select.poll()
+            ending = set()
+            for pid in self.pids:
+                try:
+                    process = os.pidfd_open(pid)
+                    opened.callback(os.close, process)
+                    signal.pidfd_send_signal(process, number)
+                except ProcessLookupError:
+                    continue
+                waiting.register(process, select.POLLIN)
+                ending.add(process)
+            while ending and (left := deadline - time.monotonic()) > 0:
+                for process, _ in waiting.poll(left * 1000):
+                    waiting.unregister(process)
+                    ending.discard(process)
 
     def restart(self) -> None:
         self.stop()
