@@ -5,17 +5,22 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from cli import output, watch
 from cli.http import Direct, Reader, Unreachable
+from common.kubernetes import ApiError
 from controlplane.model.findings import Finding, Severity
+from controlplane.source import Key
 
 #: Seconds that clients get to take a change before it is said of them that they have not.
 _SETTLE = 2.0
 #: Seconds between two looks at what is coming up.
 _INTERVAL = 0.5
+#: Admin servers that are asked at the same time.
+_AT_ONCE = 16
 
 _STYLES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
 
@@ -86,7 +91,7 @@ def _waiting(controllers: Sequence[str], reader: Reader) -> list[Finding]:
             return [
                 Finding(
                     Severity.WARNING,
-                    f"{row['kind']} {row['namespace']}/{row['name']}",
+                    _object(row),
                     "",
                     f"accepted, and not in force everywhere: waiting for {row['waiting']}",
                 )
@@ -100,24 +105,33 @@ def _waiting(controllers: Sequence[str], reader: Reader) -> list[Finding]:
     return []
 
 
+def _object(row: dict[str, Any]) -> str:
+    """As the controller's own findings name an object. :raises KeyError: a field is missing."""
+    group = str(row.get("apiVersion", "")).rpartition("/")[0]
+    return str(Key(group, row["kind"], row["namespace"], row["name"]))
+
+
 def until_well(look: Callable[[], list[Finding]], seconds: float) -> list[Finding]:
     """What ``look`` finds once it finds no error, or when the time is over; says on stderr what it waits for.
 
     :raises Unreachable: still at the end of the time.
+    :raises ApiError: the API server refuses; at once when waiting would not help (4xx), else at the end of the time.
     """
     deadline = time.monotonic() + seconds
     said = ""
     while True:
+        last = time.monotonic() >= deadline
         try:
             found = look()
-            errors = [finding for finding in found if finding.severity is Severity.ERROR]
-            waits = f"{errors[0].object}: {errors[0].message}" if errors else ""
-        except Unreachable as error:
-            if time.monotonic() >= deadline:
+        except (Unreachable, ApiError) as error:
+            if last or (isinstance(error, ApiError) and error.status < 500):
                 raise
             waits = str(error)
-        if not waits or time.monotonic() >= deadline:
-            return found
+        else:
+            errors = [finding for finding in found if finding.severity is Severity.ERROR]
+            if last or not errors:
+                return found
+            waits = f"{errors[0].object}: {errors[0].message}"
         if waits != said:
             print(f"mycel: waiting: {waits}", file=sys.stderr, flush=True)
             said = waits
@@ -217,8 +231,11 @@ def clients(fleet: watch.Fleet, reader: Reader) -> list[Finding]:
                     Severity.ERROR, f"Node {node}", "", message, f"look at the log of mycel-l7proxy on {node}"
                 )
             )
-        for client in here.values():
-            found += _state(client, reader)
+    # At once: where a node is gone, an admin server answers with a time limit only.
+    here_all = [client for _, here in sorted(by_node.items()) for client in here.values()]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for state in pool.map(lambda client: _state(client, reader), here_all):
+            found += state
     return found
 
 
@@ -274,13 +291,12 @@ def _unattached(client: watch.Client, reader: Reader) -> list[Finding]:
         pods = reader.read_json(client.admin, "/debug/status", who=str(client))["unattached"]
     except (Unreachable, KeyError, TypeError):
         return []  # an agent of another version: this is the one thing that it cannot be asked
-    message = (
-        "ran before the CNI plugin was chained: it is not captured, and the mesh refuses its connections"
+    message = f"is to be in the mesh and is not captured yet (node {client.node})"
+    action = (
+        "pods that run already join within seconds; if it stays, look at the log of mycel-agent on "
+        f"{client.node}, and restart the pod"
     )
-    return [
-        Finding(Severity.WARNING, f"Pod {pod}", "", f"{message} ({client.node})", "restart the pod")
-        for pod in pods
-    ]
+    return [Finding(Severity.WARNING, f"Pod {pod}", "", message, action) for pod in pods]
 
 
 def _count(number: int, noun: str) -> str:

@@ -6,6 +6,7 @@ This table is also what the controller's ClusterRole is made from (:func:`rules`
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -116,6 +117,8 @@ CUSTOM = (
     *_kinds("access.smi-spec.io", {"TrafficTarget": "traffictargets"}),
 )
 DEFINITIONS = {kind.definition: kind for kind in CUSTOM}
+#: Names of kinds that several groups have: by itself such a name says to nobody which one is meant.
+AMBIGUOUS = frozenset(name for name, count in Counter(kind.kind for kind in CUSTOM).items() if count > 1)
 
 
 def rules() -> list[dict[str, list[str]]]:

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from controlplane.source.kinds import AMBIGUOUS
+
 #: Namespace of a namespaced object whose manifest names none.
 DEFAULT_NAMESPACE = "default"
 #: (group, kind) of objects that live in no namespace.
@@ -34,7 +36,9 @@ class Key(NamedTuple):
     name: str
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.namespace}/{self.name}" if self.namespace else f"{self.kind} {self.name}"
+        """``KIND NAMESPACE/NAME``; a kind of several groups as kubectl has it, ``Gateway.networking.istio.io``."""
+        kind = f"{self.kind}.{self.group}" if self.kind in AMBIGUOUS and self.group else self.kind
+        return f"{kind} {self.namespace}/{self.name}" if self.namespace else f"{kind} {self.name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,10 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 from typer.testing import CliRunner, Result
 
+from cli import check, watch
+from cli.http import Unreachable
 from cli.main import app
+from common.kubernetes import ApiError
 from controlplane.api import API_VERSION
 from controlplane.model.findings import Finding, Severity
 from tests.cli.conftest import Serve
@@ -134,7 +137,13 @@ def test_a_healthy_mesh_has_no_errors_but_its_limits_are_told(serve: Serve) -> N
 
 
 def test_an_object_that_some_node_has_not_taken_is_named(serve: Serve) -> None:
-    row = {"kind": "AuthorizationPolicy", "namespace": "shop", "name": "a", "state": "accepted"}
+    row = {
+        "apiVersion": "policy.linkerd.io/v1alpha1",
+        "kind": "AuthorizationPolicy",
+        "namespace": "shop",
+        "name": "a",
+        "state": "accepted",
+    }
     rows = [row | {"waiting": "node2 agent"}, row | {"name": "b", "state": "programmed", "waiting": ""}]
     pages = {
         "/debug/findings": list,
@@ -143,7 +152,7 @@ def test_an_object_that_some_node_has_not_taken_is_named(serve: Serve) -> None:
     }
     result = run("check", "--controller", serve(json=pages))
     assert result.exit_code == 0, result.output
-    assert "AuthorizationPolicy shop/a" in result.stdout
+    assert "AuthorizationPolicy.policy.linkerd.io shop/a" in result.stdout
     assert "waiting for node2 agent" in result.stdout
     assert "shop/b" not in result.stdout
     rows[:] = [{"kind": "x"}]
@@ -217,8 +226,51 @@ def test_pods_that_are_not_captured_are_named(serve: Serve) -> None:
     clients = [client("agent", admin=admin), client("nodeproxy"), client("l7proxy")]
     result = run("check", "--controller", controller(serve, clients=clients))
     assert result.exit_code == 0
-    assert "warning: Pod default/early: ran before the CNI plugin was chained" in result.stdout
-    assert "to do: restart the pod" in result.stdout
+    assert (
+        "warning: Pod default/early: is to be in the mesh and is not captured yet (node node1)"
+        in result.stdout
+    )
+    assert "to do: pods that run already join within seconds; if it stays, look at the log" in result.stdout
+
+
+def test_admin_servers_that_hang_are_waited_for_at_once() -> None:
+    """A node that is gone does not answer: one after the other they would take the time limit each."""
+    together = threading.Barrier(6, timeout=10)
+
+    class Hanging:
+        def read_text(self, address: str, path: str, *, who: str) -> str:
+            together.wait()
+            raise Unreachable(f"{who} does not answer")
+
+        def read_json(self, address: str, path: str, *, who: str) -> Any:
+            raise AssertionError
+
+    clients = [
+        watch.Client(component, node, f"{node}-{component}", "v", {}, "v")
+        for node in ("node1", "node2")
+        for component in ("agent", "nodeproxy", "l7proxy")
+    ]
+    found = check.clients(watch.Fleet(frozenset(("v",)), clients), Hanging())
+    assert [finding.message for finding in found] == [f"{one} does not answer" for one in clients]
+
+
+def test_waiting_goes_on_over_an_api_server_that_restarts() -> None:
+    """One that comes back answers 503 for a moment; one that says no, says so at once."""
+    answers: list[ApiError | list[Finding]] = [ApiError(503, "", "starting"), [MISSING_SUBSET], []]
+
+    def look() -> list[Finding]:
+        answer = answers.pop(0)
+        if isinstance(answer, ApiError):
+            raise answer
+        return answer
+
+    assert check.until_well(look, 30.0) == []
+    answers[:] = [ApiError(403, "Forbidden", "no")]
+    with pytest.raises(ApiError, match="no"):
+        check.until_well(look, 30.0)
+    answers[:] = [ApiError(503, "", "starting")]
+    with pytest.raises(ApiError, match="starting"):
+        check.until_well(look, 0.0)
 
 
 def test_stat_measures_what_happens_while_it_runs(serve: Serve) -> None:

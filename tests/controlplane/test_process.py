@@ -151,7 +151,7 @@ def test_check(tmp_path: Path, shared: Path) -> None:
     assert "error: bad.yaml Pod default/x metadata.uid: required, but missing" in text
     assert "no DestinationRule defines subset v1 of my-app.default.svc.cluster.local" in text
     assert (
-        "warning: 05-istio-gateway.yaml Gateway default/bookinfo-gateway: Gateway is read, not in force yet"
+        "warning: 05-istio-gateway.yaml Gateway.networking.istio.io default/bookinfo-gateway: Gateway is read, not in force yet"
         in text
     )
 

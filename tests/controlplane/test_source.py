@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from controlplane.compiler import compile_snapshot, validate
 from controlplane.model.world import Settings
-from controlplane.source import State
+from controlplane.source import Key, State
 from controlplane.source.folder import Folder
 from controlplane.source.lastgood import LastGood
 from controlplane.source.manifests import ManifestError, parse
@@ -72,6 +72,20 @@ def test_the_api_version_is_no_part_of_the_key(tmp_path: Path) -> None:
         "two objects of one name" in f.reason and f.object == "DestinationRule default/a"
         for f in state.faults
     )
+
+
+@pytest.mark.parametrize(
+    ("key", "shown"),
+    [
+        (Key("security.istio.io", "AuthorizationPolicy", "shop", "a"), "AuthorizationPolicy.security.istio.io shop/a"),
+        (Key("policy.linkerd.io", "AuthorizationPolicy", "shop", "a"), "AuthorizationPolicy.policy.linkerd.io shop/a"),
+        (Key("gateway.networking.k8s.io", "Gateway", "shop", "a"), "Gateway.gateway.networking.k8s.io shop/a"),
+        (Key("networking.istio.io", "VirtualService", "shop", "a"), "VirtualService shop/a"),
+        (Key("", "Namespace", "", "shop"), "Namespace shop"),
+    ],
+)  # fmt: skip
+def test_a_kind_of_several_groups_is_named_with_its_group(key: Key, shown: str) -> None:
+    assert str(key) == shown
 
 
 def test_a_namespace_that_is_not_named_is_default(tmp_path: Path) -> None:

@@ -392,7 +392,7 @@ async def test_bad_configuration_never_reaches_clients(harness: Harness) -> None
         assert controller.snapshot.version == good
         (finding,) = await harness.page("/debug/findings")
         assert finding["file"] == "policy.yaml"
-        assert finding["object"] == "AuthorizationPolicy default/deny"
+        assert finding["object"] == "AuthorizationPolicy.security.istio.io default/deny"
         assert finding["field"] == "spec.rules[0].to[0].operation.ports[0]"
         assert "'many' is no port" in finding["message"]
         assert "its last good version stays" in finding["action"]
