@@ -11,7 +11,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import math
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -37,9 +39,15 @@ PATIENCE = 20.0
 #: Seconds that a listener is kept when a newer one has come in its place: connections may be on their way to it.
 LINGER = 3.0
 _SO_COOKIE = 57
-#: Sockets kept ready for each pod, and the most asked for at once.
+#: Sockets kept ready for each pod at least, and the most asked for at once.
 STOCK = {Purpose.OUTBOUND: 2, Purpose.DELIVERY: 8}
 _MOST = 32
+#: A pod's stock lasts this many seconds at the rate of its last ones, so that nobody waits for an agent that restarts (kubelet
+#: backs off for ten seconds), up to this many sockets; all stocks together take this part of the descriptors at most.
+RESERVE = 20.0
+STOCK_MOST = 512
+_DESCRIPTORS = 1 / 8
+_RATE_KEPT = 0.8  #: of a rate that was higher, each second
 
 SocketWaiter = Callable[[socket.socket | None], None]
 
@@ -90,9 +98,28 @@ class PodOwner(Protocol):
 
 @dataclass(eq=False)
 class _Stock:
+    least: int
     ready: collections.deque[socket.socket] = field(default_factory=collections.deque)
     waiters: collections.deque[tuple[SocketWaiter, Timer]] = field(default_factory=collections.deque)
     asked: int = 0
+    target: int = 0
+    taken: int = 0  #: in this second
+    rate: float = 0.0  #: a second
+
+    def __post_init__(self) -> None:
+        self.target = self.least
+
+    def look(self) -> None:
+        """A second has passed: how many would be wanted."""
+        self.rate = max(self.taken, self.rate * _RATE_KEPT)
+        self.taken = 0
+        self.target = max(self.least, min(STOCK_MOST, math.ceil(self.rate * RESERVE)))
+
+    def trim(self) -> None:
+        """What is wanted no more."""
+        if len(self.ready) > 2 * self.target:
+            while len(self.ready) > self.target:
+                self.ready.pop().close()
 
 
 class AgentClient:
@@ -114,6 +141,8 @@ class AgentClient:
         self._named: set[tuple[str, int]] = set()
         self._sweep: Timer | None = None
         self._complained = False
+        self._most_ready = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0] * _DESCRIPTORS)
+        loop.later(1.0, self._look)
 
     # --- connection -------------------------------------------------------------------------------------------------
 
@@ -317,7 +346,8 @@ class AgentClient:
         if pod.withdrawn:
             callback(None)
             return
-        stock = self._stocks.setdefault(key, _Stock())
+        stock = self._stocks.setdefault(key, _Stock(STOCK[purpose]))
+        stock.taken += 1
         if stock.ready:
             sock = stock.ready.popleft()
             self._fill(key)
@@ -337,10 +367,9 @@ class AgentClient:
     def _fill(self, key: tuple[str, int, Purpose]) -> None:
         if not self.connected or key[:2] not in self.pods:
             return
-        stock = self._stocks.setdefault(key, _Stock())
-        target = STOCK[key[2]]
-        missing = target + len(stock.waiters) - len(stock.ready) - stock.asked
-        if not stock.waiters and missing * 2 < target:
+        stock = self._stocks.setdefault(key, _Stock(STOCK[key[2]]))
+        missing = stock.target + len(stock.waiters) - len(stock.ready) - stock.asked
+        if not stock.waiters and missing * 2 < stock.target:
             return  # not one by one
         while missing > 0:
             count = min(missing, _MOST)
@@ -349,6 +378,20 @@ class AgentClient:
             self._last_request += 1
             self._requests[self._last_request] = (key, count)
             self._send(api.GetSockets(self._last_request, *key, count))
+
+    def _look(self) -> None:
+        """Every second: stocks follow what is taken from them. Without an agent they stay, for nothing can be had back."""
+        self._loop.later(1.0, self._look)
+        if not self.connected:
+            return
+        for stock in self._stocks.values():
+            stock.look()
+        total = sum(stock.target for stock in self._stocks.values())
+        for key, stock in self._stocks.items():
+            if total > self._most_ready:
+                stock.target = max(stock.least, stock.target * self._most_ready // total)
+            stock.trim()
+            self._fill(key)
 
     def _sockets(self, message: api.Sockets, fds: list[int]) -> None:
         key, count = self._requests.pop(message.id, (None, 0))

@@ -229,6 +229,34 @@ def test_the_agent_goes_and_comes_back(world: World, server: Server):
         assert sock.recv(10) == b"four"
 
 
+def test_what_was_usual_goes_on_while_the_agent_restarts(world: World, server: Server):
+    """Who had forty connections in a second has as many for ten more, of which none waits for an agent."""
+    world.ready()
+
+    def once() -> float:
+        began = time.monotonic()
+        with world.dial(server.port) as sock:
+            sock.sendall(b"x")
+            assert sock.recv(10) == b"x"
+        return time.monotonic() - began
+
+    deadline = time.monotonic() + 1.5
+    while time.monotonic() < deadline:
+        for _ in range(10):
+            once()
+        time.sleep(0.05)
+    wait_until(
+        lambda: any(len(s.ready) >= 400 for s in world.b.client._stocks.values()), "the stock is filled", 10
+    )
+    world.a.agent.stop()
+    world.b.agent.stop()
+    assert max(once() for _ in range(400)) < 1.0
+    world.a.agent.start()
+    world.b.agent.start()
+    # What nobody takes any more is not kept.
+    wait_until(lambda: all(len(s.ready) <= 256 for s in world.b.client._stocks.values()), "it shrinks", 20)
+
+
 def test_a_withdrawn_pod_loses_everything(world: World, server: Server):
     with world.dial(server.port) as sock:
         sock.sendall(b"one")
