@@ -32,11 +32,11 @@ _LEEWAY = 5
 
 
 class Mismatch(Exception):
-    """The token is not what it claims to be: signature, issuer, audience or time."""
+    """The token is not what it claims to be: signature, audience or time."""
 
 
-class UnknownKey(Exception):
-    """The token's key is not known (yet)."""
+class UnknownIssuer(Exception):
+    """The token's key, or the issuer that it names, is not known (yet)."""
 
 
 class Issuer:
@@ -88,7 +88,7 @@ class Issuer:
         """Check signature, issuer, audience and time (``now``: seconds since the epoch).
 
         :raises Mismatch: the token is no good.
-        :raises UnknownKey: its key is not known, nor to be had now.
+        :raises UnknownIssuer: its key, or who it says has issued it, is not known, nor to be had now.
         """
         if key_id not in self._ids:
             async with self._asking:
@@ -96,13 +96,11 @@ class Issuer:
                     await self.fetch()
         keys = self._keys
         if keys is None or key_id not in self._ids:
-            raise UnknownKey
+            raise UnknownIssuer("the issuer's key is not known")
         try:
             claims = jwt.decode(token, keys, algorithms=_ALGORITHMS).claims
         except (JoseError, ValueError, TypeError) as e:
             raise Mismatch(f"signature: {e}") from e
-        if claims.get("iss") != self._name:
-            raise Mismatch("the token is another issuer's")
         audiences = claims.get("aud")
         if not isinstance(audiences, list) or audience not in audiences:
             raise Mismatch("the token is for another audience")
@@ -111,6 +109,9 @@ class Issuer:
             raise Mismatch("the token does not say when it ends")
         if not not_before - _LEEWAY <= now < expires:
             raise Mismatch("the token's time is not now")
+        if claims.get("iss") != self._name:
+            # A cluster may have several issuers, of which only the first is told, and may be given another one at any time.
+            raise UnknownIssuer("the issuer is not the one that is known")
 
     def _take(self, document: Mapping[str, Any]) -> None:
         name, keys = document["issuer"], KeySet.import_key_set(document["keys"])

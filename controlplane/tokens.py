@@ -24,7 +24,7 @@ from typing import Any
 from common import logs
 from common.kubernetes import ApiError, Client, Unreachable
 from controlplane.credentials import RIGHTS, Caller, CredentialsUnavailable
-from controlplane.issuer import Issuer, Mismatch, UnknownKey
+from controlplane.issuer import Issuer, Mismatch, UnknownIssuer
 
 _log = logs.get(__name__)
 
@@ -145,14 +145,13 @@ class TokenReviewCredentials:
         return ""
 
     async def _check(self, token: str, claims: Claims) -> _Entry:
-        signed = False
+        unknown = ""
         try:
             await self._issuer.verify(token, claims.key_id, AUDIENCE, self._clock())
-            signed = True
         except Mismatch as e:
             return self._refuse(claims, str(e))
-        except UnknownKey:
-            pass  # the API server has to say
+        except UnknownIssuer as e:
+            unknown = str(e)  # the API server has to say
         if self._monotonic() >= self._away_until:
             try:
                 async with asyncio.timeout(_REVIEW_TIMEOUT), self._slots:
@@ -161,8 +160,8 @@ class TokenReviewCredentials:
             except (ApiError, Unreachable, TimeoutError) as e:
                 self._away_until = self._monotonic() + _AWAY
                 _log.warning("token cannot be reviewed", error=str(e) or type(e).__name__)
-        if not signed:
-            raise CredentialsUnavailable("the API server is away, and the issuer's key is not known")
+        if unknown:
+            raise CredentialsUnavailable(f"the API server is away, and of the token {unknown}")
         pod = self._find_pod(claims.caller.namespace, claims.caller.pod)
         if pod is None or pod["metadata"].get("uid") != claims.caller.uid:
             raise CredentialsUnavailable("the API server is away, and the pod is not known")
@@ -204,9 +203,7 @@ def read_claims(token: str, namespace: str) -> Claims | None:
     """What a bound token says, if it is one of ours: our audience, one of our accounts, a pod and its node."""
     try:
         header, payload, _ = token.split(".")
-        head, body = (
-            json.loads(base64.urlsafe_b64decode(p + "=" * (-len(p) % 4))) for p in (header, payload)
-        )
+        head, body = _json(header), _json(payload)
         audiences = body["aud"]
         bound = body["kubernetes.io"]
         account = bound["serviceaccount"]["name"]
@@ -219,7 +216,7 @@ def read_claims(token: str, namespace: str) -> Claims | None:
             uid=bound["pod"]["uid"],
         )
         key_id, expires, subject = head.get("kid", ""), float(body["exp"]), body["sub"]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
     texts = (caller.node, caller.pod, caller.uid, key_id)
     if (

@@ -195,6 +195,42 @@ async def test_without_the_api_server(world: World) -> None:
     assert await again.caller(unknown) is not None, "the API server is back"
 
 
+async def test_another_issuer_of_the_cluster_is_for_the_api_server_to_know(world: World) -> None:
+    """``--service-account-issuer`` may be given several times, and be changed: what is signed by a known key is asked about."""
+    token = await world.pod("proxy-1")
+    assert await world.credentials.caller(token) is not None
+    known = json.loads(world.keys.read_text())
+    world.keys.write_text(json.dumps(known | {"issuer": "https://what-it-was-called-before.invalid"}))
+    again = world.make()
+    world.client.away = True
+    with pytest.raises(CredentialsUnavailable, match="issuer is not the one that is known"):
+        await again.caller(token)
+    world.client.away = False
+    world.later = 20
+    assert await again.caller(token) is not None
+
+
+def test_numbers_beyond_all_measure_are_no_claims() -> None:
+    claims = {
+        "aud": ["mycel.io"],
+        "sub": f"system:serviceaccount:{NAMESPACE}:mycel-agent",
+        "exp": 10**400,
+        "kubernetes.io": {
+            "namespace": NAMESPACE,
+            "serviceaccount": {"name": "mycel-agent"},
+            "pod": {"name": "p", "uid": "u"},
+            "node": {"name": "n"},
+        },
+    }
+
+    def token(**changes: Any) -> str:
+        parts = ({"kid": "k"}, claims | changes)
+        return ".".join(base64.urlsafe_b64encode(json.dumps(p).encode()).decode() for p in parts) + ".x"
+
+    assert read_claims(token(exp=1), NAMESPACE) is not None
+    assert read_claims(token(), NAMESPACE) is None
+
+
 async def test_keys_on_disk_that_are_broken_are_fetched_anew(world: World) -> None:
     token = await world.pod("proxy-1")
     for text in ("", "{}", '{"issuer": "x", "keys": {"keys": [{"kty": "?"}]}}', '{"issuer": 1, "keys": []}'):
