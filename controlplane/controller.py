@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from common import logs, spiffe
 from common.admin import AdminServer
 from common.tasks import Tasks
+from controlplane.api import Workload
 from controlplane.ca.authority import Authority, open_authority, utc_now
 from controlplane.ca.service import CertificateService
 from controlplane.clients import Clients
@@ -106,7 +107,9 @@ class Controller:
         self._gate = gate = Gate(backing.credentials, self._registry)
         room = Room()
         self._mesh = MeshService(self._publisher, gate, self.clients, room)
-        self._certificates = CertificateService(authority, self._publisher, gate, self._registry)
+        self._certificates = CertificateService(
+            authority, self._publisher, gate, self._registry, self._never_enrolled
+        )
         self._discovery = DiscoveryService(self._publisher, gate, self.clients, room)
         self._backing = backing
         self._programming = Programming()
@@ -237,6 +240,11 @@ class Controller:
             self._findings.labels(severity).set(count)
         self._changes.inc()
         return snapshot
+
+    def _never_enrolled(self, workload: Workload) -> bool:
+        """True for pods of a namespace outside of the mesh, and those with the node's network: neither ever changes."""
+        pod = self._compiled.get(Key("", "Pod", workload.namespace, workload.name))
+        return pod is None or workload.namespace in self._options.outside or bool(pod.spec.get("hostNetwork"))
 
     def _metrics(self) -> None:
         registry = self._registry

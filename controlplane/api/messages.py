@@ -17,7 +17,8 @@ API_PACKED = 2
 #: Bidirectional stream: the client sends Hello, then an Ack or Nack for each Update.
 METHOD_SUBSCRIBE = "/mycel.mesh.v1.Mesh/Subscribe"
 #: Unary: SignRequest to SignResponse. Errors are gRPC codes: UNAUTHENTICATED (credential), PERMISSION_DENIED (no live
-#: pod of that UID on the caller's node, or other names in the CSR), INVALID_ARGUMENT (CSR), UNAVAILABLE (not ready).
+#: pod of that UID on the caller's node, one that is never in the mesh, or other names in the CSR), INVALID_ARGUMENT (CSR),
+#: UNAVAILABLE (not ready).
 METHOD_SIGN = "/mycel.mesh.v1.CertificateAuthority/Sign"
 
 

@@ -1,6 +1,7 @@
 """The Sign call: which node asks, does the pod live there, and what is it called.
 
-A node gets certificates for its own pods only, as the current snapshot sees them. Names come from there, never from the caller.
+A node gets certificates for its own pods only, as the current snapshot sees them, and for none that can never be in the mesh: nobody
+needs those but who has stolen a node's token. Names come from the snapshot, never from the caller.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ class CertificateService:
         publisher: Publisher,
         gate: Gate,
         registry: CollectorRegistry,
+        never_enrolled: Callable[[api.Workload], bool],
         clock: Callable[[], datetime] = utc_now,
     ) -> None:
+        """``never_enrolled``: True for a pod that stays outside of the mesh whatever its labels come to say."""
         self._authority = authority
         self._publisher = publisher
         self._gate = gate
+        self._never_enrolled = never_enrolled
         self._clock = clock
         self._issued = Counter(
             "mycel_ca_certificates_issued", "Workload certificates signed.", ["node"], registry=registry
@@ -61,6 +65,9 @@ class CertificateService:
         if workload is None or workload.node != node:
             # One answer for both: a node learns nothing about other nodes' pods.
             reason = f"no live pod of UID {message.uid} on node {node}"
+            return await self._refuse(context, node, message.uid, grpc.StatusCode.PERMISSION_DENIED, reason)
+        if self._never_enrolled(workload):
+            reason = f"the pod of UID {message.uid} is never in the mesh"
             return await self._refuse(context, node, message.uid, grpc.StatusCode.PERMISSION_DENIED, reason)
         identity = spiffe.parse(workload.identity)
         try:

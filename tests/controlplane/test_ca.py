@@ -190,6 +190,8 @@ def test_the_servers_certificate_is_renewed(authority: Authority) -> None:
 async def serving(harness: Harness) -> AsyncIterator[Harness]:
     ended = pod("ended", "10.1.0.3", uid="uid-ended")
     ended["status"]["phase"] = "Succeeded"
+    node_network = pod("host", "192.0.2.1", "node-a", uid="uid-host")
+    node_network["spec"]["hostNetwork"] = True
     write(
         harness.config,
         "pods.yaml",
@@ -198,6 +200,8 @@ async def serving(harness: Harness) -> AsyncIterator[Harness]:
         pod("b", "10.2.0.1", "node-b", "web", uid="uid-b"),
         pod("new", node="node-a", uid="uid-new", ready=False),
         ended,
+        node_network,
+        pod("proxy", "192.0.2.1", "node-a", "kube-proxy", ns="kube-system", uid="uid-system"),
     )
     async with harness.serving():
         yield harness
@@ -241,6 +245,11 @@ async def test_sign_refuses(serving: Harness) -> None:
     for uid in ("uid-b", "uid-ended", "uid-nobody", ""):
         code, reason = await refused(serving, uid, request())
         assert (code, reason) == (denied, f"no live pod of UID {uid} on node node-a"), uid
+    for uid in ("uid-host", "uid-system"):
+        assert await refused(serving, uid, request()) == (
+            denied,
+            f"the pod of UID {uid} is never in the mesh",
+        )
     other = x509.UniformResourceIdentifier("spiffe://cluster.local/ns/default/sa/admin")
     assert (await refused(serving, "uid-a", request(None, other)))[0] is denied
     assert (await refused(serving, "uid-a", b"\x30\x00"))[0] is invalid
@@ -249,7 +258,7 @@ async def test_sign_refuses(serving: Harness) -> None:
             await _call(channel)(b"\xc1", metadata=bearer("node-a"))
         assert e.value.code() is invalid
     metrics = await serving.page("/metrics")
-    assert 'mycel_ca_requests_refused_total{code="PERMISSION_DENIED"} 5.0' in metrics
+    assert 'mycel_ca_requests_refused_total{code="PERMISSION_DENIED"} 7.0' in metrics
     assert 'mycel_ca_requests_refused_total{code="INVALID_ARGUMENT"} 2.0' in metrics
 
 
