@@ -245,16 +245,19 @@ def test_what_was_usual_goes_on_while_the_agent_restarts(world: World, server: S
         for _ in range(10):
             once()
         time.sleep(0.05)
-    wait_until(
-        lambda: any(len(s.ready) >= 400 for s in world.b.client._stocks.values()), "the stock is filled", 10
-    )
+
+    def stocks() -> list[int]:
+        return [len(stock.ready) for stock in world.b.client._stocks.values()]
+
+    wait_until(lambda: max(stocks()) >= 400, "the stock is filled", 10)
     world.a.agent.stop()
     world.b.agent.stop()
     assert max(once() for _ in range(400)) < 1.0
     world.a.agent.start()
     world.b.agent.start()
     # What nobody takes any more is not kept.
-    wait_until(lambda: all(len(s.ready) <= 256 for s in world.b.client._stocks.values()), "it shrinks", 20)
+    wait_until(lambda: max(stocks()) >= 400, "the stock is filled again", 10)
+    wait_until(lambda: max(stocks()) <= 256, "it shrinks", 30)
 
 
 def test_a_withdrawn_pod_loses_everything(world: World, server: Server):
