@@ -9,6 +9,7 @@ import time
 import pytest
 
 from agent import api
+from nodeproxy import agent_client
 from nodeproxy.accounting import Labels
 from tests.nodeproxy.fakes.apps import Server, echo, read_all
 from tests.nodeproxy.fakes.world import World, identity, wait_until
@@ -229,7 +230,9 @@ def test_the_agent_goes_and_comes_back(world: World, server: Server):
         assert sock.recv(10) == b"four"
 
 
-def test_what_was_usual_goes_on_while_the_agent_restarts(world: World, server: Server):
+def test_what_was_usual_goes_on_while_the_agent_restarts(
+    world: World, server: Server, monkeypatch: pytest.MonkeyPatch
+):
     """Who had forty connections in a second has as many for ten more, of which none waits for an agent."""
     world.ready()
 
@@ -257,6 +260,7 @@ def test_what_was_usual_goes_on_while_the_agent_restarts(world: World, server: S
     world.b.agent.start()
     # What nobody takes any more is not kept.
     wait_until(lambda: max(stocks()) >= 400, "the stock is filled again", 10)
+    monkeypatch.setattr(agent_client, "_RATE_KEPT", 0.1)
     wait_until(lambda: max(stocks()) <= 256, "it shrinks", 30)
 
 
