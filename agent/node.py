@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,9 @@ RETRY = 3.0
 
 #: Seconds between looks for what ended without a word.
 MAINTENANCE = 30.0
+
+#: The UID that kubelet gives a static pod, by its manifest; the API server's have hyphens.
+_STATIC_UID = re.compile(r"[0-9a-f]{32}")
 
 MESH_FILE = "mesh.msgpack"
 IDENTITIES_FILE = "identities.json"
@@ -167,7 +171,9 @@ class Node:
                 f"pod {workload.namespace}/{workload.name} is in the mesh and has no IPv4 address",
                 f"addresses: {', '.join(attachment.addresses) or 'none'}",
             )
-        attachment = msgspec.structs.replace(attachment, netns_cookie=cookie, netns_inode=inode)
+        attachment = msgspec.structs.replace(
+            attachment, pod_uid=workload.uid, netns_cookie=cookie, netns_inode=inode
+        )
         if workload.enrolled:
             # No process of it runs yet: nothing that could be cut off, and nothing that may pass.
             self._passages.adopt(cookie, Stage.ENROLLED, self._now())
@@ -175,7 +181,12 @@ class Node:
         self.pods.put(attachment)
         self._save_pods()
         outcome = await self._settled()
-        if reason := outcome.pods.get(cookie):
+        reason = outcome.pods.get(cookie, "")
+        if not reason and workload.enrolled and cookie not in self._programmer.programmed:
+            # Another replica of the controller may know less than the one before it.
+            now = self.mesh.workloads.get(workload.uid)
+            reason = "the controller took back what it said of it" if now is None or now.enrolled else ""
+        if reason:
             await self.delete(attachment.key)
             raise Refusal(protocol.ERR_TRY_AGAIN, "the kernel could not be programmed for the pod", reason)
         _log.info(
@@ -345,7 +356,7 @@ class Node:
             raise Refusal(protocol.ERR_REFUSED, "pod cannot be identified: it has no UID")
         try:
             async with asyncio.timeout(WORKLOAD_TIMEOUT):
-                while (workload := self.mesh.workloads.get(uid)) is None:
+                while (workload := self._known(attachment)) is None:
                     await self._mesh_changed.wait()
         except TimeoutError:
             said = (
@@ -373,6 +384,14 @@ class Node:
                     protocol.ERR_REFUSED, f"CNI_ARGS: {field} is {given!r}, but pod {uid} has {known!r}"
                 )
         return workload
+
+    def _known(self, attachment: Attachment) -> Workload | None:
+        workload = self.mesh.workloads.get(attachment.pod_uid)
+        if workload is not None or not _STATIC_UID.fullmatch(attachment.pod_uid):
+            return workload
+        # The API server knows a static pod by its mirror, which has another UID and the same name.
+        name = (attachment.pod_namespace, attachment.pod_name, self.name)
+        return next((w for w in self.mesh.workloads.values() if (w.namespace, w.name, w.node) == name), None)
 
     async def _settled(self) -> Outcome:
         """Wait for the first pass that begins from now on."""

@@ -291,6 +291,57 @@ async def test_a_pod_that_is_removed_while_add_waits_is_never_attached(world):
     assert world.pod_policy("web") is not None
 
 
+async def test_a_pod_that_the_controller_takes_back_while_add_waits_does_not_start(world, monkeypatch):
+    """Its other replica may be behind: the pod would run outside of the mesh until that catches up."""
+    await world.node.apply(complete(workload("web"), workload("other")))
+    write = Storage.write
+    updates: list[asyncio.Future[object]] = []
+
+    def meanwhile(self, name, data):
+        if name == PODS_FILE and not updates:
+            updates.append(asyncio.ensure_future(world.node.apply(complete(workload("other"), version="v2"))))
+        write(self, name, data)
+
+    monkeypatch.setattr(Storage, "write", meanwhile)
+    with pytest.raises(Refusal, match="could not be programmed") as refused:
+        await world.add("web")
+    assert refused.value.code == 11
+    await asyncio.gather(*updates)
+    assert len(world.node.pods) == 0
+    assert world.held() == set()
+    await world.node.apply(complete(workload("web"), version="v3"))
+    await world.add("web")
+    assert world.pod_policy("web") is not None
+
+
+async def test_a_static_pod_is_known_by_its_mirror(world, monkeypatch):
+    """Kubelet gives it a UID of its own, which no controller ever hears of."""
+    static = "0123456789abcdef0123456789abcdef"
+    monkeypatch.setattr("agent.node.WORKLOAD_TIMEOUT", 0.05)
+    with pytest.raises(Refusal, match="is not known"):
+        await world.add("web", pod_uid=static)
+    await world.node.apply(
+        complete(
+            workload("web"),
+            workload("outside", enrolled=False, addresses=("10.0.1.2",)),
+            workload("elsewhere", node="n2"),
+        )
+    )
+    await world.add("web", pod_uid=static)
+    assert world.pod_policy("web") is not None
+    assert [pod.uid for pod in world.node.enrolled()] == ["uid-web"]
+    await world.add("outside", "10.0.1.2", pod_uid=static.replace("0", "a"))
+    for name in ("elsewhere", "nobody"):
+        with pytest.raises(Refusal, match="is not known"):
+            await world.add(name, pod_uid=static.replace("0", "b"))
+    # Only kubelet's own: a pod that was made again under its name is another one.
+    with pytest.raises(Refusal, match="is not known"):
+        await world.add("web", pod_uid="4c1f8f8e-7f0a-4c0e-9e55-0123456789ab")
+    await world.delete("web")
+    await world.delete("outside")
+    assert world.kernel.pods() == {}
+
+
 async def test_a_full_disk_keeps_numbers_out_of_the_kernel_and_pods_not_in_it(world, monkeypatch):
     await world.node.apply(complete(workload("web")))
     await world.add("web")
