@@ -5,6 +5,7 @@ Owns the rule that a cgroup has one role, so that no process gets another's exem
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -65,7 +66,10 @@ class Roles:
 
     def forget_gone(self) -> None:
         """Remove the roles of cgroups that are no more (proxies of an earlier time)."""
-        alive = {os.stat(folder).st_ino for folder, _, _ in os.walk(self._hierarchy)}
+        alive = set()
+        for folder, _, _ in os.walk(self._hierarchy):
+            with contextlib.suppress(FileNotFoundError):  # containers end all the time
+                alive.add(os.stat(folder).st_ino)
         for cgroup_id, role in self._kernel.roles().items():
             if cgroup_id not in alive:
                 self._kernel.set_role(cgroup_id, Role.NONE)
@@ -117,6 +121,11 @@ class Roles:
             # Of an earlier time: what runs there now is what counts, and it is one of ours.
             _log.warning("cgroup changes its role", cgroup=str(cgroup.path), old=before.name, new=role.name)
         try:
-            self._kernel.set_role(cgroup.id, role)
+            try:
+                self._kernel.set_role(cgroup.id, role)
+            except MapFullError:
+                # A proxy that crashes again and again has another cgroup each time.
+                self.forget_gone()
+                self._kernel.set_role(cgroup.id, role)
         except (KernelError, MapFullError) as error:
             raise RoleError(f"cgroup {cgroup.path}: {error}") from None

@@ -1,4 +1,4 @@
-"""Whose pod a process is, by its cgroup."""
+"""Whose pod a process is, by its cgroup, and which cgroups have a role."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from agent import api
-from agent.processes import Cgroup
+from agent.kernel import MapFullError
+from agent.processes import Cgroup, cgroup
 from agent.proxies import ProxyRefused
-from agent.roles import vouch
+from agent.roles import Roles, vouch
+from bpf.wire import Role
 from controlplane.api import Workload
+from tests.agent.fakes import FakeKernel
 
 UID = "0e1f2d3c-aaaa-4bbb-8ccc-0123456789ab"
 PATHS = [
@@ -49,3 +52,39 @@ def test_anothers(path: str, namespace: str, account: str):
 def test_who_is_not_known_is_not_anothers():
     for path in (PATHS[0], "/sys/fs/cgroup/system.slice/mycel-nodeproxy.service"):
         vouch(api.Role.NODEPROXY, Cgroup(Path(path), 7), namespace="mycel-system", workloads={})
+
+
+class SmallKernel(FakeKernel):
+    """Has room for three roles."""
+
+    def set_role(self, cgroup_id: int, role: Role) -> None:
+        if role is Role.NONE:
+            self.fake_roles.pop(cgroup_id, None)
+        elif len(self.fake_roles | {cgroup_id: role}) > 3:
+            raise MapFullError(7, "no room for another element")
+        else:
+            self.fake_roles[cgroup_id] = role
+
+
+def test_proxies_that_are_gone_make_room(tmp_path: Path):
+    """One that crashes again and again has a cgroup of its own each time, and the agent lives on."""
+    kernel = SmallKernel()
+    roles = Roles(kernel, own=None, hierarchy=tmp_path)
+    living = []
+    for number in range(20):
+        folder = tmp_path / f"pod{number}"
+        folder.mkdir()
+        living.append(folder)
+        roles.register(api.Role.NODEPROXY, cgroup(folder))
+        if number >= 2:
+            # The number of a folder that is gone may be the next one's, which a cgroup's never is.
+            living.pop(0).rename(tmp_path.with_name(f"{tmp_path.name}-{number}"))
+    assert {cgroup(folder).id for folder in living} <= kernel.roles().keys()
+    more = tmp_path / "more"
+    more.mkdir()
+    kernel.fake_roles = {cgroup(folder).id: Role.NODEPROXY for folder in living} | {
+        cgroup(tmp_path).id: Role.L7PROXY
+    }
+    with pytest.raises(ProxyRefused, match="no room"):
+        roles.register(api.Role.NODEPROXY, cgroup(more))
+    kernel.close()
