@@ -136,7 +136,7 @@ def _retries(retries: Mapping[str, Any], path: str) -> Iterator[Problem]:
         yield f"{path}.attempts", "is negative"
     for term in (retries.get("retryOn") or "").split(","):
         term = term.strip()
-        if term and term not in _RETRY_ON and not (term.isdigit() and 100 <= int(term) <= 599):
+        if term and term not in _RETRY_ON and not _between(term, 100, 599):
             yield f"{path}.retryOn", f"{term!r} is no retry condition and no HTTP status"
 
 
@@ -223,8 +223,13 @@ def _condition(condition: Mapping[str, Any], path: str) -> Iterator[Problem]:
 
 
 def _port(value: str, path: str) -> Iterator[Problem]:
-    if not (value.isdigit() and 1 <= int(value) <= 65535):
+    if not _between(value, 1, 65535):
         yield path, f"{value!r} is no port: port must be between 1-65535"
+
+
+def _between(text: str, low: int, high: int) -> bool:
+    """Whether it is a number from ``low`` to ``high``, in ASCII digits and no more of them than :class:`int` takes."""
+    return text.isascii() and text.isdigit() and len(text) <= 20 and low <= int(text) <= high
 
 
 def _block(value: str, path: str) -> Iterator[Problem]:

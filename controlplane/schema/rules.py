@@ -27,12 +27,16 @@ def duration(text: str) -> float:
     sign, rest = (-1, text[1:]) if text.startswith("-") else (1, text.removeprefix("+"))
     if rest == "0":
         return 0.0
-    parts = _DURATION.findall(rest)
-    if not parts or "".join(n + u for n, u in parts) != rest:
-        raise ValueError(f"{text!r} is no duration (like 5s, 100ms, 1h30m)")
-    seconds = sum(float(n) * _SECONDS[u] for n, u in parts)
+    seconds, at = 0.0, 0
+    while not at or at < len(rest):
+        # Not findall: it would begin anew at each of a million digits without a unit.
+        part = _DURATION.match(rest, at)
+        if part is None:
+            raise ValueError(f"{text[:60]!r} is no duration (like 5s, 100ms, 1h30m)")
+        seconds += float(part[1]) * _SECONDS[part[2]]
+        at = part.end()
     if seconds > _LONGEST_S:
-        raise ValueError(f"{text!r} is no duration: longer than {_LONGEST_S} seconds")
+        raise ValueError(f"{text[:60]!r} is no duration: longer than {_LONGEST_S} seconds")
     return sign * seconds
 
 
