@@ -57,6 +57,7 @@ class Leader:
         self._clock = clock
         self._seen: dict[str, Any] = {}  #: the Lease's spec as it was seen last, and since when
         self._seen_at = 0.0
+        self._renewed_at = 0.0  #: no later than the last write of ours: others count from when they see that
         self._complained = ""
         self.leading = False
         self._gauge = Gauge(
@@ -67,7 +68,7 @@ class Leader:
         """Take part until cancelled; then the Lease is given up."""
         try:
             while True:
-                if await self._attempt():
+                if await self._attempt(self._times.deadline):
                     await self._lead()
                 await asyncio.sleep(self._times.retry)
         finally:
@@ -80,15 +81,13 @@ class Leader:
         """Work and renew, until the Lease could not be renewed in time or the work fails."""
         self._set(True)
         work = asyncio.ensure_future(self._work())
-        renewed = self._clock()
         try:
             while True:
-                await asyncio.wait({work}, timeout=self._times.retry)
+                await asyncio.wait({work}, timeout=max(min(self._times.retry, self._left()), 0.0))
                 if work.done():
                     break
-                if await self._attempt():
-                    renewed = self._clock()
-                elif self._clock() - renewed >= self._times.deadline or self._holder() != self._identity:
+                renewed = self._left() > 0 and await self._attempt(self._left())
+                if not renewed and (self._left() <= 0 or self._holder() != self._identity):
                     _log.warning("no longer leader: the lease was not renewed", lease=LEASE)
                     break
         finally:
@@ -98,15 +97,23 @@ class Leader:
             if not work.cancelled() and (error := work.exception()) is not None:
                 _log.exception("the leader's work failed; it is taken up again", error)
 
+    def _left(self) -> float:
+        """Seconds that a leader has still to renew the Lease in."""
+        return self._renewed_at + self._times.deadline - self._clock()
+
     def _holder(self) -> str:
         """Who held the Lease when it was seen last."""
         return self._seen.get("holderIdentity") or ""
 
-    async def _attempt(self) -> bool:
-        """Take or renew the Lease, if it may be taken; True if it is ours now."""
+    async def _attempt(self, patience: float) -> bool:
+        """Take or renew the Lease, if it may be taken, within ``patience`` seconds; True if it is ours now."""
+        began = self._clock()
         try:
-            async with asyncio.timeout(self._times.deadline / 2):
-                return await self._take()
+            async with asyncio.timeout(min(patience, self._times.deadline / 2)):
+                taken = await self._take()
+            if taken:
+                self._renewed_at = began
+            return taken
         except ApiError as e:
             if e.reason == "Conflict":
                 return False  # somebody was faster

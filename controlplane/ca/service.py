@@ -1,7 +1,7 @@
 """The Sign call: which node asks, does the pod live there, and what is it called.
 
-A node gets certificates for its own pods only, as the current snapshot sees them, and for none that can never be in the mesh: nobody
-needs those but who has stolen a node's token. Names come from the snapshot, never from the caller.
+A node gets certificates for its own pods only, as the current snapshot sees them, and for none that can never be in the mesh:
+nobody needs those but who has stolen a node's token. Names come from the snapshot, never from the caller.
 """
 
 from __future__ import annotations

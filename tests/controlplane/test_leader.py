@@ -30,6 +30,26 @@ class Cut(Client):
         return await super().replace(path, body, **params)
 
 
+class Slow(Client):
+    """A client whose writes are carried out at once and answered late; after ``last`` it gets no answer any more."""
+
+    delay = 0.8
+    landed = 0.0
+    last = False
+    silent = False
+
+    async def get(self, path: str, **params: Any) -> dict[str, Any]:
+        if self.silent:
+            await asyncio.Event().wait()
+        return await super().get(path, **params)
+
+    async def replace(self, path: str, body: Mapping[str, Any], **params: Any) -> dict[str, Any]:
+        answer = await super().replace(path, body, **params)
+        self.landed, self.silent = time.monotonic(), self.last
+        await asyncio.sleep(self.delay)
+        return answer
+
+
 class Replica:
     """One that takes part; what it worked on is counted."""
 
@@ -65,8 +85,8 @@ class World:
         self.replicas: list[Replica] = []
         self.clients: list[Client] = []
 
-    async def join(self, name: str) -> Replica:
-        client = await Cut(self.access).__aenter__()
+    async def join(self, name: str, kind: type[Client] = Cut) -> Replica:
+        client = await kind(self.access).__aenter__()
         self.clients.append(client)
         replica = Replica(client, self.namespace, name)
         self.replicas.append(replica)
@@ -139,6 +159,26 @@ async def test_who_cannot_renew_stops_before_another_begins(world: World) -> Non
     a.client.away = False
     await asyncio.sleep(1.0)
     assert not a.leader.leading
+
+
+async def test_slow_answers_give_a_leader_no_more_time(world: World) -> None:
+    """Others count from when a write is carried out, not from when its writer hears of it."""
+    a = await world.join("a", Slow)
+    await eventually(lambda: leads(a))
+    assert isinstance(a.client, Slow)
+    a.client.last = True
+
+    async def cut_off() -> bool:
+        assert isinstance(a.client, Slow)
+        return a.client.silent
+
+    await eventually(cut_off)
+
+    async def stopped() -> bool:
+        return a.working == 0
+
+    await eventually(stopped)
+    assert time.monotonic() - a.client.landed < TIMES.duration
 
 
 async def test_the_clock_of_whoever_wrote_it_means_nothing(world: World) -> None:
