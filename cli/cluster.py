@@ -7,8 +7,10 @@ the API server's proxy to its pod, so that nobody needs a route to pods, only th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -19,6 +21,9 @@ from deploy import crds, parts
 
 Json = dict[str, Any]
 T = TypeVar("T")
+
+#: Seconds until a watch that broke is tried again.
+_AGAIN = 0.5
 
 
 class NoCluster(Exception):
@@ -107,6 +112,49 @@ class Cluster:
                 return False
             raise
         return True
+
+    @contextmanager
+    def watching(self, path: str, seen: Callable[[Json, bool], object], **params: Any) -> Iterator[None]:
+        """``seen`` is told of each object of a collection and of each change, with True of an object's last state: it is gone.
+
+        From another thread, and on until the context is left, also over interruptions.
+
+        :raises Unreachable: the API server does not answer at the beginning.
+        :raises ApiError: it refuses at the beginning.
+        """
+        opened = threading.Event()
+        task = asyncio.run_coroutine_threadsafe(self._follow(path, seen, opened, params), self._loop)
+        task.add_done_callback(lambda _: opened.set())
+        opened.wait()
+        if task.done():
+            task.result()
+        try:
+            yield
+        finally:
+            task.cancel()
+
+    async def _follow(
+        self, path: str, seen: Callable[[Json, bool], object], opened: threading.Event, params: dict[str, Any]
+    ) -> None:
+        while True:
+            try:
+                there = await self._client.list(path, **params)
+                for one in there["items"]:
+                    seen(one, False)
+                version = there["metadata"]["resourceVersion"]
+                opened.set()
+                async with contextlib.aclosing(
+                    self._client.watch(path, resourceVersion=version, **params)
+                ) as events:
+                    async for event in events:
+                        if event["type"] != "BOOKMARK":
+                            seen(event["object"], event["type"] == "DELETED")
+            except (kubernetes.Unreachable, ApiError) as error:
+                if not opened.is_set():
+                    if isinstance(error, ApiError):
+                        raise
+                    raise Unreachable(f"the API server at {self.server} does not answer: {error}") from error
+                await asyncio.sleep(_AGAIN)
 
     def missing_definitions(self, projects: Iterable[str]) -> list[Json]:
         """Definitions of these projects that the cluster has not. :raises ValueError: a project that is none."""

@@ -9,31 +9,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from cli.cluster import Cluster, Json
 from common.kubernetes import ApiError, path_of
+from controlplane.source import Key
 from deploy import manifests, parts
 from deploy.values import Values
 
 _INTERVAL = 0.3
+#: Seconds until the end of a pod that is gone has been told of.
+_TOLD = 3.0
 
-#: What the cluster itself puts into every namespace.
-_ANYBODYS = {("ConfigMap", "kube-root-ca.crt"), ("ServiceAccount", "default")}
-#: Where somebody may have put something of theirs.
-_PLACES = (
-    ("v1", "ConfigMap", "configmaps"),
-    ("v1", "PersistentVolumeClaim", "persistentvolumeclaims"),
-    ("v1", "Pod", "pods"),
-    ("v1", "Secret", "secrets"),
-    ("v1", "Service", "services"),
-    ("v1", "ServiceAccount", "serviceaccounts"),
-    ("apps/v1", "DaemonSet", "daemonsets"),
-    ("apps/v1", "Deployment", "deployments"),
-    ("apps/v1", "StatefulSet", "statefulsets"),
-    ("batch/v1", "CronJob", "cronjobs"),
-    ("batch/v1", "Job", "jobs"),
-)
+#: What the cluster itself, or a control plane in it, puts into every namespace.
+_ANYBODYS = {
+    ("ConfigMap", "kube-root-ca.crt"),
+    ("ConfigMap", "istio-ca-root-cert"),
+    ("ServiceAccount", "default"),
+}
+#: What happened; nobody's property.
+_EVENTS = {("", "events"), ("events.k8s.io", "events")}
 
 
 class UninstallError(Exception):
@@ -77,37 +73,66 @@ def _agents(cluster: Cluster, path: str, timeout: float, say: Callable[[str], An
 
     :raises UninstallError: some have not.
     """
-    pods = {pod["metadata"]["name"]: pod for pod in cluster.pods(parts.AGENT)}
-    # In the foreground: it is there, and going, until its pods have ended.
-    if not cluster.delete(path, propagationPolicy="Foreground") and not pods:
-        return
-    say(f"agents: asked to leave {len(pods)} nodes")
-    ended: dict[str, int] = {}
-    deadline = time.monotonic() + timeout
-    while True:
-        there = {pod["metadata"]["name"]: pod for pod in cluster.pods(parts.AGENT)}
-        pods |= there
-        for name, pod in there.items():
-            for container in pod["status"].get("containerStatuses") or ():
-                if terminated := (container.get("state") or {}).get("terminated"):
-                    ended[name] = int(terminated["exitCode"])
-        if not there and cluster.find(path) is None:
-            break
-        if time.monotonic() > deadline:
-            raise _not_clean(
-                sorted(pod["spec"].get("nodeName", "?") for pod in there.values()), "has not ended"
-            )
-        time.sleep(_INTERVAL)
-    failed = sorted(pods[name]["spec"].get("nodeName", "?") for name, status in ended.items() if status)
-    if failed:
-        raise _not_clean(failed, "ended with an error")
+    selector = ",".join(f"{name}={value}" for name, value in parts.selector(parts.AGENT).items())
+    pods_path = path_of("v1", "pods", cluster.namespace)
+    # Each agent's pod as it was last: how it ended is told at its deletion, and never again.
+    pods: dict[str, Json] = {}
+    gone: set[str] = set()
+
+    def seen(pod: Json, deleted: bool) -> None:
+        name = pod["metadata"]["name"]
+        pods[name] = pod
+        if deleted:
+            gone.add(name)
+
+    with cluster.watching(pods_path, seen, labelSelector=selector):
+        # Evicted before, say: what it could have left, its successor takes away.
+        before = {name for name, pod in pods.items() if pod["status"].get("phase") in ("Succeeded", "Failed")}
+        # In the foreground: it is there, and going, until its pods have ended.
+        if not cluster.delete(path, propagationPolicy="Foreground") and not pods:
+            return
+        number = len({_node(pod) for pod in pods.values()})
+        say(f"agents: asked to leave {number} node{'' if number == 1 else 's'}")
+        deadline = time.monotonic() + timeout
+        while True:
+            there = cluster.all(pods_path, labelSelector=selector)
+            if not there and cluster.find(path) is None:
+                break
+            if time.monotonic() > deadline:
+                raise _not_clean({_node(pod): "has not ended" for pod in there})
+            time.sleep(_INTERVAL)
+        told = time.monotonic() + _TOLD
+        while not gone >= pods.keys() and time.monotonic() < told:
+            time.sleep(_INTERVAL / 10)
+        ended = {_node(pod): _how_ended(pod) for name, pod in list(pods.items()) if name not in before}
+    if wrong := {node: how for node, how in ended.items() if how}:
+        raise _not_clean(wrong)
     say("agents: gone, their nodes are clean")
 
 
-def _not_clean(nodes: list[str], what: str) -> UninstallError:
+def _how_ended(pod: Json) -> str:
+    """What is wrong with the end of an agent that is gone; empty if it has done all that it had to."""
+    if not pod["spec"].get("nodeName"):
+        return ""  # was never anywhere
+    for container in pod["status"].get("containerStatuses") or ():
+        state = container.get("state") or {}
+        if terminated := state.get("terminated"):
+            return f"ended with status {terminated['exitCode']}" if terminated["exitCode"] else ""
+        if "running" in state:
+            return "was not seen to end"
+    return "did not run when it was to leave"
+
+
+def _node(pod: Json) -> str:
+    return str(pod["spec"].get("nodeName") or "no node")
+
+
+def _not_clean(nodes: dict[str, str]) -> UninstallError:
+    """:param nodes: what is wrong with the agent of each."""
+    seen = "; ".join(f"the agent on {node} {what}" for node, what in sorted(nodes.items()))
     return UninstallError(
-        f"the agent {what} on {', '.join(nodes)}: nothing else was removed, so that it can go on; when a node is gone for "
-        "good, delete its Node object; to clean one by hand run mycel-agent --leave on it; then call this again"
+        f"{seen}: nothing else was removed, so that it can go on. When a node is gone for good, delete its Node object; "
+        "to clean one by hand run mycel-agent --leave on it; then call this again"
     )
 
 
@@ -163,17 +188,66 @@ def _namespace(cluster: Cluster, timeout: float) -> list[str]:
 
 
 def _foreign(cluster: Cluster) -> list[str]:
-    """What there is in the namespace that is neither ours nor the cluster's own."""
-    found = []
-    for version, kind, plural in _PLACES:
+    """What there is in the namespace, of any kind, that is neither ours nor the cluster's own: all of it would go with it."""
+
+    def look(kind: _Namespaced) -> list[str]:
         try:
-            objects = cluster.all(path_of(version, plural, cluster.namespace))
+            objects = cluster.all(path_of(kind.version, kind.plural, cluster.namespace))
         except ApiError as error:
-            found.append(f"{plural} that you may not see ({error.status})")
+            return [f"{kind.plural} that you may not see ({error.status})"]
+        return [
+            str(Key(kind.group, kind.kind, "", one["metadata"]["name"]))
+            for one in objects
+            if not _derived(one) and (kind.kind, one["metadata"]["name"]) not in _ANYBODYS
+        ]
+
+    with ThreadPoolExecutor(8) as pool:
+        kinds, unknown = _kinds(cluster, pool)
+        return [*unknown, *(text for found in pool.map(look, kinds) for text in found)]
+
+
+def _derived(one: Json) -> bool:
+    """Ours, on its way out, or made from another object and going with that."""
+    meta = one["metadata"]
+    ours = (meta.get("labels") or {}).get("app.kubernetes.io/name") == "mycel"
+    return ours or bool(meta.get("deletionTimestamp") or meta.get("ownerReferences"))
+
+
+class _Namespaced(NamedTuple):
+    """A kind whose objects live in namespaces."""
+
+    group: str
+    version: str  #: with the group, as in apiVersion
+    plural: str
+    kind: str
+
+
+def _kinds(cluster: Cluster, pool: ThreadPoolExecutor) -> tuple[list[_Namespaced], list[str]]:
+    """Every kind that somebody may make objects of in a namespace, and groups of which nobody can tell."""
+    groups = cluster.get("/apis")["groups"]
+    versions = ["v1", *(one["groupVersion"] for group in groups for one in group["versions"])]
+
+    def read(version: str) -> list[_Namespaced] | str:
+        try:
+            found = cluster.get(f"/apis/{version}" if "/" in version else f"/api/{version}")["resources"]
+        except ApiError as error:
+            if error.status == 404:  # went a moment ago
+                return []
+            return f"objects of {version} that cannot be looked for ({error.status})"
+        group = version.rpartition("/")[0]
+        return [
+            _Namespaced(group, version, one["name"], one["kind"])
+            for one in found
+            if one["namespaced"] and {"list", "delete"} <= set(one["verbs"]) and "/" not in one["name"]
+        ]
+
+    kinds: dict[tuple[str, str], _Namespaced] = {}
+    unknown = []
+    for answer in pool.map(read, versions):
+        if isinstance(answer, str):
+            unknown.append(answer)
             continue
-        for one in objects:
-            meta = one["metadata"]
-            ours = (meta.get("labels") or {}).get("app.kubernetes.io/name") == "mycel"
-            if not ours and not meta.get("deletionTimestamp") and (kind, meta["name"]) not in _ANYBODYS:
-                found.append(f"{kind} {meta['name']}")
-    return found
+        for kind in answer:
+            if (kind.group, kind.plural) not in _EVENTS:
+                kinds.setdefault((kind.group, kind.plural), kind)
+    return list(kinds.values()), unknown
