@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from common import logs, spiffe
+from common import descriptors, logs, spiffe
 from common.kubernetes import AccessError
 from controlplane import cluster
 from controlplane.ca.authority import AuthorityError
@@ -24,6 +24,7 @@ def main() -> None:
     parser = _parser()
     arguments = parser.parse_args()
     logs.setup_from(arguments)
+    descriptors.raise_limit()
     if arguments.kubernetes:
         if not arguments.namespace:
             parser.error("--kubernetes needs --namespace")

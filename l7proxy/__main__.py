@@ -12,7 +12,7 @@ from pathlib import Path
 import uvloop
 from prometheus_client import CollectorRegistry
 
-from common import logs
+from common import descriptors, logs
 from common.admin import AdminServer
 from l7proxy.accesslog import AccessLog
 from l7proxy.resources import TYPES, Resources
@@ -48,6 +48,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 async def _run(arguments: argparse.Namespace) -> None:
+    descriptors.raise_limit()
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

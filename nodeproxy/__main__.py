@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 from prometheus_client.process_collector import ProcessCollector
 
-from common import logs
+from common import descriptors, logs
 from common.admin import AdminServer
 from controlplane.api import SignRequest
 from nodeproxy.controller import Controller
@@ -52,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    _raise_descriptors()
+    descriptors.raise_limit()
     loop = Loop()
     controllers: list[Controller] = []
 
@@ -96,12 +95,6 @@ def _run(options: argparse.Namespace) -> int:
         admin.close()
         loop.shutdown()
     return 0
-
-
-def _raise_descriptors() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

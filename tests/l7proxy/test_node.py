@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -30,6 +31,8 @@ from tests.l7proxy.fakes import xds
 from tests.l7proxy.fakes.agent import FakeAgent
 from tests.l7proxy.fakes.backend import Backend, Request, respond
 from tests.requirements import ROOT
+
+NOFILE = resource.RLIMIT_NOFILE
 
 
 async def test_a_withdrawn_pod_loses_everything(mesh: Mesh) -> None:
@@ -539,18 +542,21 @@ async def test_the_process_serves_from_disk_and_stops(tmp_path: Path) -> None:
     for name in ("roots.pem", "token"):
         (tmp_path / name).write_text("none")
     admin = 20000 + os.getpid() % 20000
+    _, hard = resource.getrlimit(NOFILE)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "l7proxy", "--node", "node-a", "--run", str(tmp_path), "--controller", "127.0.0.1:1"),
         *("--roots", str(tmp_path / "roots.pem"), "--credential", str(tmp_path / "token")),
         *("--admin", f"127.0.0.1:{admin}", "--access-log", str(tmp_path / "access.log"), "--drain", "1"),
         *("--state", str(tmp_path / "state"), "--log-format", "json"),
-        cwd=ROOT, stderr=asyncio.subprocess.PIPE,
+        cwd=ROOT, stderr=asyncio.subprocess.PIPE, preexec_fn=lambda: resource.setrlimit(NOFILE, (256, hard)),
     )  # fmt: skip
     try:
         await agent.connected()
         assert agent.hellos[0].kinds == (api.ListenerKind.OUTBOUND_L7,)
         address = agent.enroll("client")
         assert "ready" in await _ready_page(admin)
+        # A container's soft limit is low: the sockets in stock for a node's pods alone may be more.
+        assert resource.prlimit(process.pid, NOFILE) == (hard, hard)
         config: dict[str, Any] = json.loads(await _page(admin, "/config"))
         assert config["destinations"] == {f"{xds.VIP}:{xds.PORT}": xds.ROUTE_NAME}
         # Without a map of captured connections nothing is known of any: closed, never guessed.
