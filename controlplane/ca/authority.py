@@ -131,17 +131,30 @@ def open_authority(folder: Path, now: datetime) -> Authority:
 
     :raises AuthorityError: one of both is missing or broken, they are no pair, or the root has ended.
     """
+    root = read_root(folder, now)
+    if root is None:
+        root = make_root(now)
+        keep_root(folder, root)
+    return load_authority(root, str(folder), now)
+
+
+def read_root(folder: Path, now: datetime) -> Root | None:
+    """The root in ``folder``, if there is one.
+
+    :raises AuthorityError: as :func:`open_authority`.
+    """
     key_path, root_path = folder / "root.key", folder / "root.pem"
     if not key_path.exists() and not root_path.exists():
-        keep_root(folder, make_root(now))
+        return None
     try:
         root = Root(key_path.read_bytes(), root_path.read_bytes())
-        authority = load_authority(root, str(folder), now)
-        if key_path.stat().st_mode & 0o077:
-            raise AuthorityError(f"{key_path}: others may read it; chmod 600, and think about who did")
+        mode = key_path.stat().st_mode
     except OSError as e:
         raise AuthorityError(f"{folder}: the root cannot be read: {e}") from e
-    return authority
+    load_authority(root, str(folder), now)
+    if mode & 0o077:
+        raise AuthorityError(f"{key_path}: others may read it; chmod 600, and think about who did")
+    return root
 
 
 def load_authority(root: Root, where: str, now: datetime) -> Authority:

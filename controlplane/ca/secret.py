@@ -2,7 +2,8 @@
 
 The Secret is applied empty; the first controller fills it, by compare-and-set on its resourceVersion, and whoever comes second
 takes what is there. One that is broken is an error that a person has to look at: nothing is ever written over it. A copy lies in
-the controller's own state folder, so that it can start again while the API server is away.
+the controller's own state folder, so that it can start again while the API server is away; and a Secret that was emptied (removed
+and applied again) gets back the root that is in use, for with a new one beside it half of the mesh would refuse the other.
 
 Also keeps the ConfigMap with the public bundle right, which agents and proxies mount.
 """
@@ -26,7 +27,7 @@ from controlplane.ca.authority import (
     keep_root,
     load_authority,
     make_root,
-    open_authority,
+    read_root,
     utc_now,
 )
 
@@ -56,6 +57,7 @@ class SharedRoot:
         self._where = f"Secret {namespace}/{SECRET}"
         self._folder = folder
         self._clock = clock
+        self._root: Root | None = None  #: the one in use
 
     async def open(self) -> Authority:
         """The authority; waits until the Secret is there, or the API server if there is no copy.
@@ -67,18 +69,21 @@ class SharedRoot:
         while True:
             try:
                 async with asyncio.timeout(_PATIENCE):
-                    root = await self._read() or await self._fill()
+                    root = await self._fill()
             except (ApiError, Unreachable, TimeoutError) as e:
                 away = not isinstance(e, ApiError) or e.status >= 500
-                if away and (self._folder / _ROOT).exists():
+                copy = read_root(self._folder, self._clock()) if away else None
+                if copy is not None:
                     _log.warning("the root is the copy on disk: its Secret cannot be read", error=_text(e))
-                    return open_authority(self._folder, self._clock())
+                    self._root = copy
+                    return load_authority(copy, str(self._folder), self._clock())
                 if complained != (complained := _text(e)):
                     _log.error("the root cannot be had; waiting", secret=self._where, error=complained)
                 await asyncio.sleep(_AGAIN)
                 continue
             authority = load_authority(root, self._where, self._clock())
             keep_root(self._folder, root)
+            self._root = root
             return authority
 
     async def watch(self, authority: Authority) -> None:
@@ -89,32 +94,29 @@ class SharedRoot:
         """
         while True:
             await asyncio.sleep(_CHECK_ROOT)
-            try:
-                root = await self._read()
-                if root is None:
-                    _log.error(
-                        "the root's Secret is empty: the root in use is in memory only", secret=self._where
-                    )
-                elif load_authority(root, self._where, self._clock()).roots != authority.roots:
-                    _log.error(
-                        "the Secret holds another root: restart the controllers to use it", secret=self._where
-                    )
-            except AuthorityError as e:
-                _log.error("the root's Secret is broken; the root in use stays", error=str(e))
-            except (ApiError, Unreachable) as e:
-                _log.debug("the root's Secret cannot be read", error=str(e))
+            await self.check(authority)
 
-    async def _read(self) -> Root | None:
-        """The Secret's root; None if it is empty."""
-        return _root_of(await self._client.get(self._secret), self._where)
+    async def check(self, authority: Authority) -> None:
+        """Look at the Secret once, after :meth:`open` has given ``authority``."""
+        try:
+            root = await self._fill()
+            if load_authority(root, self._where, self._clock()).roots != authority.roots:
+                _log.error(
+                    "the Secret holds another root: restart the controllers to use it", secret=self._where
+                )
+        except AuthorityError as e:
+            _log.error("the root's Secret is broken; the root in use stays", error=str(e))
+        except (ApiError, Unreachable) as e:
+            _log.debug("the root's Secret cannot be read", error=str(e))
 
     async def _fill(self) -> Root:
-        """Put a new root into the empty Secret, or take what somebody faster has put there."""
+        """The Secret's root. Into an empty one the root in use is put, else the copy's, else a new one."""
         secret = await self._client.get(self._secret)
         there = _root_of(secret, self._where)
         if there is not None:
             return there
-        root = make_root(self._clock())
+        before = self._root or read_root(self._folder, self._clock())
+        root = before or make_root(self._clock())
         data = {_KEY: root.key, _ROOT: root.certificate}
         secret["data"] = (secret.get("data") or {}) | {
             k: base64.b64encode(v).decode() for k, v in data.items()
@@ -126,7 +128,10 @@ class SharedRoot:
             if e.reason != "Conflict":
                 raise
             return await self._fill()
-        _log.info("new root", secret=self._where)
+        if before is None:
+            _log.info("new root", secret=self._where)
+        else:
+            _log.warning("the root's Secret was empty: the root in use was put back", secret=self._where)
         return root
 
 

@@ -125,6 +125,30 @@ async def test_the_copy_is_not_for_a_secret_that_is_gone(world: World) -> None:
     waiting.cancel()
 
 
+async def test_an_emptied_secret_gets_the_root_in_use_back(world: World) -> None:
+    """Removed and applied again: whoever has the root, running or as a copy, puts it back, and no second one is made."""
+    await world.make()
+    root = world.root("a")
+    authority = await root.open()
+    await world.client.delete(f"{world.secrets}/{SECRET}")
+    await root.check(authority)
+    await world.make()
+    assert (await world.root("a").open()).roots == authority.roots, "after a restart"
+    await world.client.delete(f"{world.secrets}/{SECRET}")
+    await world.make()
+    await root.check(authority)
+    assert (await world.root("new").open()).roots == authority.roots, "while it runs"
+    assert (await world.secret())["metadata"]["labels"] == {"a": "b"}
+    # Of another root it only says so.
+    other = make_root(utc_now())
+    data = {"root.key": other.key, "root.pem": other.certificate}
+    body = {"data": {k: base64.b64encode(v).decode() for k, v in data.items()}}
+    await world.client.patch(f"{world.secrets}/{SECRET}", body)
+    before = await world.secret()
+    await root.check(authority)
+    assert await world.secret() == before
+
+
 async def test_the_public_roots_are_kept_right(world: World) -> None:
     await world.make()
     authority = await world.root("a").open()
