@@ -40,8 +40,23 @@ class Client:
 
     def __post_init__(self) -> None:
         # No fields: they are on no page.
+        self._pending = ""
         self._ended = ""
         self._wake: asyncio.Event | None = None
+
+    @property
+    def pending(self) -> str:
+        """The first version that was sent since the last acknowledgement; empty if nothing is on its way."""
+        return self._pending
+
+    def sent(self, version: str) -> None:
+        """An update to this snapshot, or a part of one, is on its way."""
+        self.version_sent = version
+        self._pending = self._pending or version
+
+    def answered(self, version: str) -> None:
+        """The client has answered for all that it was sent, up to this snapshot."""
+        self.version_acked, self._pending = version, ""
 
     @contextmanager
     def woken_by(self, event: asyncio.Event) -> Iterator[None]:

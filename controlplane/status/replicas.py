@@ -64,8 +64,12 @@ def holding(clients: Clients, programming: Programming) -> Holding:
         if client.component not in COMPONENTS:
             continue
         member = (client.node, client.component)
+        sequence = programming.sequence_of(client.version_acked)
+        # Acknowledged, left by what is on its way, and published again meanwhile: the client will have it again, but has it not.
+        left = client.pending and sequence > programming.sequence_of(client.pending)
         # Who has refused a part has not got the whole.
-        sequence = 0 if client.errors else programming.sequence_of(client.version_acked)
+        if client.errors or left:
+            sequence = 0
         have[member] = min(sequence, have.get(member, sequence))
         for name, reason in client.errors.items():
             refusals[member] = f"{name}: {reason}"[:_MAX_REASON]

@@ -91,7 +91,7 @@ class MeshService:
                         return
                     update = session.next_update(self._publisher.snapshot)
                     if update is not None:
-                        client.version_sent = update.version
+                        client.sent(update.version)
                         self._clients.pushed(client, "mesh")
                         log.debug(
                             "update sent",
@@ -112,7 +112,7 @@ class MeshService:
         if not session.answer(message):
             log.warning("answer to no update", nonce=message.nonce)
             return
-        client.version_acked = message.version
+        client.answered(client.version_sent)
         if isinstance(message, api.Nack):
             client.errors = {e.key: e.reason for e in message.errors}
             self._clients.refused(client, "mesh")

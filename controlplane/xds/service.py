@@ -127,7 +127,8 @@ class DiscoveryService:
         except DecodeError as e:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"no request: {e}")
             return
-        component, admin = _component(first.node), _text(first.node, "ADMIN")
+        # Who is expected to have a policy is told by accounts: an Envoy with l7proxy's stands in l7proxy's place.
+        component, admin = caller.component or _component(first.node), _text(first.node, "ADMIN")
         session = self._session(first)
         log = _log.bind(node=caller.node, component=component)
         with self._clients.connected(caller, component, context.peer(), admin) as client:
@@ -199,7 +200,7 @@ class DiscoveryService:
                         async with self._room.taken(len(response.data)):
                             yield response.data
                     if session.settled(resources):
-                        client.version_acked = resources.version
+                        client.answered(resources.version)
         finally:
             await tasks.cancel()
 
@@ -228,14 +229,17 @@ class DiscoveryService:
 
     def _note_sent(self, response: Encoded, client: Client, log: logs.Logger) -> None:
         kind = response.kind.short
-        client.version_sent = self._publisher.snapshot.version
+        client.sent(self._publisher.snapshot.version)
         client.types.setdefault(kind, {})["sent"] = response.version
         self._clients.pushed(client, kind)
         log.debug("update sent", type=kind, version=response.version, resources=response.resources)
 
 
 def _component(node: base_pb2.Node) -> str:
-    return _text(node, "COMPONENT") or ("envoy" if node.user_agent_name == "envoy" else "xds")
+    """What a client without an account of its own says that it is: one of few words, for they are labels of metrics."""
+    if _text(node, "COMPONENT") == "l7proxy":
+        return "l7proxy"
+    return "envoy" if node.user_agent_name == "envoy" else "xds"
 
 
 def _text(node: base_pb2.Node, name: str) -> str:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from controlplane.clients import Clients
+from controlplane.credentials import Caller
 from controlplane.model.findings import Finding, Severity
 from controlplane.source import Key, Object
 from controlplane.status.board import Board, Holding, Outcome, Replica, Verdict
 from controlplane.status.conditions import conditions_of, said_programmed, status_of
 from controlplane.status.programming import Programming
+from controlplane.status.replicas import holding
 
 NOW = "2026-06-01T12:00:00Z"
 AGENT, OTHER = ("node-1", "agent"), ("node-2", "agent")
@@ -81,6 +85,30 @@ def test_back_to_an_older_snapshot() -> None:
     c.publish("v1", policy(generation=3))
     assert c.judge(c.holding(node_1="v2"))["a"].outcome is Outcome.ACCEPTED
     assert c.judge(c.holding(node_1="v1"))["a"].outcome is Outcome.PROGRAMMED
+
+
+def test_an_acknowledgement_of_before_is_none_for_what_came_back() -> None:
+    """A policy is changed and changed back while a client is busy with the change: it has that in force, or nobody knows."""
+    c = Controller()
+    clients = Clients(CollectorRegistry())
+    with clients.connected(Caller("node-1"), "agent", "peer") as client:
+
+        def outcome() -> Outcome:
+            return c.judge(holding(clients, c.programming))["a"].outcome
+
+        c.publish("v1", policy())
+        client.sent("v1")
+        assert outcome() is Outcome.ACCEPTED
+        client.answered("v1")
+        assert outcome() is Outcome.PROGRAMMED
+        c.publish("v2", policy(generation=2, action="DENY"))
+        client.sent("v2")
+        c.publish("v1", policy(generation=3))
+        assert outcome() is Outcome.ACCEPTED
+        client.sent("v1")  # xDS: of another type, while the first is on its way
+        assert outcome() is Outcome.ACCEPTED
+        client.answered("v1")
+        assert outcome() is Outcome.PROGRAMMED
 
 
 def test_programmed_stays_until_the_content_changes() -> None:

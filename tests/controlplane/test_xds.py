@@ -429,12 +429,14 @@ class Stream:
         )
         self.call = call(metadata=metadata if metadata is not None else bearer("node-a"))
 
-    async def ask(self, kind: Type, *names: str, nonce: str = "", error: str = "") -> None:
+    async def ask(
+        self, kind: Type, *names: str, nonce: str = "", error: str = "", component: str = "l7proxy"
+    ) -> None:
         request = discovery_pb2.DiscoveryRequest(
             type_url=kind.value, resource_names=names, response_nonce=nonce
         )
         request.node.id = "node-a/l7"
-        request.node.metadata.update({"COMPONENT": "l7proxy", "ADMIN": "10.0.0.1:15090"})
+        request.node.metadata.update({"COMPONENT": component, "ADMIN": "10.0.0.1:15090"})
         if error:
             request.error_detail.message = error
         await self.call.write(request)
@@ -476,6 +478,16 @@ async def test_a_stream(harness: Harness) -> None:
         assert entry["types"]["RDS"] == {"sent": second.version_info, "acked": first.version_info}
         metrics = await harness.page("/metrics")
         assert 'mycel_controlplane_nacks_total{component="l7proxy",type="RDS"} 1.0' in metrics
+
+
+async def test_a_client_does_not_pass_for_an_agent(harness: Harness) -> None:
+    """Nor makes labels of metrics up."""
+    async with harness.serving(), harness.channel() as channel:
+        streams = [Stream(channel) for _ in range(2)]
+        for stream, component in zip(streams, ("agent", "made up"), strict=True):
+            await stream.ask(Type.CLUSTER, component=component)
+            await stream.receive()
+        assert [c["component"] for c in await harness.clients()] == ["xds", "xds"]
 
 
 async def test_strangers_are_refused(harness: Harness) -> None:
