@@ -38,6 +38,8 @@ _DISCOVERY = 60.0
 _RATE = 20.0
 _BURST = 40.0
 _AT_ONCE = 4
+#: Objects that are looked at until it is asked again what is due: a second's worth, since a new leader looks at all there are.
+_BATCH = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ class StatusWriter:
                 changed.clear()
                 due, wait = self._due(self._keeper.verdicts)
                 async with asyncio.TaskGroup() as group:
-                    for verdict, said in due:
+                    for verdict, said in due[:_BATCH]:
                         group.create_task(write(verdict, said), name="status")
                 try:
                     async with asyncio.timeout(0 if due else wait):
@@ -121,7 +123,7 @@ class StatusWriter:
             self._keeper.unsubscribe(changed)
 
     def _due(self, verdicts: Mapping[Key, Verdict]) -> tuple[list[tuple[Verdict, _Said]], float | None]:
-        """What has to be written now, and seconds until something else has to be (None: nothing waits)."""
+        """What has to be written now, the latest first, and seconds until something else has to be (None: nothing waits)."""
         now = self._clock()
         due = []
         next_at = float("inf")
@@ -143,6 +145,7 @@ class StatusWriter:
                 due.append((verdict, said))
             else:
                 next_at = min(next_at, at)
+        due.sort(key=lambda item: item[1].since, reverse=True)
         return due, None if next_at == float("inf") else max(next_at - now, 0.01)
 
     async def _write(self, verdict: Verdict, said: _Said) -> None:
