@@ -184,7 +184,11 @@ def _of_slice(g: Graph, port: Port, part: _Slice) -> Iterator[_Candidate]:
                 pod = g.get(live, endpoint.pod)
                 if pod is None or (endpoint.uid and endpoint.uid != pod.uid):
                     continue  # it is gone, or not here yet
+                if pod.addresses and address not in pod.addresses:
+                    pod = None  # whoever wrote the slice may name any pod: whose the address is, counts
             else:
+                pod = None
+            if pod is None:
                 owners = g.get(pods_at, address)
                 pod = owners[0] if len(owners) == 1 else None
             ends = endpoint.terminating or (pod is not None and pod.terminating)

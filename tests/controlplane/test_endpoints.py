@@ -100,6 +100,24 @@ def test_a_slices_pod_has_to_be_there() -> None:
     )
 
 
+def test_a_slices_pod_has_to_have_the_address() -> None:
+    """Else its identity, node and enrolment would be taken for somebody else's."""
+    snapshot = compile_all(
+        web({}),
+        pod("a", "10.1.0.1"),
+        pod("b", "10.2.0.1", "node-b"),
+        pod("starts", "", "node-b", ready=False),
+        endpoint_slice(
+            endpoint("10.2.0.1", "a"), endpoint("192.0.2.1", "a"), endpoint("10.2.0.2", "starts", ready=True)
+        ),
+    )
+    assert endpoints(snapshot) == [
+        ("", "192.0.2.1", 9000, "node-x", False),
+        ("uid-default-b", "10.2.0.1", 9000, "node-b", False),
+        ("uid-default-starts", "10.2.0.2", 9000, "node-b", False),
+    ]
+
+
 def test_kubernetes_own_slices_are_not_waited_for() -> None:
     """They are made from the pods that are known already: one hop earlier, in both directions."""
     behind = endpoint_slice(
