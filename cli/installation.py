@@ -110,12 +110,25 @@ def _daemon_set(workload: Json) -> str:
         return "was changed a moment ago"
     wanted = status.get("desiredNumberScheduled", 0)
     updated, ready = status.get("updatedNumberScheduled", 0), status.get("numberReady", 0)
-    available = status.get("numberAvailable", 0)
     if not wanted:
         return "no node is there for it"
-    if min(updated, ready, available) < wanted:
+    if min(updated, ready) < wanted:
         return f"{ready} of {wanted} are ready, {updated} of the present version"
     return ""
+
+
+def progress(cluster: Cluster, names: Sequence[str]) -> int:
+    """How far workloads are on their way: grows with each pod that is of the present version, or has stayed ready."""
+    total = 0
+    for name in names:
+        plural = "deployments" if name == parts.CONTROLPLANE else "daemonsets"
+        workload = cluster.find(path_of("apps/v1", plural, cluster.namespace, name)) or {}
+        status = workload.get("status") or {}
+        if status.get("observedGeneration", 0) < workload.get("metadata", {}).get("generation", 0):
+            continue  # it tells of the version before
+        for field in ("updatedReplicas", "availableReplicas", "updatedNumberScheduled", "numberAvailable"):
+            total += status.get(field, 0)
+    return total
 
 
 def _ready(pod: Json) -> bool:

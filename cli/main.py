@@ -195,9 +195,11 @@ def upgrade(
     settings: SetOption = None,
     kubeconfig: KubeconfigOption = None,
     context: ContextOption = None,
-    timeout: Annotated[str, typer.Option("--timeout", help="For each part to be ready.")] = "5m",
+    timeout: Annotated[
+        str, typer.Option("--timeout", help="Without any progress, until it is given up.")
+    ] = "5m",
 ) -> None:
-    """Bring a cluster's installation to this version: controllers, then agents, then proxies.
+    """Bring a cluster's installation to this version: controllers, then agents, then proxies (back: the other way round).
 
     Values are those of the installation, and what is given here over them.
     """
@@ -212,7 +214,8 @@ def upgrade(
         with Cluster(namespace, kubeconfig=kubeconfig, context=context) as cluster:
             owner, before, chosen = upgrading.plan(cluster, values or (), settings or ())
             print(f"from {before} to {chosen.image.tag}")
-            upgrading.run(cluster, chosen, owner, timeout=seconds, say=print)
+            steps = upgrading.order(before, chosen.image.tag)
+            upgrading.run(cluster, chosen, owner, steps, timeout=seconds, say=print)
     except (ValuesError, NoCluster) as error:
         output.fail(str(error))
         raise typer.Exit(UNKNOWN) from error

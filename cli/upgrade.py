@@ -1,7 +1,8 @@
 """``mycel upgrade``: the objects of this version onto a cluster that has an earlier one, part by part.
 
 Controllers first: a new controller serves agents and proxies of the version before, not the other way round. Then agents, then
-proxies. Each part is waited for before the next begins, so that a version that does not come up stops there.
+proxies. To an earlier version in the opposite order. Each part is waited for before the next begins, so that a version that does
+not come up stops there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from common.kubernetes import path_of
 from deploy import manifests, parts
 from deploy.values import Values, ValuesError, load
 
-#: What is rolled out, in order; the first step takes everything that is no workload with it.
+#: What is rolled out, in order; the controllers take everything that is no workload with them.
 STEPS = ((parts.CONTROLPLANE,), (parts.AGENT,), (parts.NODEPROXY, parts.L7PROXY))
 
 _INTERVAL = 0.5
@@ -79,35 +80,63 @@ def check_skew(before: str, after: str) -> None:
         )
 
 
+def order(before: str, after: str) -> tuple[tuple[str, ...], ...]:
+    """The steps; to an earlier version the other way round, so that who serves is never older than who is served."""
+    old, new = _version(before), _version(after)
+    return STEPS[::-1] if old is not None and new is not None and new < old else STEPS
+
+
 def _version(text: str) -> tuple[int, int] | None:
     found = re.match(r"v?(\d+)\.(\d+)(\D|$)", text)
     return (int(found[1]), int(found[2])) if found else None
 
 
-def run(cluster: Cluster, values: Values, owner: str, *, timeout: float, say: Callable[[str], Any]) -> None:
+def run(
+    cluster: Cluster,
+    values: Values,
+    owner: str,
+    steps: tuple[tuple[str, ...], ...],
+    *,
+    timeout: float,
+    say: Callable[[str], Any],
+) -> None:
     """Apply and wait, part by part.
 
-    :param timeout: seconds for each part.
-    :raises UpgradeError: a part is not ready in time; what comes after it was not touched.
+    What was chosen is remembered at the end: an upgrade that stops, and goes back, goes back to what was chosen before.
+
+    :param timeout: seconds without any progress.
+    :raises UpgradeError: a part does not come up; what comes after it was not touched.
     """
-    objects = install.objects(values, cluster.namespace)
-    workloads = {name for step in STEPS for name in step}
-    for number, step in enumerate(STEPS):
+    namespace, *objects = install.objects(values, cluster.namespace)
+    workloads = {name for step in steps for name in step}
+    there = cluster.get(manifests.path(namespace))["metadata"].get("annotations") or {}
+    remembered = {k: v for k, v in there.items() if k == manifests.VALUES_ANNOTATION}
+    before = {**namespace, "metadata": namespace["metadata"] | {"annotations": remembered}}
+    cluster.apply(manifests.path(namespace), before, manager=owner, force=True)
+    for step in steps:
         for one in objects:
             kind, name = one["kind"], one["metadata"]["name"]
             is_workload = kind in ("Deployment", "DaemonSet") and name in workloads
-            if (is_workload and name in step) or (not is_workload and number == 0):
+            if (is_workload and name in step) or (not is_workload and parts.CONTROLPLANE in step):
                 cluster.apply(manifests.path(one), one, manager=owner, force=True)
         say(f"{', '.join(step)}: applied")
-        wait(cluster, step, timeout)
+        # A proxy that drains counts as not replaced for as long as it may.
+        draining = max(values.nodeproxy.grace_seconds, values.l7proxy.grace_seconds)
+        wait(cluster, step, timeout + (draining if parts.NODEPROXY in step else 0))
         say(f"{', '.join(step)}: every pod is of this version and ready")
+    cluster.apply(manifests.path(namespace), namespace, manager=owner, force=True)
 
 
 def wait(cluster: Cluster, names: tuple[str, ...], timeout: float) -> None:
-    """:raises UpgradeError: not all pods are of the present version and ready within ``timeout`` seconds."""
-    deadline = time.monotonic() + timeout
+    """Until all pods are of the present version and ready: on many nodes, one after another, that takes as long as it takes.
+
+    :raises UpgradeError: they are not, and nothing has moved on for ``timeout`` seconds.
+    """
+    most, deadline = -1, 0.0
     while found := installation.rollout(cluster, names):
+        if (so_far := installation.progress(cluster, names)) > most:
+            most, deadline = so_far, time.monotonic() + timeout
         if time.monotonic() > deadline:
             reasons = "; ".join(f"{finding.object} {finding.message}" for finding in found)
-            raise UpgradeError(f"not ready after {timeout:.0f} s: {reasons}")
+            raise UpgradeError(f"not ready, and nothing has moved on for {timeout:.0f} s: {reasons}")
         time.sleep(_INTERVAL)

@@ -28,6 +28,7 @@ def daemon_set(values: Values, namespace: str) -> Json:
         "metadata": parts.metadata(AGENT, AGENT, namespace=namespace),
         "spec": {
             "selector": {"matchLabels": parts.selector(AGENT)},
+            "minReadySeconds": parts.MIN_READY,
             # No surge: one agent at a time holds the node's lock and admin port. While it is away the kernel goes on
             # judging, and the runtime repeats an ADD that found nobody.
             "updateStrategy": {

@@ -73,6 +73,7 @@ def deployment(values: Values, namespace: str) -> Json:
         "spec": {
             "replicas": chosen.replicas,
             "selector": {"matchLabels": parts.selector(CONTROLPLANE)},
+            "minReadySeconds": parts.MIN_READY,
             # The new one is ready before an old one ends: its clients find another at once.
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
             "template": {

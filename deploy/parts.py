@@ -36,6 +36,10 @@ AUDIENCE: Final = "mycel.io"
 TOKENS: Final = "/var/run/secrets/mycel.io"
 ROOTS_FOLDER: Final = "/etc/mycel/roots"
 
+#: Seconds that a new pod has to stay ready before its predecessor, or the next node's, is ended: one that dies soon after it said
+#: that it is ready stops a rollout, and leaves a proxy's predecessor there to take its listeners back.
+MIN_READY: Final = 5
+
 EVERYTHING: Final[list[Json]] = [{"operator": "Exists"}]
 
 

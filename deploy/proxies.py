@@ -28,6 +28,7 @@ def _daemon_set(
         "metadata": parts.metadata(name, name, namespace=namespace),
         "spec": {
             "selector": {"matchLabels": parts.selector(name)},
+            "minReadySeconds": parts.MIN_READY,
             # The new one takes over the listeners before the old one drains: no connection is refused in between.
             "updateStrategy": {
                 "type": "RollingUpdate",

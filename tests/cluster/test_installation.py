@@ -156,7 +156,7 @@ def test_upgrade_keeps_what_was_chosen_and_takes_what_is_new(installed: Mesh, ow
 
 
 def test_an_upgrade_that_does_not_come_up_stops_there(installed: Mesh, own: Cluster) -> None:
-    with pytest.raises(LabError, match="not ready after 15 s: Deployment"):
+    with pytest.raises(LabError, match="nothing has moved on for 15 s: Deployment"):
         installed.mycel(
             *("upgrade", "--timeout", "15s", "--set", "image.tag=0.1.999", "--set", "image.pullPolicy=Never"),
             timeout=120,
