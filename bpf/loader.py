@@ -1,9 +1,10 @@
 """Compiles the kernel programs, loads and pins them, and attaches them to a cgroup: ``python -m bpf.loader``.
 
 Short-lived, because bcc maps LLVM; the only module that imports bcc. Run again (an upgrade, a restart of the agent) it keeps
-every map with all its elements and replaces each program in its link, under traffic and with no moment without one.
-Nothing is attached before everything is compiled and accepted by the verifier. If the programs in force are the very ones
-that it would bring (:mod:`bpf.seal`), it compiles nothing and is done at once.
+every map with all its elements and replaces each program in its link, under traffic and with no moment without one; so it does
+with what another version has in force (:mod:`bpf.succession`). Nothing is attached before everything is compiled and accepted by
+the verifier. If the programs in force are the very ones that it would bring (:mod:`bpf.seal`), it compiles nothing and is done at
+once.
 
 Under ``PINS/v<ABI>/``: maps by their names, ``link_*`` of the cgroup, ``program_sk_lookup`` for the agent to attach in pods'
 namespaces, ``netns/COOKIE`` its links there, ``accounts``, ``connections`` and ``refused_now`` (iterators).
@@ -22,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from bpf import links, maps, schema, seal, wire
+from bpf import links, maps, schema, seal, succession, wire
 from bpf.btf import Btf, BtfError
 
 _HERE = Path(__file__).parent
@@ -105,9 +106,8 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = Fal
     """
     _require_bpffs(pins)
     folder = pins / f"v{wire.ABI}"
-    (folder / "netns").mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        lock = os.open(pins, os.O_RDONLY | os.O_DIRECTORY)
         stack.callback(os.close, lock)
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
@@ -116,7 +116,10 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = Fal
             raise LoadError(f"cgroup {cgroup}: {error.strerror}") from None
         stack.callback(os.close, target)
         try:
-            opened, made = _open_maps(folder, sizes, stack)
+            others = succession.others(pins, folder)
+            before = succession.predecessor(folder, others)
+            (folder / "netns").mkdir(parents=True, exist_ok=True)
+            opened, made = _open_maps(folder, before, sizes, stack)
             with Btf.of_kernel() as btf:
                 macros = kernel_macros(btf)
             sealed = seal.digest(
@@ -126,18 +129,22 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = Fal
             )
             _drop_links_of_the_gone(folder)
             pinned = {a.link: os.fstat(target).st_ino for a in _CGROUP} | {name: 0 for _, name in _ITERATORS}
-            if not replace and seal.holds(folder, sealed, pinned):
-                return {"maps_made": [], "programs_replaced": [], "namespaces": 0}
+            if not replace and not others and seal.holds(folder, sealed, pinned):
+                return {"maps_made": [], "versions_replaced": [], "programs_replaced": [], "namespaces": 0}
             programs, iterators = _compile(opened, macros, stack)
+            succession.take_links(folder, others, [attachment.link for attachment in _CGROUP])
             replaced = [name for name in _CGROUP if _attach(folder, name, programs[name.function], target)]
             namespaces = _attach_namespaces(folder, programs["sk_lookup"])
             for name, program in iterators.items():
                 _attach_iterator(folder / name, program, opened["sockets"].fd)
             seal.put(folder, sealed, pinned)
-        except (maps.MapError, links.LinkError, BtfError) as error:
+            for other in others:
+                succession.remove(other)
+        except (maps.MapError, links.LinkError, BtfError, succession.SuccessionError) as error:
             raise LoadError(str(error)) from None
     return {
         "maps_made": made,
+        "versions_replaced": [other.name for other in others],
         "programs_replaced": [attachment.function for attachment in replaced],
         "namespaces": namespaces,
     }
@@ -155,8 +162,9 @@ def _require_bpffs(pins: Path) -> None:
 
 
 def _open_maps(
-    folder: Path, sizes: dict[str, int], stack: ExitStack
+    folder: Path, before: Path | None, sizes: dict[str, int], stack: ExitStack
 ) -> tuple[dict[str, maps.Map], list[str]]:
+    """The maps by name, and which of them were made; ``before`` are the pins of the version to take over."""
     opened: dict[str, maps.Map] = {}
     made: list[str] = []
     for spec in schema.MAPS:
@@ -167,6 +175,10 @@ def _open_maps(
             found = (one.info.type, one.key_size, one.value_size)
             if found != (spec.type, spec.key_size, spec.value_size):
                 raise LoadError(f"map {path}: (type, key, value) is {found}, not {spec[1:4]}, within one ABI")
+        elif before is not None and (taken := succession.take_map(before, spec)) is not None:
+            one = taken
+            stack.callback(one.close)
+            one.pin(str(path))
         else:
             one = _make(spec, sizes.get(spec.name, spec.max_entries), stack)
             one.pin(str(path))
@@ -192,7 +204,14 @@ def _make(spec: schema.MapSpec, size: int, stack: ExitStack) -> maps.Map:
         btf = maps.load_btf_of_bytes(spec.value_size)
         stack.callback(os.close, btf[0])
     one = maps.Map.create(
-        spec.type, spec.name, spec.key_size, spec.value_size, size, flags=spec.flags, inner=inner, btf=btf
+        spec.type,
+        spec.kernel_name,
+        spec.key_size,
+        spec.value_size,
+        size,
+        flags=spec.flags,
+        inner=inner,
+        btf=btf,
     )
     stack.callback(one.close)
     return one

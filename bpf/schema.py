@@ -8,7 +8,11 @@ from bpf import maps, wire
 
 
 class MapSpec(NamedTuple):
-    """Sizes of keys and values in bytes, of the map in elements (bytes for the ring buffer)."""
+    """Sizes of keys and values in bytes, of the map in elements (bytes for the ring buffer).
+
+    ``layout`` counts the forms that its elements have had; it rises with MYCEL_ABI when that changes this map's. The kernel's
+    name of the map tells it to other versions of the programs (:mod:`bpf.succession`).
+    """
 
     name: str
     type: int
@@ -16,6 +20,17 @@ class MapSpec(NamedTuple):
     value_size: int
     max_entries: int
     flags: int = 0
+    layout: int = 1
+
+    @property
+    def kernel_name(self) -> str:
+        """At most 15 characters."""
+        return self.name if self.layout == 1 else f"{self.name}.{self.layout}"
+
+    def has_form_of(self, one: maps.Map) -> bool:
+        """Whether the elements of a map of any version mean the same."""
+        found = (one.name, one.info.type, one.key_size, one.value_size)
+        return found == (self.kernel_name, self.type, self.key_size, self.value_size)
 
 
 #: Of the inner maps of ``policies``: each is made with the size that its table needs.

@@ -2,7 +2,7 @@
 /*
  * The contract between the kernel programs and user space: constants, map keys and map values.
  * bpf/wire.py mirrors it; a test compares both with the BTF of the loaded objects.
- * Any change of a layout raises MYCEL_ABI (pins live in mycel/v<ABI>/).
+ * Any change of a layout raises MYCEL_ABI (pins live in mycel/v<ABI>/), and the layout of its map in bpf/schema.py.
  *
  * Addresses and ports are in network byte order unless a name ends in _host. "netns" is always the cookie of a network
  * namespace: for one of our pods it is the pod's key.
