@@ -59,9 +59,14 @@ inline_always bool keeps(u64 netns, struct service *service, struct endpoint *ke
 	struct affinity_key key = { .netns = netns, .service = service->id };
 	struct affinity *last = map_lookup(MAP(AFFINITY), &key);
 	u64 timeout = (u64)(service->flags >> SERVICE_AFFINITY_SHIFT) * SECOND_NS;
+
+	if (!last)
+		return false;
+	/* Before the clock: another processor's dial of this moment is never later than ours. */
+	u64 used = *(volatile u64 *)&last->used;
 	u64 now = now_ns();
 
-	if (!last || now - last->used >= timeout)
+	if (now - used >= timeout)
 		return false;
 	struct member_key member = {
 		.service = service->id,

@@ -51,10 +51,12 @@ inline_always void tell(struct event *event)
 /* Whether it was told within the period already; if not, it is from now on. */
 inline_always bool was_told(struct refusal *refusal, u64 period)
 {
-	u64 now = now_ns();
 	u64 *told = map_lookup(MAP(RECENT), refusal);
+	/* Before the clock, as another processor may tell at this moment. */
+	u64 before = told ? *(volatile u64 *)told : 0;
+	u64 now = now_ns();
 
-	if (told && now - *told < period)
+	if (told && now - before < period)
 		return true;
 	map_update(MAP(RECENT), refusal, &now, BPF_ANY);
 	return false;
@@ -109,7 +111,11 @@ inline_always bool is_straggler(struct tuple *tuple)
 		closed.tuple.server_port = tuple->client_port;
 		when = map_lookup(MAP(RECENT), &closed);
 	}
-	return when && now_ns() - *when < STRAGGLER_NS;
+	if (!when)
+		return false;
+	u64 before = *(volatile u64 *)when;
+
+	return now_ns() - before < STRAGGLER_NS;
 }
 
 /* Refused on arrival: counted and told once for all SYNs of one attempt. */
