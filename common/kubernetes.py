@@ -11,6 +11,7 @@ once after 401 with credentials read again. A writing request that broke off may
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -136,17 +137,23 @@ class Client:
         """A list page by page: objects (of built-in kinds without apiVersion and kind), and the version of the whole list.
 
         :raises ApiError: ``expired`` if reading took too long; then begin again, with ``limit=None``.
+        :raises Unreachable: also when the answer is no list.
         """
         params = {"limit": _PAGE} | params
         while True:
             page = await self.get(path, **params)
-            metadata = page["metadata"]
-            yield page.get("items") or [], metadata["resourceVersion"]
-            if not metadata.get("continue"):
+            try:
+                metadata, items = page["metadata"], page["items"] or []
+                version, token = metadata["resourceVersion"], metadata.get("continue")
+            except (LookupError, TypeError, AttributeError) as e:
+                # A list that only looks empty would cost all that is known of it.
+                raise Unreachable(f"GET {path}: the answer is no list") from e
+            yield items, version
+            if not token:
                 return
             # The token stands for the first page's version; naming one beside it is an error.
             params = {k: v for k, v in params.items() if not k.startswith("resourceVersion")}
-            params["continue"] = metadata["continue"]
+            params["continue"] = token
 
     async def watch(
         self, path: str, *, opened: Callable[[], None] | None = None, **params: Any
@@ -161,15 +168,16 @@ class Client:
         """
         seconds = random.randint(*_WATCH_SECONDS)
         params = {"allowWatchBookmarks": True, "timeoutSeconds": seconds} | params | {"watch": True}
-        async for line in self._lines(path, params, opened):
-            try:
-                event = msgspec.json.decode(line)
-                kind, body = event["type"], event["object"]
-            except (msgspec.DecodeError, LookupError, TypeError) as e:
-                raise Unreachable(f"watch {path}: no event: {e}") from e
-            if kind == "ERROR":
-                raise _status_error(body.get("code") or 500, body)
-            yield event
+        async with contextlib.aclosing(self._lines(path, params, opened)) as lines:
+            async for line in lines:
+                try:
+                    event = msgspec.json.decode(line)
+                    kind, body = event["type"], event["object"]
+                except (msgspec.DecodeError, LookupError, TypeError) as e:
+                    raise Unreachable(f"watch {path}: no event: {e}") from e
+                if kind == "ERROR":
+                    raise _status_error(body.get("code") or 500, body)
+                yield event
 
     async def create(self, path: str, body: Mapping[str, Any], **params: Any) -> dict[str, Any]:
         """POST to a collection, or to a subresource (``.../token``, ``/apis/authentication.k8s.io/v1/tokenreviews``)."""
@@ -258,7 +266,7 @@ class Client:
 
     async def _lines(
         self, path: str, params: Mapping[str, Any], opened: Callable[[], None] | None
-    ) -> AsyncIterator[bytes]:
+    ) -> AsyncGenerator[bytes, None]:
         """The lines of an answer that goes on for long."""
         for again in (True, False):
             try:

@@ -31,6 +31,13 @@ class Table:
         self.faults: dict[Key, tuple[Fault, ...]] = {}
         self.refused: dict[Key, Object] = {}  #: objects with faults, as they are written
 
+    def remove(self, key: Key) -> None:
+        """An object is gone."""
+        self.refused.pop(key, None)
+        gone = self.objects.pop(key, None) is not None
+        if (self.faults.pop(key, None) is not None) or gone:
+            self.dirty(key)
+
 
 class Collection:
     """A follower's sink for one kind, or for one object of it.
@@ -103,7 +110,11 @@ class Collection:
         if found.object is None:
             return
         table = self._table
+        known = table.objects.get(key)
         if found.problems:
+            if known is not None and _uid(known) != _uid(found.object):
+                # Deleted, and made anew while nobody was told: what was in force was another object's.
+                table.remove(key)
             faults = tuple(
                 Fault("", str(key), field, reason, _ACTION, key) for field, reason in found.problems
             )
@@ -119,7 +130,6 @@ class Collection:
             return
         cleared = table.faults.pop(key, None) is not None
         table.refused.pop(key, None)
-        known = table.objects.get(key)
         if known is None or known.manifest != found.object.manifest:
             table.objects[key] = found.object
             table.dirty(key)
@@ -128,7 +138,8 @@ class Collection:
 
     def _remove(self, key: Key) -> None:
         self._versions.pop(key, None)
-        self._table.refused.pop(key, None)
-        gone = self._table.objects.pop(key, None) is not None
-        if (self._table.faults.pop(key, None) is not None) or gone:
-            self._table.dirty(key)
+        self._table.remove(key)
+
+
+def _uid(found: Object) -> object:
+    return found.manifest["metadata"].get("uid")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,6 @@ _log = logs.get(__name__)
 _PATH = path_of("apiextensions.k8s.io/v1", "customresourcedefinitions")
 #: Seconds until a definition that could not be read is read again.
 _AGAIN = 1.0
-#: Rounds in a row in which one could not be read, after which nobody should wait for it.
-_PATIENCE = 4
 #: v2 before v1 before v1beta2 before v1alpha1, as Kubernetes orders them.
 _VERSION = re.compile(r"v(\d+)(?:(alpha|beta)(\d+))?")
 _STABILITY = {"alpha": 0, "beta": 1, None: 2}
@@ -37,19 +36,22 @@ class Definitions:
         tasks: Tasks,
         served: Callable[[Mapping[Kind, str]], None],
         changed: Callable[[], None],
+        patience: float = 0.0,
     ) -> None:
+        """``patience``: seconds for which one has to be refused until nobody should wait for it."""
         self._client = client
         self._tasks = tasks
         self._served = served
         self._changed = changed
-        self._follower = Follower(client, _PATH, self, changed, metadata_only=True)
+        self._patience = patience
+        self._follower = self._make_follower()
         self._there: set[str] = set()
         self._pages: set[str] = set()
         self._unread: set[str] = set()
         self._versions: dict[Kind, str] = {}
         self._told: dict[Kind, str] | None = None
         self._wake = asyncio.Event()
-        self._failures = 0
+        self._refused_since: float | None = None
         self._refusal: ApiError | None = None
 
     @property
@@ -57,15 +59,23 @@ class Definitions:
         """True once it is known which kinds there are, or that this cannot be known for now."""
         if not self._follower.synced:
             return self._follower.settled
-        return (self._told is not None and not self._unread) or self._failures >= _PATIENCE
+        return (self._told is not None and not self._unread) or self._given_up
 
     @property
     def problem(self) -> Exception | None:
-        return self._follower.problem or (self._refusal if self._failures >= _PATIENCE else None)
+        return self._follower.problem or (self._refusal if self._given_up else None)
+
+    @property
+    def _given_up(self) -> bool:
+        since = self._refused_since
+        return since is not None and time.monotonic() - since >= self._patience
+
+    def _make_follower(self) -> Follower:
+        return Follower(self._client, _PATH, self, self._changed, metadata_only=True, patience=self._patience)
 
     def start(self) -> None:
         """Follow, from nothing."""
-        self._follower = Follower(self._client, _PATH, self, self._changed, metadata_only=True)
+        self._follower = self._make_follower()
         self._told = None
         self._tasks.start(self._follower.run(), name="customresourcedefinitions")
         self._tasks.start(self._read_all(), name="definitions")
@@ -108,11 +118,12 @@ class Definitions:
             if versions != self._told and not self._unread:
                 self._told = versions
                 self._served(versions)
+            if self._refusal is None:
+                self._refused_since = None
+            elif self._refused_since is None:
+                self._refused_since = time.monotonic()
             self._changed()
-            if not self._unread:
-                self._failures = 0
-            else:
-                self._failures += self._refusal is not None
+            if self._unread:
                 await asyncio.sleep(_AGAIN)
                 self._wake.set()
 
@@ -133,7 +144,8 @@ class Definitions:
             self._unread.add(name)
             return
         version = _version(kind, definition)
-        if version:
+        # It may be gone again by now: the watch says so, and a stale answer does not bring it back.
+        if version and name in self._there:
             self._versions[kind] = version
         # Else it is not established yet, or not any more: while it is there, so are its objects.
 

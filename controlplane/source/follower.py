@@ -17,11 +17,12 @@ from common import logs
 from common.kubernetes import ApiError, Client, Unreachable
 
 _log = logs.get(__name__)
-#: Seconds: the first pause after a failure, and the longest. An API server that was away for long is found again soon.
+#: Seconds: the first pause after a failure, and the longest. An API server that was away for long is found again soon; what
+#: was refused from the beginning may wait.
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
 _LONGEST_PAUSE_REFUSED = 20.0
-#: Failures in a row after which a collection that is refused (not one that is unreachable) is given up for now.
+#: Failures in a row after which it is said that a collection cannot be followed.
 _PATIENCE = 4
 #: A watch that ends sooner than this many seconds was none.
 _SHORTEST_WATCH = 1.0
@@ -59,7 +60,9 @@ class Follower:
         params: Mapping[str, Any] | None = None,
         *,
         metadata_only: bool = False,
+        patience: float = 0.0,
     ) -> None:
+        """``patience``: seconds for which it has to be refused, and nothing else, until nobody should wait for it."""
         self._client = client
         self._path = path
         self._sink = sink
@@ -70,10 +73,13 @@ class Follower:
             # What a watch brings are no lists, and who asks for lists there hears nothing at all.
             self._params["accept"] = _METADATA_ONLY.format("PartialObjectMetadataList")
             self._watch_params["accept"] = _METADATA_ONLY.format("PartialObjectMetadata")
+        self._patience = patience
         self._version = ""
         self._failures = 0
+        self._refusals = 0  #: of these the last ones, in a row, by which the server itself refused
+        self._refused_since = 0.0
         self.synced = False  #: a whole list was read once
-        self.settled = False  #: synced, or refused so often that nobody should wait for it
+        self.settled = False  #: synced, or refused for so long that nobody should wait for it
         self.problem: Exception | None = None  #: why it does not follow at the moment, if so for some time
         self.lists = 0
         self.failures = 0
@@ -99,6 +105,9 @@ class Follower:
                         continue
                 else:
                     self._failed(e)
+                    if self._refusals >= _PATIENCE and e.status not in (429, 503):
+                        # Perhaps it is the version: one that a server restored from a backup has yet to reach, say.
+                        self._version = ""
             except Unreachable as e:
                 self._failed(e)
             except Exception as e:
@@ -109,11 +118,12 @@ class Follower:
             await asyncio.sleep(self._pause())
 
     def _pause(self) -> float:
-        longest = _LONGEST_PAUSE_REFUSED if isinstance(self.problem, ApiError) else _LONGEST_PAUSE
+        given_up = self.settled and not self.synced
+        longest = _LONGEST_PAUSE_REFUSED if given_up else _LONGEST_PAUSE
         return float(min(longest, _FIRST_PAUSE * 2 ** min(self._failures - 1, 20)) * random.uniform(0.5, 1.0))
 
     def _good(self) -> None:
-        self._failures = 0
+        self._failures = self._refusals = 0
         self._follows()
 
     def _follows(self) -> None:
@@ -125,13 +135,21 @@ class Follower:
     def _failed(self, error: Exception) -> None:
         self._failures += 1
         self.failures += 1
+        now = time.monotonic()
+        # An API server that comes back refuses for a while (its own roles are not read yet): time without one is no refusal.
+        if not isinstance(error, ApiError):
+            self._refusals = 0
+        else:
+            self._refused_since = self._refused_since if self._refusals else now
+            self._refusals += 1
         if self._failures < _PATIENCE:
             return
         if self.problem is None or str(self.problem) != str(error):
             _log.warning("cannot be followed; what is known of it stays", path=self._path, error=str(error))
             self.problem = error
             self._changed()
-        if isinstance(error, ApiError) and not self.settled:
+        refused_for_good = self._refusals >= _PATIENCE and now - self._refused_since >= self._patience
+        if refused_for_good and not self.settled:
             self.settled = True
             self._changed()
 
@@ -153,6 +171,8 @@ class Follower:
         version = ""
         async for items, version in self._client.pages(self._path, **params):  # noqa: B007
             self._sink.page(items)
+        if not version:
+            raise Unreachable(f"{self._path}: a list without a version")
         self._sink.listed()
         return version
 

@@ -6,8 +6,8 @@ state:
 
 - an object that its schema refuses keeps its last good version, or is absent if there was none;
 - a kind that cannot be read (forbidden, unreachable, its conversion webhook broken) keeps all it had, and holds up no other;
-- nothing is handed out before every kind was read, or given up: half of a configuration could be one without its policies.
-  Until then, what the last run left on disk is in force.
+- nothing is handed out before every kind was read, or refused for half a minute (unreachable is not refused): half of a
+  configuration could be one without its policies. Until then, what the last run left on disk is in force.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ _log = logs.get(__name__)
 _COALESCE = 0.005
 #: Seconds from a change until the objects are written to disk.
 _SAVE = 10.0
+#: Seconds for which the server has to refuse a kind until a state is handed out without it. One that has just started refuses
+#: what it allows later: it has yet to read its own roles, or to fill its caches.
+_PATIENCE = 30.0
 #: Secrets and ConfigMaps followed at once: each costs a connection.
 _MAX_REFERRED = 256
 
@@ -58,8 +61,10 @@ class KubernetesSource:
         validate: Validator,
         last_good: LastGood | None = None,
         registry: CollectorRegistry | None = None,
+        patience: float = _PATIENCE,
     ) -> None:
         self._client = client
+        self._patience = patience
         self._store = last_good
         self._table = Table(validate, self._dirty)
         self._wake = asyncio.Event()
@@ -67,7 +72,7 @@ class KubernetesSource:
         self._kinds: dict[Kind, _Followed] = {}
         self._referred: dict[Key, _Followed] = {}
         self._referrers: dict[Key, frozenset[Key]] = {}  #: by the object that refers
-        self._definitions = Definitions(client, self._tasks, self._served, self._touch)
+        self._definitions = Definitions(client, self._tasks, self._served, self._touch, patience)
         self._other = False  #: objects are not those of the last state any more
         self._unsaved = False
         self._refused_references: frozenset[Key] = frozenset()
@@ -148,14 +153,23 @@ class KubernetesSource:
             before = [k for k in self._table.objects if (k.group, k.kind) == (kind.group, kind.kind)]
         collection = Collection(self._table, kind, version, before)
         path = path_of(f"{kind.group}/{version}" if kind.group else version, kind.plural)
-        self._kinds[kind] = self._start(path, collection, str(kind), version)
+        self._kinds[kind] = self._start(path, collection, str(kind), version, self._patience)
 
-    def _start(self, path: str, collection: Collection, name: str, version: str, **params: Any) -> _Followed:
-        follower = Follower(self._client, path, collection, self._touch, params)
+    def _start(
+        self,
+        path: str,
+        collection: Collection,
+        name: str,
+        version: str,
+        patience: float = 0.0,
+        **params: Any,
+    ) -> _Followed:
+        follower = Follower(self._client, path, collection, self._touch, params, patience=patience)
         return _Followed(follower, collection, self._tasks.start(follower.run(), name=name), name, version)
 
     def _served(self, versions: Mapping[Kind, str]) -> None:
         """Which custom kinds there are now, each with the version to read it in."""
+        absent: set[tuple[str, str]] = set()
         for kind in CUSTOM:
             version, followed = versions.get(kind, ""), self._kinds.get(kind)
             if followed is not None and followed.version == version:
@@ -170,8 +184,9 @@ class KubernetesSource:
             else:
                 if followed is not None:
                     _log.info("kind is gone", kind=str(kind))
-                gone = [k for k in self._table.objects if (k.group, k.kind) == (kind.group, kind.kind)]
-                Collection(self._table, kind, "", gone).clear()
+                absent.add((kind.group, kind.kind))
+        for key in [k for k in self._table.objects if (k.group, k.kind) in absent]:
+            self._table.remove(key)
         self._touch()
 
     def _note_references(self, key: Key) -> None:
@@ -200,7 +215,7 @@ class KubernetesSource:
                 path, collection, str(key), kind.version, fieldSelector=f"metadata.name={key.name}"
             )
         self._refused_references = frozenset(missing[room:])
-        if self.synced or self._settled():
+        if not self.synced and self._settled():
             # Of the last run, and nobody refers to it any more.
             for key in [k for k in self._table.objects if k.kind in REFERRED and not k.group]:
                 if key not in wanted:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from common.kubernetes import Access, ApiError, Client, path_of
 from controlplane.compiler import validate
@@ -106,9 +107,11 @@ class Followed:
 
 
 @contextlib.asynccontextmanager
-async def following(client: Client, last_good: LastGood | None = None) -> AsyncIterator[Followed]:
+async def following(
+    client: Client, last_good: LastGood | None = None, patience: float = 30.0
+) -> AsyncIterator[Followed]:
     """A source that is followed, as the controller does."""
-    followed = Followed(KubernetesSource(client, validate, last_good))
+    followed = Followed(KubernetesSource(client, validate, last_good, patience=patience))
     followed.take(followed.source.load())
 
     async def follow() -> None:
@@ -191,3 +194,31 @@ async def relayed(server: ControlPlane, relay: Relay) -> AsyncIterator[Client]:
     access.server = f"https://127.0.0.1:{relay.port}"
     async with Client(access) as made:
         yield made
+
+
+@contextlib.asynccontextmanager
+async def scripted(*answers: Callable[[web.Request], Any]) -> AsyncIterator[tuple[Access, list[str]]]:
+    """A server that gives these answers in turn, the last one for ever; and the requests that it got."""
+    asked: list[str] = []
+
+    async def answer(request: Any) -> web.StreamResponse:
+        asked.append(request.method)
+        found = answers[min(len(asked), len(answers)) - 1](request)
+        if asyncio.iscoroutine(found):
+            found = await found
+        assert isinstance(found, web.StreamResponse)
+        return found
+
+    server = web.Server(answer)
+    runner = web.ServerRunner(server, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        yield Access(f"http://127.0.0.1:{runner.addresses[0][1]}"), asked
+    finally:
+        await runner.cleanup()
+
+
+def busy(status: int, **headers: str) -> Callable[[web.Request], web.Response]:
+    return lambda _: web.json_response({"kind": "Status", "reason": "Busy"}, status=status, headers=headers)

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from aiohttp import web
 
 from common.kubernetes import Access, AccessError, ApiError, Client, Unreachable, path_of
 from lab.kubernetes import ControlPlane
+from tests.source.conftest import busy, scripted
 
 CONFIG_MAPS = path_of("v1", "configmaps", "default")
 
@@ -201,34 +202,6 @@ def test_kubeconfigs_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("KUBECONFIG", os.pathsep.join(map(str, files)))
     access = Access.load()
     assert (access.server, access.token, access.ca) == ("https://one:1", "x", tmp_path / "a/ca.crt")
-
-
-@contextlib.asynccontextmanager
-async def scripted(*answers: Callable[[web.Request], Any]) -> AsyncIterator[tuple[Access, list[str]]]:
-    """A server that gives these answers in turn, the last one for ever; and the requests that it got."""
-    asked: list[str] = []
-
-    async def answer(request: Any) -> web.StreamResponse:
-        asked.append(request.method)
-        found = answers[min(len(asked), len(answers)) - 1](request)
-        if asyncio.iscoroutine(found):
-            found = await found
-        assert isinstance(found, web.StreamResponse)
-        return found
-
-    server = web.Server(answer)
-    runner = web.ServerRunner(server, shutdown_timeout=0.1)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    try:
-        yield Access(f"http://127.0.0.1:{runner.addresses[0][1]}"), asked
-    finally:
-        await runner.cleanup()
-
-
-def busy(status: int, **headers: str) -> Callable[[web.Request], web.Response]:
-    return lambda _: web.json_response({"kind": "Status", "reason": "Busy"}, status=status, headers=headers)
 
 
 def fine(_: web.Request) -> web.Response:

@@ -239,7 +239,7 @@ async def test_a_forbidden_kind_holds_up_no_other(clean: Client, mesh_server: Co
     access = Access.load(mesh_server.kubeconfig)
     access.headers = (("Impersonate-User", "source-test"),)
     try:
-        async with Client(access) as limited, following(limited) as followed:
+        async with Client(access) as limited, following(limited, patience=1.0) as followed:
             state = await followed.until(lambda s: s.objects)
             assert key("DestinationRule", "seen") in state.objects
             assert key("VirtualService", "unseen") not in state.objects
