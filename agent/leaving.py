@@ -7,6 +7,8 @@ mesh off the node, so whatever is not certainly a removal is an upgrade: no answ
 from __future__ import annotations
 
 import asyncio
+import base64
+import json
 import time
 
 from common import logs
@@ -33,13 +35,14 @@ async def for_good(daemon_set: str, access: Access | None = None, *, patience: f
     refused = 0
     while True:
         try:
-            async with Client(access or Access.in_cluster(), timeout=_ATTEMPT) as client:
+            asking = access or Access.in_cluster()
+            async with Client(asking, timeout=_ATTEMPT) as client:
                 found = await client.get(path)
             going = bool(found.get("metadata", {}).get("deletionTimestamp"))
             _log.info("asked whether the mesh leaves this node", daemon_set=daemon_set, leaves=going)
             return going
         except ApiError as error:
-            refused += error.status == 401
+            refused += error.status == 401 and not _has_expired(asking.token)
             if (error.status, error.reason) == (404, "NotFound") or refused == _REFUSALS:
                 _log.info("the mesh leaves this node", daemon_set=daemon_set, reason=str(error))
                 return True
@@ -52,3 +55,12 @@ async def for_good(daemon_set: str, access: Access | None = None, *, patience: f
             )
             return False
         await asyncio.sleep(_AGAIN)
+
+
+def _has_expired(token: str | None) -> bool:
+    """One that ran out (kubelet was away for longer than it lives) is refused whether its account is there or not."""
+    try:
+        claims = json.loads(base64.urlsafe_b64decode(f"{(token or '').split('.')[1]}=="))
+        return bool(claims["exp"] <= time.time())
+    except (ValueError, LookupError, TypeError):
+        return False

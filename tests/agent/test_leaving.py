@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import json
+import time
 
 import pytest
 
@@ -70,6 +73,15 @@ async def test_service_account_gone(api_server, api_namespace, access):
     token = api_server.kubectl("create", "token", "default", "-n", api_namespace).strip()
     api_server.kubectl("delete", "serviceaccount", "default", "-n", api_namespace)
     assert await for_good(name, _by_token(access, token), patience=30.0)
+
+
+async def test_a_token_that_ran_out_is_no_answer(api_server, api_namespace, access):
+    """It is refused as that of an account that is gone; the DaemonSet is there all the same."""
+    name = make(api_server, api_namespace)
+    header, _, signature = api_server.kubectl("create", "token", "default", "-n", api_namespace).split(".")
+    claims = base64.urlsafe_b64encode(json.dumps({"exp": int(time.time()) - 60}).encode()).decode()
+    token = f"{header}.{claims.rstrip('=')}.{signature.strip()}"
+    assert not await for_good(name, _by_token(access, token), patience=4.0)
 
 
 async def test_nobody_answers(access):
