@@ -81,7 +81,7 @@ class RequestHead:
         ``OPTIONS *``; empty for CONNECT.
     :ivar host: the authority: of an absolute target, else of Host; empty if an HTTP/1.0 request has none.
     :ivar length: bytes of the body, or :data:`CHUNKED`.
-    :ivar upgrade: protocol that the client wants to change to, lower case, or empty.
+    :ivar upgrade: protocol that the client wants to change to, lower case, or empty (also for HTTP/2, which is not offered).
     :ivar odd_path: the path may differ from its normal form (:mod:`l7proxy.http1.path`).
     :ivar forwarded: the fields to forward, as bytes of whole lines, without hop-by-hop ones, Host, Expect and framing.
     """
@@ -118,6 +118,9 @@ class RequestHead:
         self.upgrade = ""
         if b"upgrade" in options and minor:
             self.upgrade = values.get(b"upgrade", b"").decode("latin-1").strip().lower()
+            if self.upgrade == "h2c":
+                # An offer that a server may ignore (RFC 9110, section 7.8), and does, as Envoy: Java's client makes it by itself.
+                self.upgrade = ""
         self.expects_continue = minor == 1 and values.get(b"expect", b"").lower() == b"100-continue"
         self.te_trailers = b"trailers" in (
             part.strip().lower() for part in values.get(b"te", b"").split(b",")

@@ -202,7 +202,17 @@ async def test_websocket_becomes_a_tunnel(mesh: Mesh) -> None:
     assert await client.closed() == b"hellobye"
     assert '"GET /ws HTTP/1.1" 101 - 5 8' in (await mesh.lines(1))[0]
     client = await mesh.client()
-    assert (await client.get(connection="upgrade", upgrade="h2c"))[0] == 403
+    assert (await client.get(connection="upgrade", upgrade="other"))[0] == 403
+
+
+async def test_an_offer_to_upgrade_to_http_2_is_ignored(mesh: Mesh) -> None:
+    """Some clients make it with each first request (Java's does); it is no request for anything else."""
+    backend = await mesh.serve()
+    client = await mesh.client()
+    offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2_settings": "AAMAAABkAAQAoAAA"}
+    assert (await client.get(**offer))[::2] == (200, b"v1\n")
+    for name in ("connection", "upgrade", "http2-settings"):
+        assert backend.requests[0].header(name) is None
 
 
 async def test_large_bodies_both_ways_with_a_slow_client(mesh: Mesh) -> None:
