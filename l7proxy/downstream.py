@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import socket
+import struct
 import termios
 from time import monotonic
 from typing import TYPE_CHECKING, cast
@@ -29,12 +31,15 @@ if TYPE_CHECKING:
 PIPELINE_LIMIT = 64 * 1024
 #: Seconds that a connection is read and discarded after its last response, so that a reset does not overtake it.
 LINGER = 1.0
+#: Seconds that a connection which is closing is kept while its client takes nothing of what is left.
+CLOSING = 60.0
+_RESET = struct.pack("ii", 1, 0)  # struct linger: no lingering
 
 
 class DownstreamConnection(asyncio.Protocol):
     __slots__ = (
-        "_aborting", "_closing", "_destination", "_known", "_pumping", "_reader", "_tunnel", "held", "original",
-        "peer", "pod", "proxy", "stream", "touched", "transport", "write_paused",
+        "_aborting", "_closing", "_destination", "_known", "_pumping", "_reader", "_tunnel", "_unsent", "held",
+        "original", "peer", "pod", "proxy", "stream", "touched", "transport", "write_paused",
     )  # fmt: skip
 
     transport: asyncio.Transport
@@ -53,6 +58,7 @@ class DownstreamConnection(asyncio.Protocol):
         self._aborting = False
         self._tunnel = False
         self._pumping = False
+        self._unsent = 0  #: bytes in the transport when idle times were last looked at
         self._known: Config | None = None
         self._destination: Destination | None = None
 
@@ -88,7 +94,7 @@ class DownstreamConnection(asyncio.Protocol):
             if self.stream is not None:
                 self.stream.from_tunnel_client(data)
             return
-        if self.stream is None:
+        if self.stream is None and not self.write_paused:
             try:
                 head = self._reader.whole(data)
             except ProtocolError as error:
@@ -121,6 +127,9 @@ class DownstreamConnection(asyncio.Protocol):
         self.write_paused = False
         if self.stream is not None and self.stream.upstream is not None and self.stream.upstream.open:
             self.stream.upstream.transport.resume_reading()
+        elif self.stream is None and not self._closing:
+            self.release("responses")
+            self._pump()
 
     def hold(self, reason: str) -> None:
         """Read no more of the client until every reason is gone."""
@@ -148,6 +157,11 @@ class DownstreamConnection(asyncio.Protocol):
             while not self._closing:
                 stream = self.stream
                 if stream is None:
+                    if self.write_paused:
+                        # A client that reads no answers could else make this process keep any number of them.
+                        if self._reader.buffered:
+                            self.hold("responses")
+                        break
                     head = self._reader.next()
                     if head is None:
                         break
@@ -225,16 +239,23 @@ class DownstreamConnection(asyncio.Protocol):
         self._closing = True
         if self.transport.is_closing():
             return
-        if self._reader.buffered == 0 and not self._reader.failed and self._reader.at_start:
+        if not self._reader.failed and self._reader.at_start and not self._unread():
             self.transport.close()
             return
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.proxy.wheel.schedule(LINGER, self.transport.close)
 
-    def abort_after_flush(self) -> None:
-        """The response cannot be completed; what was written still goes out, and then the connection ends."""
+    def abort_after_flush(self, *, reset: bool) -> None:
+        """The response cannot be completed; what was written still goes out, and then the connection ends.
+
+        :param reset: by a reset, since an orderly end would make what was written a complete response.
+        """
         self._aborting = True
+        if reset:
+            sock = self.transport.get_extra_info("socket")
+            if sock is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
 
     def close_if_idle(self) -> None:
         """Unless a request has come, read or not: that one is answered."""
@@ -257,9 +278,15 @@ class DownstreamConnection(asyncio.Protocol):
 
     def check_idle(self, now: float) -> None:
         """Apply the listener's idle timeouts; called every few seconds."""
-        if self._closing:
-            return
+        unsent = self.transport.get_write_buffer_size()
+        if unsent != self._unsent:
+            self._unsent = unsent
+            self.touched = now  # The client takes what it is sent.
         quiet = now - self.touched
+        if self._closing:
+            if quiet > CLOSING:
+                self.abort()
+            return
         stream = self.stream
         # Between requests the newest configuration counts, also so that none before it is kept alive by an idle client.
         destination = self._destination if stream is not None else self.destination(self.proxy.config)

@@ -25,6 +25,8 @@ IDLE_TIMEOUT = 60.0
 #: Seconds that a connection to another node is used, or kept unused. The node proxies that carry it are replaced now and then
 #: and end with their last connection: none may live for as long as there are requests.
 TUNNEL_AGE = 30.0
+#: Seconds that a connection has to send what was written when it was closed.
+CLOSING = 60.0
 
 
 class Waiter(Protocol):
@@ -121,6 +123,9 @@ class HostPool:
         self._idle = [item for item in self._idle if item[1] > limit]
         for connection in stale:
             connection.close()
+        for connection in list(self.connections):
+            if connection.closing_since is not None and now - connection.closing_since > CLOSING:
+                connection.abort()
         return not self.connections and not self.connecting and not self._waiters
 
     def renew(self) -> None:

@@ -34,9 +34,10 @@ WAITING_LIMIT = 64 * 1024
 
 class Stream:
     __slots__ = (
-        "_attempt_started", "_attempts", "_body", "_body_size", "_chunked", "_close_after", "_config", "_host", "_out",
-        "_per_try_timer", "_replayable", "_retried_stale", "_retry", "_timer", "_tried", "choice", "cluster", "downstream",
-        "head", "manager", "record", "request_complete", "route", "state", "upstream",
+        "_attempt_started", "_attempts", "_body", "_body_size", "_chunked", "_close_after", "_config",
+        "_host", "_out", "_per_try_timer", "_replayable", "_retried_stale", "_retry", "_timer", "_tried",
+        "_until_close", "choice", "cluster", "downstream", "head", "manager", "record", "request_complete",
+        "route", "state", "upstream",
     )  # fmt: skip
 
     cluster: Cluster
@@ -68,6 +69,7 @@ class Stream:
         self._out: list[bytes] = []
         self._chunked = False
         self._close_after = False
+        self._until_close = False  #: the response has no end but the connection's
 
     def _go(self, event: Event) -> None:
         self.state = TABLE[self.state][event]
@@ -251,7 +253,7 @@ class Stream:
             and upstream.exchanges > 1
             and not upstream.received
         )
-        self._leave_upstream(abort=True)
+        self._leave_upstream()
         if self.state == State.RESPONDING:
             self._break(failure)
         elif stale and not self._retried_stale and self._replayable and self.head.method in IDEMPOTENT:
@@ -280,8 +282,12 @@ class Stream:
         self._cancel_per_try()
         self._per_try_timer = proxy.wheel.schedule(retry.delay(), self._attempt)
 
-    def _leave_upstream(self, *, abort: bool = False, finish: bool = False) -> None:
-        """Give up the connection, or the wait for one, of the attempt under way."""
+    def _leave_upstream(self, *, finish: bool = False, flush: bool = False) -> None:
+        """Give up the connection, or the wait for one, of the attempt under way.
+
+        :param finish: the response is complete: the connection may go back to its pool.
+        :param flush: what was written to it is still to arrive.
+        """
         host, self._host = self._host, None
         upstream, self.upstream = self.upstream, None
         if host is None:
@@ -301,10 +307,10 @@ class Stream:
             upstream.finish(request_complete=self.request_complete)
         else:
             upstream.stream = None
-            if abort:
-                upstream.abort()
-            else:
+            if flush:
                 upstream.close()
+            else:
+                upstream.abort()
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -326,7 +332,7 @@ class Stream:
             self._per_try_timer = None
 
     def _on_timeout(self) -> None:
-        self._leave_upstream(abort=True)
+        self._leave_upstream()
         if self.state in (State.RESPONDING, State.TUNNEL):
             self._break(Failure.TIMEOUT)
         else:
@@ -334,7 +340,7 @@ class Stream:
 
     def _on_per_try_timeout(self) -> None:
         self._per_try_timer = None
-        self._leave_upstream(abort=True)
+        self._leave_upstream()
         self._retry_or_fail(Failure.PER_TRY_TIMEOUT, "", started=True)
 
     # -- the response ------------------------------------------------------------------------------------------------
@@ -364,6 +370,7 @@ class Stream:
         data, self._chunked = headers.response_head(
             head, request, self.route, self.choice, record.service_time, close=self._close_after
         )
+        self._until_close = head.length < 0 and not self._chunked
         self._out.append(data)
 
     def on_response(self, head: ResponseHead, body: bytes) -> None:
@@ -430,7 +437,7 @@ class Stream:
         self._reply(status or reply.status, body)
 
     def _reply(self, status: int, body: bytes, extra: bytes = b"") -> None:
-        self._leave_upstream(abort=True)
+        self._leave_upstream()
         self.record.status = status
         self.record.sent = len(body)
         close = not self.head.keep_alive or not self.request_complete or self.downstream.proxy.draining
@@ -446,7 +453,7 @@ class Stream:
         """The response cannot be completed: the client must see that it is cut."""
         self.flush()
         self.record.add_flag(REPLIES[failure].flag)
-        self.downstream.abort_after_flush()
+        self.downstream.abort_after_flush(reset=self._until_close)
         self._finish(close=False)
 
     def on_downstream_lost(self) -> None:
@@ -455,13 +462,14 @@ class Stream:
             return
         if self.state != State.TUNNEL:
             self.record.add_flag(REPLIES[Failure.DOWNSTREAM_GONE].flag)
-        self._leave_upstream(abort=True)
+        # The last that the client of a tunnel sent is the other end's, though there is nobody to answer.
+        self._leave_upstream(flush=self.state == State.TUNNEL)
         self._finish(close=False)
 
     def on_bad_body(self, failure: Failure) -> None:
         """The request's body is not what its head promised."""
         if self.state in (State.RESPONDING, State.TUNNEL):
-            self._leave_upstream(abort=True)
+            self._leave_upstream()
             self._break(failure)
         elif self.state != State.DONE:
             self.fail(failure)
@@ -469,7 +477,7 @@ class Stream:
     def on_idle(self) -> None:
         """Neither side has moved a byte for the listener's stream idle timeout."""
         if self.state in (State.RESPONDING, State.TUNNEL):
-            self._leave_upstream(abort=True)
+            self._leave_upstream()
             self._break(Failure.IDLE_TIMEOUT)
         else:
             self.fail(Failure.IDLE_TIMEOUT, status=504 if self.request_complete else 0)

@@ -7,6 +7,7 @@ Owns its transport and response reader. One exchange at a time; whether the conn
 from __future__ import annotations
 
 import asyncio
+import select
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
@@ -24,9 +25,11 @@ HIGH_WATER = 64 * 1024
 
 class UpstreamConnection(asyncio.Protocol):
     __slots__ = (
+        "_cut",
         "_interim",
         "_keep_alive",
         "_reader",
+        "closing_since",
         "exchanges",
         "made",
         "open",
@@ -54,6 +57,8 @@ class UpstreamConnection(asyncio.Protocol):
         self._reader = ResponseReader()
         self._keep_alive = True
         self._interim = False
+        self._cut = False  #: its end is no orderly one
+        self.closing_since: float | None = None
 
     @property
     def usable(self) -> bool:
@@ -72,11 +77,13 @@ class UpstreamConnection(asyncio.Protocol):
         if request_complete and self._keep_alive and self._reader.at_start and not self.tunnel:
             self.pool.release(self)
         else:
-            self.close()
+            self.abort()
 
     def close(self) -> None:
+        """Close when everything is sent that was written."""
         self.stream = None
-        if self.open:
+        if self.open and self.closing_since is None:
+            self.closing_since = monotonic()
             self.transport.close()
 
     def abort(self) -> None:
@@ -143,6 +150,8 @@ class UpstreamConnection(asyncio.Protocol):
             stream.on_response_head(head)
 
     def eof_received(self) -> bool:
+        # A stream of the node proxy ends by a shutdown; one that broke off is closed (nodeproxy/api.py).
+        self._cut = self.pool.tunnelled and _hung_up(self.transport)
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -155,8 +164,8 @@ class UpstreamConnection(asyncio.Protocol):
             stream.on_tunnel_end()
             return
         try:
-            if exc is not None:
-                raise ProtocolError(str(exc))
+            if exc is not None or self._cut:
+                raise ProtocolError(str(exc or "the stream broke off"))
             end = self._reader.end_of_stream()
         except ProtocolError as error:
             stream.on_upstream_failure(Failure.CONNECTION_TERMINATION, error.reason)
@@ -175,3 +184,10 @@ class UpstreamConnection(asyncio.Protocol):
         self.write_paused = False
         if self.stream is not None:
             self.stream.downstream.release("upstream")
+
+
+def _hung_up(transport: asyncio.Transport) -> bool:
+    """Whether the peer of a unix socket has closed it, not only ended its own direction."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))

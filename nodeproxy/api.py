@@ -7,6 +7,8 @@ chosen. TLVs of the private range (2.2.7) say what an address cannot: :class:`Tl
 
 On the unix socket the node proxy answers with one byte, a :class:`Status`, before any payload: so l7proxy knows whether the
 upstream saw anything (a retry is safe after any status but CONNECTED). A TCP peer (Envoy) is not answered: it sees a reset.
+A unix socket knows no reset: there a destination's end is a shutdown(), and a stream that broke off is closed at once, so that
+a response which ends with its connection is never taken for complete when it is not.
 
 This module is a leaf: it imports nothing of the project.
 """

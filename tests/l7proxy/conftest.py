@@ -17,6 +17,7 @@ from l7proxy.server import Proxy
 from tests.l7proxy.fakes import xds
 from tests.l7proxy.fakes.agent import FakeAgent
 from tests.l7proxy.fakes.backend import Backend
+from tests.l7proxy.fakes.nodeproxy import NodeProxy
 
 
 async def eventually(condition: Callable[[], bool], timeout: float = 10.0) -> None:
@@ -168,3 +169,26 @@ async def mesh(tmp_path: Path) -> AsyncIterator[Mesh]:
     await eventually(lambda: any(pod.server for pod in proxy.pods.values()))
     yield result
     await result.stop()
+
+
+@pytest.fixture
+async def remote(mesh: Mesh) -> AsyncIterator[NodeProxy]:
+    backend = await mesh.backend("remote")
+    mesh.configure(
+        xds.listener(),
+        xds.routes(
+            {
+                "match": {"prefix": "/"},
+                "route": {
+                    "cluster": xds.cluster_name(),
+                    "timeout": "0s",
+                    "retry_policy": {"retry_on": "connect-failure", "num_retries": 1},
+                },
+            }
+        ),
+        xds.cluster(),
+        xds.assignment(xds.endpoint(8080, address="10.2.0.9", node="node-b", version="v2")),
+    )
+    result = await NodeProxy(mesh.run / "nodeproxy" / "nodeproxy.sock", backend).start()
+    yield result
+    result.stop()

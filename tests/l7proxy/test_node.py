@@ -12,7 +12,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from tests.l7proxy.conftest import Mesh, eventually
 from tests.l7proxy.fakes import xds
 from tests.l7proxy.fakes.agent import FakeAgent
 from tests.l7proxy.fakes.backend import Backend, Request, respond
+from tests.l7proxy.fakes.nodeproxy import NodeProxy
 from tests.requirements import ROOT
 
 NOFILE = resource.RLIMIT_NOFILE
@@ -148,69 +148,6 @@ async def test_an_agent_that_refuses_sockets(mesh: Mesh) -> None:
     assert " 503 UF " in (await mesh.lines(1))[0]
     mesh.agent.refuse_sockets = ""
     assert (await client.get())[0] == 200
-
-
-class NodeProxy:
-    """The node proxy's unix socket: one header in, one byte out, then bytes both ways to a backend."""
-
-    def __init__(self, path: Path, backend: Backend) -> None:
-        self.path = path
-        self.backend = backend
-        self.handoffs: list[nodeproxy.Handoff] = []
-        self.status = nodeproxy.Status.CONNECTED
-        self._server: asyncio.Server | None = None
-
-    async def start(self) -> NodeProxy:
-        self._server = await asyncio.start_unix_server(self._serve, self.path)
-        return self
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        data = await reader.readexactly(16)
-        data += await reader.readexactly(int.from_bytes(data[14:16], "big"))
-        decoded = nodeproxy.decode(data)
-        assert decoded is not None
-        self.handoffs.append(decoded[0])
-        writer.write(bytes((self.status,)))
-        if self.status is not nodeproxy.Status.CONNECTED:
-            writer.close()
-            return
-        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", self.backend.port)
-
-        async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-            with contextlib.suppress(ConnectionError):
-                while data := await source.read(65536):
-                    target.write(data)
-                    await target.drain()
-            target.close()
-
-        await asyncio.gather(copy(reader, inner_writer), copy(inner_reader, writer))
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.close()
-
-
-@pytest.fixture
-async def remote(mesh: Mesh) -> AsyncIterator[NodeProxy]:
-    backend = await mesh.backend("remote")
-    mesh.configure(
-        xds.listener(),
-        xds.routes(
-            {
-                "match": {"prefix": "/"},
-                "route": {
-                    "cluster": xds.cluster_name(),
-                    "timeout": "0s",
-                    "retry_policy": {"retry_on": "connect-failure", "num_retries": 1},
-                },
-            }
-        ),
-        xds.cluster(),
-        xds.assignment(xds.endpoint(8080, address="10.2.0.9", node="node-b", version="v2")),
-    )
-    result = await NodeProxy(mesh.run / "nodeproxy" / "nodeproxy.sock", backend).start()
-    yield result
-    result.stop()
 
 
 async def test_an_endpoint_on_another_node_goes_to_the_node_proxy(mesh: Mesh, remote: NodeProxy) -> None:

@@ -1,6 +1,9 @@
 """Streams handed over on ``nodeproxy.sock``: the header, the way, the status byte."""
 
+import select
 import socket
+import struct
+import threading
 import time
 
 import msgspec
@@ -49,6 +52,43 @@ def test_to_another_node_by_hbone(world: World, server: Server):
         assert read_all(sock) == b"x" * 1_000_000
     assert len(world.a.proxy.pool.links()) == 1
     assert server.peers == [(world.client_address, 40000)]
+
+
+def hung_up(sock: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(sock, 0)
+    return any(events & select.POLLHUP for _, events in poll.poll(0))
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_an_end_is_told_from_a_stream_that_broke_off(world: World, far: bool):
+    """A unix socket knows no reset: an end is a shutdown, and what broke off is closed."""
+    orderly = threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        sock.sendall(b"some")
+        sock.recv(1)
+        if orderly.is_set():
+            sock.shutdown(socket.SHUT_WR)
+            sock.recv(1)
+        else:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    address = world.server_address
+    if not far:
+        address = world.client_address.rsplit(".", 1)[0] + ".5"
+        world.pod(world.a, "near", address, 5)
+        world.publish()
+    app = Server(address, serve)
+    for broken in (False, True):
+        (orderly.clear if broken else orderly.set)()
+        with hand(world, header(world, (address, app.port))) as sock:
+            assert status(sock) is Status.CONNECTED
+            assert sock.recv(4, socket.MSG_WAITALL) == b"some"
+            sock.sendall(b"x")
+            assert sock.recv(1) == b""
+            assert hung_up(sock) is broken
+    app.close()
 
 
 def test_a_header_that_comes_byte_by_byte(world: World, server: Server):
