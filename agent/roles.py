@@ -38,16 +38,15 @@ def vouch(
     :param namespace: of the mesh's own pods.
     :raises ProxyRefused: it is no pod of this proxy.
     """
-    found = _POD.findall(str(cgroup.path))
-    workload = workloads.get(found[-1].replace("_", "-")) if found else None
-    if workload is None:
-        return
     expected = (namespace, f"mycel-{role.value}")
-    if (workload.namespace, workload.service_account) != expected:
-        raise ProxyRefused(
-            f"pod {workload.namespace}/{workload.name} of service account {workload.service_account} is no "
-            f"{role.value}: that is {'/'.join(expected)}"
-        )
+    # All of them: a container that may make cgroups can make one below its own with the name of another's pod.
+    for uid in _POD.findall(str(cgroup.path)):
+        workload = workloads.get(uid.replace("_", "-"))
+        if workload is not None and (workload.namespace, workload.service_account) != expected:
+            raise ProxyRefused(
+                f"pod {workload.namespace}/{workload.name} of service account {workload.service_account} is no "
+                f"{role.value}: that is {'/'.join(expected)}"
+            )
 
 
 class RoleError(Exception):

@@ -49,6 +49,16 @@ def test_anothers(path: str, namespace: str, account: str):
         )
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_a_cgroup_that_a_pod_made_with_the_name_of_anothers(path: str):
+    own = "11111111-aaaa-4bbb-8ccc-0123456789ab"
+    workloads = pod("mycel-system", "mycel-nodeproxy")
+    workloads[own] = Workload(own, "default", "intruder", "default", "n1", "spiffe://d/ns/n/sa/s")
+    inside = Path(path.replace(UID, own).replace(UID.replace("-", "_"), own.replace("-", "_")), f"pod{UID}/x")
+    with pytest.raises(ProxyRefused, match="pod default/intruder"):
+        vouch(api.Role.NODEPROXY, Cgroup(inside, 7), namespace="mycel-system", workloads=workloads)
+
+
 def test_who_is_not_known_is_not_anothers():
     for path in (PATHS[0], "/sys/fs/cgroup/system.slice/mycel-nodeproxy.service"):
         vouch(api.Role.NODEPROXY, Cgroup(Path(path), 7), namespace="mycel-system", workloads={})
