@@ -85,11 +85,11 @@ def test_a_namespace_is_found_by_cgroup_and_address(tmp_path):
         try:
             pod.mkdir(parents=True)
             node_process = run("sleep", "60")
-            run("nsenter", f"--net={made.path}", "sleep", "60")
+            in_namespace(run("nsenter", f"--net={made.path}", "sleep", "60"), made)
             cgroups_ready(pod, 2)
             host = processes.netns_inode_of("self")
             assert sandboxes.find([(uid, "10.98.7.1")], not_in=(host,)) == {}
-            run("nsenter", f"--net={own.path}", "sleep", "60")
+            in_namespace(run("nsenter", f"--net={own.path}", "sleep", "60"), own)
             cgroups_ready(pod, 3)
             found = sandboxes.find([(uid, "10.98.7.1"), (str(uuid.uuid4()), "10.98.7.1")], not_in=(host,))
             assert set(found) == {uid}
@@ -110,4 +110,10 @@ def cgroups_ready(cgroup: Path, count: int) -> None:
     while len((cgroup / "cgroup.procs").read_text().split()) < count:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    time.sleep(0.1)  # nsenter has become what it runs
+
+
+def in_namespace(pid: int, netns: Netns) -> None:
+    deadline = time.monotonic() + 5
+    while processes.netns_inode_of(pid) != Path(netns.path).stat().st_ino:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

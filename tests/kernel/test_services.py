@@ -102,11 +102,20 @@ def test_while_it_is_one(node, servers, clients):
 def test_for_a_time_after_its_last_connection(node, servers, clients):
     client = clients[0]
     node.kernel.set_service(VIP, 80, backends(servers), affinity=1)
+    began = time.monotonic()
     address = drawn(node, client)
-    end = time.monotonic() + 2.0
-    while time.monotonic() < end:  # each one begins the second anew
-        assert drawn(node, client) == address
+    kept = 0
+    deadline = began + 60
+    while kept < 15:  # each one begins the second anew
+        assert time.monotonic() < deadline
         time.sleep(0.1)
+        before, began = began, time.monotonic()
+        now = drawn(node, client)
+        if time.monotonic() - before < 1.0:  # on a machine under load it may be over
+            assert now == address
+            kept += 1
+        else:
+            address, kept = now, 0
     found: set[str] = set()
     deadline = time.monotonic() + 60
     while len(found | address) == 1 and time.monotonic() < deadline:
