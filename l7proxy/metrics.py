@@ -2,12 +2,17 @@
 
 Owns the series and their counting. On the request's path there is one dictionary look-up (kept by whoever owns the
 endpoint) and three histogram increments; everything else happens when somebody scrapes, in the scraper's thread.
+
+There are at most :data:`MAX_SERIES`: workloads and their versions come and go while this process lives, and a status is whatever
+an upstream says. Those that were counted in longest ago give way, and begin at nothing if they come again, as counters may.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
+from heapq import nsmallest
+from operator import attrgetter
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -31,6 +36,12 @@ LABELS = (
 )  # fmt: skip
 
 
+#: Most combinations of label values; each is 60 lines of a scrape, and 4 KB here.
+MAX_SERIES = 2000
+#: Most look-ups that one owner (an endpoint's pool, a pod) remembers.
+_MAX_KEPT = 256
+
+
 class Histogram:
     __slots__ = ("buckets", "total")
 
@@ -51,15 +62,18 @@ class Histogram:
 class Series:
     """One combination of label values."""
 
-    __slots__ = ("duration", "labels", "received", "sent")
+    __slots__ = ("duration", "gone", "labels", "last", "received", "sent")
 
     def __init__(self, labels: tuple[str, ...]) -> None:
         self.labels = labels
+        self.last = 0.0  #: when it was counted in, on the clock of records
+        self.gone = False  #: gave way to another
         self.duration = Histogram()
         self.received = Histogram()
         self.sent = Histogram()
 
-    def observe(self, milliseconds: float, received: int, sent: int) -> None:
+    def observe(self, at: float, milliseconds: float, received: int, sent: int) -> None:
+        self.last = at
         histogram = self.duration
         histogram.buckets[bisect_left(BUCKETS, milliseconds)] += 1
         histogram.total += milliseconds
@@ -72,8 +86,10 @@ class Series:
 
 
 class Metrics:
-    def __init__(self) -> None:
+    def __init__(self, limit: int = MAX_SERIES) -> None:
+        self._limit = limit
         self._series: dict[tuple[str, ...], Series] = {}
+        self._dropped = 0
         #: further gauges and counters: (name, help, type, function)
         self._values: list[tuple[str, str, str, Callable[[], float]]] = []
 
@@ -83,13 +99,26 @@ class Metrics:
         cluster = record.cluster
         key = (cluster.name if cluster is not None else "", record.status, record.flags)
         series = home.series.get(key)
-        if series is None:
-            labels = _labels(record)
-            series = self._series.get(labels)
-            if series is None:
-                series = self._series[labels] = Series(labels)
-            home.series[key] = series
-        series.observe(record.duration * 1000.0, record.received, record.sent)
+        if series is None or series.gone:
+            if len(home.series) >= _MAX_KEPT:
+                home.series.clear()
+            series = home.series[key] = self._find(_labels(record))
+        series.observe(
+            record.started + record.duration, record.duration * 1000.0, record.received, record.sent
+        )
+
+    def _find(self, labels: tuple[str, ...]) -> Series:
+        series = self._series.get(labels)
+        if series is not None:
+            return series
+        if len(self._series) >= self._limit:
+            # Many at once, so that looking for them costs each new one little.
+            for old in nsmallest(self._limit // 8, self._series.values(), key=attrgetter("last")):
+                old.gone = True
+                del self._series[old.labels]
+                self._dropped += 1
+        series = self._series[labels] = Series(labels)
+        return series
 
     def value(self, name: str, help_text: str, kind: str, read: Callable[[], float]) -> None:
         """Expose a number that is kept elsewhere; ``kind`` is ``counter`` or ``gauge``."""
@@ -115,6 +144,9 @@ class Metrics:
             requests.add_metric(series.labels, sum(series.duration.buckets))
         yield requests
         yield from histograms
+        yield CounterMetricFamily(
+            "mycel_l7proxy_series_dropped", "Series that gave way to newer ones.", value=self._dropped
+        )
         for name, help_text, kind, read in self._values:
             family_type = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
             yield family_type(name, help_text, value=read())

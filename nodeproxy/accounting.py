@@ -1,7 +1,9 @@
 """What the node proxy counts: ``istio_tcp_*`` with Istio's labels, and one log line for each tunnel at its end.
 
 Owns the records of open tunnels and the totals of closed ones; both come from one record (:class:`Flow`), which is closed
-exactly once. Metrics include open tunnels, so that a long connection is seen while it lasts.
+exactly once. Metrics include open tunnels, so that a long connection is seen while it lasts. Of totals there are at most
+:data:`MAX_SERIES`: the workloads of a mesh and their versions come and go while this process lives, and those that a tunnel
+ended in longest ago give way.
 
 ``from_source`` are the bytes that the client's application wrote (Istio's *received*), ``to_source`` those it was sent
 (Istio's *sent*).
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -21,6 +24,9 @@ from common import logs
 from nodeproxy.loop import Loop
 
 _log = logs.get("nodeproxy.access")
+
+#: Most combinations of label values; each is four lines of a scrape.
+MAX_SERIES = 10_000
 
 
 class Reporter(enum.Enum):
@@ -155,10 +161,12 @@ class Flow:
 
 
 class Accounting(Collector):
-    def __init__(self, loop: Loop) -> None:
+    def __init__(self, loop: Loop, limit: int = MAX_SERIES) -> None:
         self._loop = loop
+        self._limit = limit
+        self._dropped = 0
         self._lock = threading.Lock()  # against the admin server's thread
-        self._totals: dict[Labels, _Totals] = {}
+        self._totals: OrderedDict[Labels, _Totals] = OrderedDict()
         self._open: dict[Flow, None] = {}
 
     def begin(self, flow: Flow) -> None:
@@ -177,6 +185,11 @@ class Accounting(Collector):
             totals = self._totals.get(labels)
             if totals is None:
                 totals = self._totals[labels] = _Totals()
+                if len(self._totals) > self._limit:
+                    self._totals.popitem(last=False)
+                    self._dropped += 1
+            else:
+                self._totals.move_to_end(labels)
             totals.opened += 1
             totals.closed += 1
             totals.from_source += flow.from_source
@@ -233,6 +246,9 @@ class Accounting(Collector):
             for family, value in zip(families, values, strict=True):
                 family.add_metric(labels, value)
         yield from families
+        yield CounterMetricFamily(
+            "mycel_nodeproxy_series_dropped", "Series that gave way to newer ones.", value=self._dropped
+        )
 
     def describe(self) -> Iterator[Metric]:
         return iter(())
