@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import posixpath
@@ -106,7 +107,11 @@ class Builder:
             file = self.cache / "layers" / f"{name}-{key}.tar"
             note = file.with_suffix(".json")
             cached = note.exists() and file.exists()
-            if not cached:
+            if cached:
+                for path in (file, note):
+                    os.utime(path)
+            else:
+                forget_unused(file.parent)
                 self._make(name, file, note)
             given = json.loads(note.read_text())
             self._layers[name] = Built(
@@ -268,6 +273,15 @@ class Builder:
                 lacks.append(f"{path} needs {file.interpreter}")
         if lacks:
             raise BuildError(f"layer {name}: " + "; ".join(lacks))
+
+
+def forget_unused(layers: Path, days: float = 14.0) -> None:
+    """Remove layers that no build has used for so long: each change of code leaves some, hundreds of megabytes a day."""
+    oldest = time.time() - days * 86400
+    for path in layers.glob("*.*"):
+        with contextlib.suppress(FileNotFoundError):  # somebody else was quicker
+            if path.stat().st_mtime < oldest:
+                path.unlink()
 
 
 def lock_path(architecture: str) -> Path:

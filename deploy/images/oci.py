@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,8 @@ def write(image: Image, target: Path) -> str:
             }
         ]
     )
-    aside = target.with_name(f".{target.name}.part")
+    # Several builds may go on at once, in one checkout too.
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
     with tarfile.open(aside, "w", format=tarfile.PAX_FORMAT) as archive:
         _add(archive, "oci-layout", _json({"imageLayoutVersion": "1.0.0"}))
         _add(archive, "index.json", index)

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import pytest
 
 from deploy.images import debian, elf, headers, oci
 from deploy.images.__main__ import cache_folder
-from deploy.images.build import ROOT, Builder, Result, environment, lock_path
+from deploy.images.build import ROOT, Builder, Result, environment, forget_unused, lock_path
 from deploy.images.tree import Tree
 from tests.requirements import require_root
 
@@ -344,6 +345,19 @@ def test_a_package_with_other_bytes_is_refused(tmp_path, monkeypatch):
     maker._apt = Other()  # type: ignore[assignment]
     with pytest.raises(debian.DebianError, match="fetched anew"):
         maker._fetched(package)
+
+
+def test_layers_that_nobody_uses_are_forgotten(tmp_path):
+    for name, days in (
+        ("mycel-old.tar", 20),
+        ("mycel-old.json", 20),
+        ("mycel-new.tar", 5),
+        ("mycel-new.json", 5),
+    ):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (time.time() - days * 86400,) * 2)
+    forget_unused(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"mycel-new.tar", "mycel-new.json"}
 
 
 def test_a_library_that_nobody_brings_is_found_at_build(tmp_path):
