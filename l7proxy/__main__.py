@@ -70,7 +70,7 @@ async def _run(arguments: argparse.Namespace) -> None:
         publish=proxy.publish,
         admin=arguments.admin,
     )
-    proxy.fresh = lambda: xds.connected
+    proxy.fresh = lambda: xds.synced
 
     def keep() -> None:
         for kind in TYPES:

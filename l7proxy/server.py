@@ -40,7 +40,7 @@ _log = logs.get(__name__)
 #: Seconds after an agent's return in which it must speak of a pod, or the pod is gone.
 _CONFIRM_LIMIT = 15.0
 _SWEEP = 5.0
-#: Seconds that a new process waits for the controller, when it has a configuration from an earlier time.
+#: Seconds that a new process waits for the controller, when it has a configuration from an earlier time, or a part of one.
 PREPARE = 5.0
 #: Seconds that an idle connection is kept for a last request while a successor takes new ones, and when there is none.
 IDLE, IDLE_ALONE = 15.0, 0.2
@@ -76,7 +76,8 @@ class Proxy:
         self.metrics = Metrics()
         self.request_ids = RequestIds()
         self.pods: dict[PodKey, Pod] = {}
-        self.fresh: Callable[[], bool] = lambda: True  #: whether the configuration is the controller's of now
+        #: whether the configuration is the controller's of now, all of it
+        self.fresh: Callable[[], bool] = lambda: True
         self.keep: Callable[[], None] = lambda: None  #: writes the last good configuration, in a thread
         self.serving = False  #: new connections come here
         self.draining = False  #: they should not come back: responses say so

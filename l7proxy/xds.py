@@ -67,7 +67,13 @@ class XdsClient:
         self._rebuild: asyncio.TimerHandle | None = None
         self.connected = False
         self.nacks = 0
+        self._answered: set[str] = set()  #: types of which this stream has brought something
         self.updates = 0
+
+    @property
+    def synced(self) -> bool:
+        """What is here is the controller's of now, all of it: it sends listeners and routes once clusters are taken."""
+        return self._answered.issuperset(TYPES)
 
     async def run(self) -> None:
         """Stay subscribed until cancelled."""
@@ -93,6 +99,7 @@ class XdsClient:
                 reason = f"{type(error).__name__}: {error}"
             finally:
                 self.connected = False
+                self._answered.clear()
             if self.updates != before:
                 delay, quiet = _RETRY_FIRST, False
             if not quiet:
@@ -142,6 +149,7 @@ class XdsClient:
             _log.warning("xDS response of a type that was not asked for", type=kind)
             return
         self.updates += 1
+        self._answered.add(kind)
         items = [item.resource for item in response.resources]
         errors = self._resources.change(kind, response.system_version_info, items, response.removed_resources)
         self.publish()

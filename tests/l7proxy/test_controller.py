@@ -9,13 +9,14 @@ import os
 import socket
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from l7proxy.model import Config
 from l7proxy.resources import Resources
 from l7proxy.xds import XdsClient
 from tests.l7proxy.conftest import Mesh, eventually
@@ -94,14 +95,14 @@ class Controlled:
         self.write(f"{app}.yaml", service)
         self.mesh.dialled = (VIP, 80)
 
-    async def subscribe(self) -> None:
+    async def subscribe(self, publish: Callable[[Config], None] | None = None) -> None:
         self.xds = XdsClient(
             target=self.target,
             roots=self.folder / "state/roots.pem",
             credential=self.folder / "token",
             node="node-a",
             resources=self.resources,
-            publish=self.mesh.proxy.publish,
+            publish=publish or self.mesh.proxy.publish,
         )
         self.mesh.proxy.tasks.start(self.xds.run(), name="xds client")
 
@@ -245,6 +246,25 @@ async def test_the_controller_away_and_back(controlled: Controlled, shared: Path
     assert config.destination(VIP, 80) is not None
     assert set(config.clusters) == set(controlled.mesh.proxy.config.clusters)
     assert config.version == controlled.mesh.proxy.config.version
+
+
+async def test_it_is_synced_when_all_is_here(controlled: Controlled, shared: Path) -> None:
+    """Listeners and routes come a round trip after clusters: who served in between would answer 503."""
+    moments: list[tuple[bool, bool]] = []
+
+    def publish(config: Config) -> None:
+        assert controlled.xds is not None
+        destination = config.destination(VIP, 80)
+        routed = destination is not None and destination.routes is not None
+        moments.append((controlled.xds.synced, routed))
+
+    (found,) = (shared / "seed-config").glob("01-*.yaml")
+    await controlled.application("web-app")
+    controlled.write(found.name, found.read_text())
+    await controlled.subscribe(publish)
+    await eventually(lambda: (True, True) in moments)
+    assert moments[0] == (False, False)
+    assert (True, False) not in moments
 
 
 async def test_a_wrong_credential_leaves_no_configuration(controlled: Controlled) -> None:
