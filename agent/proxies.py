@@ -181,10 +181,11 @@ class Proxies:
         self._sessions.append(session)
         foremost = False
         try:
-            # Pods that went while no agent was there to say so.
+            # Pods that ended, or left the mesh and run on, while no agent was there to say so.
             living = [pod.netns_cookie for pod in self._enrolled.enrolled()]
             for uid, cookie in {(h.uid, h.netns_cookie) for h in hello.held if h.netns_cookie not in living}:
-                await session.send(api.Withdraw(uid, cookie))
+                runs_on = self._enrolled.attached(uid, cookie)
+                await session.send(api.Withdraw(uid, cookie, drain=runs_on))
             for cookie in living:
                 await self._hand(session, cookie)
             await session.tell(api.Known())

@@ -31,12 +31,14 @@ def pod(name: str = "web", cookie: int = 7) -> api.Enroll:
 class Enrolled:
     def __init__(self) -> None:
         self.pods: list[api.Enroll] = []
+        self.others: list[api.Enroll] = []  #: attached, not in the mesh
 
     def enrolled(self):
         return tuple(self.pods)
 
     def attached(self, uid, netns_cookie):
-        return any((pod.uid, pod.netns_cookie) == (uid, netns_cookie) for pod in self.pods)
+        pods = (*self.pods, *self.others)
+        return any((pod.uid, pod.netns_cookie) == (uid, netns_cookie) for pod in pods)
 
 
 def cookie_of(sock: socket.socket) -> int:
@@ -252,6 +254,14 @@ async def test_who_holds_what_is_gone_is_told(world):
     await proxy.greet(held=tuple(api.Held("uid-web", 7, kind) for kind in NODEPROXY))
     message, _ = await proxy.hear()
     assert message == api.Withdraw("uid-web", 7)
+
+
+async def test_a_pod_that_left_while_no_agent_was_there_keeps_what_is_open(world):
+    world.enrolled.others = [pod()]
+    proxy = world.proxy()
+    await proxy.greet(held=tuple(api.Held("uid-web", 7, kind) for kind in NODEPROXY))
+    message, _ = await proxy.hear()
+    assert message == api.Withdraw("uid-web", 7, drain=True)
 
 
 async def test_who_says_it_holds_what_the_kernel_does_not_know_gets_new_ones(world):
