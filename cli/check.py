@@ -46,7 +46,11 @@ LIMITS = (
 def offline(folder: Path) -> list[Finding]:
     """What the controller would say of a folder of manifests; nothing has to run."""
     from controlplane import check
+    from controlplane.source.folder import SUFFIXES
 
+    if not any(path.suffix in SUFFIXES for path in folder.rglob("*")):
+        message = f"holds no manifest: no file that ends with {', '.join(SUFFIXES)}"
+        return [Finding(Severity.ERROR, f"Folder {folder}", "", message, "name the folder of the manifests")]
     return [*check.check(folder), *LIMITS]
 
 

@@ -25,7 +25,7 @@ from controlplane.source.objects import Fault, Key, Object, State, Validator, ke
 from controlplane.source.watch import Batch, watch
 
 _log = logs.get(__name__)
-_SUFFIXES = (".yaml", ".yml", ".json")
+SUFFIXES = (".yaml", ".yml", ".json")
 _UNREACHABLE = (0, 0, 0)  #: signature of what had no status
 
 
@@ -216,8 +216,8 @@ def _walk_below(
                 continue
         except OSError as e:
             # A link that leads nowhere is there, so what it led to was not taken back by anyone.
-            if os.path.lexists(path) and (name.endswith(_SUFFIXES) or path.is_dir()):
+            if os.path.lexists(path) and (name.endswith(SUFFIXES) or path.is_dir()):
                 yield prefix + name, e
             continue
-        if stat.S_ISREG(status.st_mode) and name.endswith(_SUFFIXES):
+        if stat.S_ISREG(status.st_mode) and name.endswith(SUFFIXES):
             yield prefix + name, status

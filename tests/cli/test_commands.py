@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,6 +127,19 @@ def test_an_answer_of_another_version_is_named(serve: Serve, value: object) -> N
     result = run("check", "--controller", address)
     assert result.exit_code == 2
     assert "this version does not know" in result.stderr
+
+
+def test_a_folder_without_manifests_is_not_well(tmp_path: Path) -> None:
+    """The wrong folder, mostly: to say "no errors" of it would let everything through."""
+    (tmp_path / "README.md").write_text("# Policies\n")
+    result = run("check", "--config", str(tmp_path))
+    assert result.exit_code == 1
+    assert "holds no manifest" in result.stdout
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below/namespace.yaml").write_text(
+        "{apiVersion: v1, kind: Namespace, metadata: {name: shop}}\n"
+    )
+    assert run("check", "--config", str(tmp_path)).exit_code == 0
 
 
 def test_a_healthy_mesh_has_no_errors_but_its_limits_are_told(serve: Serve) -> None:
