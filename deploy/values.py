@@ -80,7 +80,9 @@ class Agent(_Values, frozen=True):
     priority_class_name: str = "system-node-critical"
     resources: Annotated[
         Resources,
-        msgspec.Meta(description="Loading the kernel programs maps LLVM for a second: 300 MB and more."),
+        msgspec.Meta(
+            description="Loading the kernel programs needs LLVM for a second: 110 MB, and its file pages."
+        ),
     ] = Resources(Quantities("50m", "128Mi"), MemoryLimit("640Mi"))
     max_unavailable: Annotated[
         Name | int,
