@@ -10,8 +10,9 @@ from controlplane.source import Validator
 
 _log = logs.get(__name__)
 _API_VERSION = "admission.k8s.io/v1"
-#: Causes in a refusal; of more only the number is told.
+#: Causes in a refusal, and characters of each; of more causes only the number is told.
 _MAX_CAUSES = 20
+_MAX_TEXT = 500
 #: In place of a name that the API server has yet to make (metadata.generateName).
 _NO_NAME = "generated"
 
@@ -52,6 +53,7 @@ def review(
         if in_force(group, manifest["kind"]):
             return _answer(uid, True)
         return _answer(uid, True, warnings=[f"mycel reads {manifest['kind']}, it is not in force yet"])
+    problems = [(field[:_MAX_TEXT], reason[:_MAX_TEXT]) for field, reason in problems]
     texts = [f"{field}: {reason}" if field else reason for field, reason in problems]
     if isinstance(old, dict) and _content(old) == _content(new):
         return _answer(uid, True, warnings=[f"mycel: not in force as written: {t}" for t in texts[:5]])
@@ -96,7 +98,8 @@ def _refusal(
     shown = "; ".join(texts[:_MAX_CAUSES])
     if len(texts) > _MAX_CAUSES:
         shown += f"; and {len(texts) - _MAX_CAUSES} more"
-    name, kind = manifest["metadata"]["name"], manifest["kind"]
+    name, kind = str(manifest["metadata"]["name"])[:_MAX_TEXT], manifest["kind"][:_MAX_TEXT]
+    of = request.get("kind")
     return {
         "status": "Failure",
         "code": 422,
@@ -104,7 +107,7 @@ def _refusal(
         "message": f"{kind} {name!r} is invalid: {shown}",
         "details": {
             "name": name,
-            "group": (request.get("kind") or {}).get("group") or "",
+            "group": (of.get("group") if isinstance(of, dict) else None) or "",
             "kind": kind,
             "causes": causes[:_MAX_CAUSES],
         },

@@ -1,13 +1,18 @@
 """The webhook's HTTPS server (port 15017): bodies in, reviews out, within limits.
 
 Anybody who reaches the port may ask: API servers show no certificate unless they are told to. So an answer tells nothing but
-what is wrong with the object that was sent, and nobody can keep the controller busy: bodies and the time to read them are
-limited, and few are judged at once.
+what is wrong with the object that was sent, and nobody can keep the controller busy or fill its memory: connections, bodies and
+the time for each are limited, and few are judged at once.
+
+A connection is for one request. API servers keep theirs for a minute and a half, and one that leads to a node that is gone, or
+into a partition, costs the next ``kubectl apply`` the whole of its time limit; a handshake costs a few milliseconds.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,11 +33,18 @@ PATH = "/validate"
 MAX_BODY = 7 << 20
 #: Seconds in which a body has to be here (API servers wait 5 s for the answer).
 _READ_TIMEOUT = 5.0
-#: Bodies from here on are judged in a thread, so that nobody else waits.
+#: Seconds for a handshake, and for a request's head after it.
+_HANDSHAKE_TIMEOUT = 5.0
+_HEAD_TIMEOUT = 5.0
+#: Connections at once; each has buffers of a quarter of a megabyte. More are closed unheard.
+_CONNECTIONS = 128
+#: Bodies from here on are judged in a thread, so that nobody else waits, and one at a time: they can be thirty times as large
+#: when they are decoded.
 _LARGE = 64 << 10
-#: Requests judged at once, and those that may wait; more are refused.
+#: Requests judged at once, and those that may wait, with all their bytes; more are refused.
 _AT_ONCE = 2
 _WAITING = 64
+_WAITING_BYTES = 32 << 20
 #: Seconds between looks at the certificate's age.
 _RENEW_EVERY = 60.0
 
@@ -46,14 +58,19 @@ class WebhookServer:
         validate: Validator,
         registry: CollectorRegistry,
         in_force: Callable[[str, str], bool] = lambda group, kind: True,
+        connections: int = _CONNECTIONS,
     ) -> None:
         self.registry = registry
+        self._connections = connections
         self._certificate = certificate
         self._validate = validate
         self._in_force = in_force
         self._judging = asyncio.Semaphore(_AT_ONCE)
+        self._judging_large = asyncio.Lock()
         self._waiting = 0
+        self._waiting_bytes = 0
         self._tasks = Tasks()
+        self._handshakes = Tasks()
         self._runner: web.AppRunner | None = None
         self.port = 0
         self._reviews = Counter(
@@ -76,29 +93,54 @@ class WebhookServer:
         """
         app = web.Application(client_max_size=MAX_BODY)
         app.router.add_post(PATH, self._answer)
-        self._runner = web.AppRunner(app, access_log=None, keepalive_timeout=90, shutdown_timeout=1.0)
-        await self._runner.setup()
         host, _, port = address.rpartition(":")
-        site = web.TCPSite(
-            self._runner,
-            host.strip("[]"),
-            int(port),
-            ssl_context=self._certificate.context,
-            reuse_address=True,
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server(
+            (host.strip("[]"), int(port)), family=family, backlog=self._connections
         )
-        try:
-            await site.start()
-        except OSError:
-            await self._runner.cleanup()
-            raise
-        self.port = self._runner.addresses[0][1]
+        listener.setblocking(False)
+        self.port = listener.getsockname()[1]
+        self._runner = web.AppRunner(
+            app, access_log=None, keepalive_timeout=_HEAD_TIMEOUT, shutdown_timeout=1.0
+        )
+        await self._runner.setup()
+        self._tasks.start(self._accept(listener), name="webhook's connections")
         self._tasks.start(self._renew(), name="webhook's certificate")
         _log.info("webhook serving", port=self.port)
 
     async def stop(self) -> None:
         await self._tasks.cancel()
+        await self._handshakes.cancel()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        assert self._runner is not None and self._runner.server is not None
+        loop, server = asyncio.get_running_loop(), self._runner.server
+        with listener:
+            while True:
+                try:
+                    connection, _ = await loop.sock_accept(listener)
+                except OSError as e:
+                    _log.warning("webhook cannot accept", error=e.strerror)
+                    await asyncio.sleep(0.1)
+                    continue
+                if len(self._handshakes) + len(server.connections) >= self._connections:
+                    self._reviews.labels("busy").inc()
+                    connection.close()
+                else:
+                    self._handshakes.start(self._handshake(connection, server), name="webhook's handshake")
+
+    async def _handshake(self, connection: socket.socket, server: web.Server) -> None:
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(
+                server,
+                connection,
+                ssl=self._certificate.context,
+                ssl_handshake_timeout=_HANDSHAKE_TIMEOUT,
+            )
+        except OSError as e:
+            _log.debug("webhook's handshake failed", error=str(e))
 
     async def _renew(self) -> None:
         while True:
@@ -110,13 +152,21 @@ class WebhookServer:
                 _log.exception("webhook's certificate cannot be renewed", e)
 
     async def _answer(self, request: web.Request) -> web.Response:
-        if self._waiting >= _WAITING:
-            return self._refuse(429, "busy", "too many requests at once")
-        self._waiting += 1
-        try:
-            return await self._judge(request)
-        finally:
-            self._waiting -= 1
+        size = MAX_BODY if request.content_length is None else request.content_length
+        if size > MAX_BODY:
+            response = self._refuse(413, "too_large", f"more than {MAX_BODY} bytes")
+        elif self._waiting >= _WAITING or self._waiting_bytes + size > _WAITING_BYTES:
+            response = self._refuse(429, "busy", "too many requests at once")
+        else:
+            self._waiting += 1
+            self._waiting_bytes += size
+            try:
+                response = await self._judge(request)
+            finally:
+                self._waiting -= 1
+                self._waiting_bytes -= size
+        response.force_close()
+        return response
 
     async def _judge(self, request: web.Request) -> web.Response:
         try:
@@ -124,15 +174,15 @@ class WebhookServer:
                 body = await request.read()
         except TimeoutError:
             return self._refuse(408, "slow", "the body took too long")
+        except ConnectionError:
+            return self._refuse(400, "malformed", "the connection ended within the body")
         except web.HTTPRequestEntityTooLarge:
             return self._refuse(413, "too_large", f"more than {MAX_BODY} bytes")
         began = time.monotonic()
-        async with self._judging:
+        large = len(body) >= _LARGE
+        async with self._judging_large if large else contextlib.nullcontext(), self._judging:
             try:
-                if len(body) < _LARGE:
-                    answer = self._review(body)
-                else:
-                    answer = await asyncio.to_thread(self._review, body)
+                answer = await asyncio.to_thread(self._review, body) if large else self._review(body)
             except (MalformedReview, msgspec.DecodeError, RecursionError) as e:
                 return self._refuse(400, "malformed", str(e))
         self._seconds.observe(time.monotonic() - began)

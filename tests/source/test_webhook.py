@@ -23,6 +23,7 @@ from controlplane.source.kinds import CUSTOM
 from controlplane.source.manifests import ManifestError, parse
 from controlplane.webhook import Registration, WebhookServer
 from controlplane.webhook.certificate import WebhookCertificate
+from controlplane.webhook.review import review
 from deploy import webhook as deployed
 from deploy.values import load
 from lab.kubernetes import ControlPlane
@@ -80,9 +81,11 @@ def configuration(port: int) -> dict[str, Any]:
 
 
 @contextlib.asynccontextmanager
-async def serving(root: Authority, clock: Callable[[], datetime] = utc_now) -> AsyncIterator[WebhookServer]:
+async def serving(
+    root: Authority, clock: Callable[[], datetime] = utc_now, connections: int = 128
+) -> AsyncIterator[WebhookServer]:
     certificate = WebhookCertificate(root, ["127.0.0.1"], clock)
-    server = WebhookServer(certificate, validate, CollectorRegistry(), is_compiled)
+    server = WebhookServer(certificate, validate, CollectorRegistry(), is_compiled, connections)
     await server.start("127.0.0.1:0")
     try:
         yield server
@@ -268,6 +271,76 @@ async def test_what_is_no_review(body: bytes, status: int, says: str) -> None:
                 assert says in await answer.text()
             async with session.get(url, ssl=context) as answer:
                 assert answer.status == 405
+
+
+@contextlib.asynccontextmanager
+async def connected(
+    port: int, root: Authority
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    context = ssl.create_default_context(cadata=root.roots_pem)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+def head(length: int) -> bytes:
+    return b"POST /validate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % length
+
+
+async def test_a_connection_is_for_one_request() -> None:
+    """API servers keep theirs, and wait for their whole time limit on one that leads to a node that is gone."""
+    root = authority()
+    async with serving(root) as server, connected(server.port, root) as (reader, writer):
+        writer.write(head(2) + b"{}")
+        answer = await asyncio.wait_for(reader.read(), 20)
+        assert answer.startswith(b"HTTP/1.1 400 ") and b"\r\nConnection: close\r\n" in answer
+
+
+async def test_connections_without_a_request() -> None:
+    """Whoever reaches the port may open some, to be ended soon, and is not heard beyond that; others are again then."""
+    root = authority()
+    async with serving(root, connections=4) as server, contextlib.AsyncExitStack() as stack:
+        held = [await stack.enter_async_context(connected(server.port, root)) for _ in range(4)]
+        held[0][1].write(head(2)[:20])
+        with pytest.raises(OSError):
+            await stack.enter_async_context(connected(server.port, root))
+        assert server.registry.get_sample_value(
+            "mycel_controlplane_webhook_reviews_total", {"answer": "busy"}
+        )
+        for reader, _ in held:
+            assert await asyncio.wait_for(reader.read(), 20) == b""
+        async with connected(server.port, root) as (reader, writer):
+            writer.write(head(2) + b"{}")
+            assert (await asyncio.wait_for(reader.read(), 20)).startswith(b"HTTP/1.1 400 ")
+
+
+async def test_bodies_together_are_limited() -> None:
+    """Bytes that were announced count, so that nobody fills the controller's memory; who sends none is given up."""
+    root = authority()
+    async with serving(root) as server, contextlib.AsyncExitStack() as stack:
+        answers = []
+        for _ in range(5):
+            reader, writer = await stack.enter_async_context(connected(server.port, root))
+            writer.write(head(7 << 20))
+            answers.append(reader.readline())
+        async with connected(server.port, root) as (reader, writer):
+            writer.write(head(2) + b"{}")
+            assert (await asyncio.wait_for(reader.read(), 20)).startswith(b"HTTP/1.1 400 ")
+        lines = await asyncio.wait_for(asyncio.gather(*answers), 60)
+        assert sorted(line[9:12] for line in lines) == [b"408"] * 4 + [b"429"]
+
+
+def test_an_answer_is_short() -> None:
+    """It is logged, too: of what somebody sent no more than helps."""
+    long = "x" * 100_000
+    manifest = istio(long, long, {"hosts": [long]})
+    request = {"uid": "u", "operation": "CREATE", "kind": long, "object": manifest}
+    body = {"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "request": request}
+    answer = review(body, lambda _: [(long, long)] * 100)
+    assert len(msgspec.json.encode(answer)) < 50_000
+    assert "and 80 more" in answer["response"]["status"]["message"]
 
 
 def _documents(folder: Path) -> list[tuple[str, dict[str, Any] | None, str, str]]:
