@@ -75,13 +75,20 @@ def entry(run: Path, pins: Path, outside: tuple[str, ...]) -> dict[str, Any]:
 class CniNode:
     """``problem`` says why pods of this node do not get our plugin; empty when they do."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, holds_back: bool = False) -> None:
+        """``holds_back``: no entry is put in before :meth:`go_ahead`, though the binaries are."""
         self._settings = settings
+        self._may = not holds_back
         self._changed = asyncio.Event()
         self._whole = True
         self._looked_whole = 0.0
         self._repairs: deque[float] = deque(maxlen=_REPAIRS)
         self.problem = "the CNI plugin is not in place yet"
+
+    def go_ahead(self) -> None:
+        """From now on the entry belongs into the list."""
+        self._may = True
+        self._changed.set()
 
     async def put_in_place(self) -> None:
         """Binaries, then the entry. Sets :attr:`problem`."""
@@ -96,6 +103,8 @@ class CniNode:
                 self._tell(before, f"CNI plugin cannot be put in place: {error}")
                 await self._take_entry_out()
                 return
+        if not self._may:
+            return
         try:
             state = await asyncio.to_thread(
                 cni_chain.put_in, self._settings.configuration, self._settings.entry

@@ -310,8 +310,9 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
         tasks.start(live.run(), name="running pods")
         tasks.start(stream.run(), name="stream")
         if plugin is not None:
-            # Now that ADD is answered.
+            # Now that ADD is answered; and the entry when it can be: nobody's pods wait for controllers that never came.
             tasks.start(plugin.watch(), name="CNI plugin on the node")
+            tasks.start(_go_ahead(plugin, node), name="CNI entry on the node")
         _log.info(
             "agent runs", node=options.node, run=str(options.run), pid=os.getpid(), admin_port=admin.port
         )
@@ -345,7 +346,12 @@ def _plugin(options: Options) -> CniNode | None:
         host_binaries=options.cni_bin_host,
         bundle=options.cni_bundle if options.cni_bundle.exists() else None,
     )
-    return CniNode(settings)
+    return CniNode(settings, holds_back=True)
+
+
+async def _go_ahead(plugin: CniNode, node: Node) -> None:
+    await node.informed()
+    plugin.go_ahead()
 
 
 async def _take_out(plugin: CniNode) -> None:

@@ -1,7 +1,7 @@
-"""Word for the CNI plugin of which namespaces are outside, for the time when this agent is away.
+"""Which namespaces are outside: for the agent while no controller answers, and word of it for the CNI plugin while no agent does.
 
-What is left is what the controller last said: a namespace that does not ask for the mesh, and in which no pod of ours is. A pod
-that asks for itself in such a namespace, made while the agent is away, starts outside and comes in when the agent is back.
+It is what the controller last said: a namespace that does not ask for the mesh, and in which no pod of ours is. A pod that asks
+for itself in such a namespace, made while agent or controllers are away, starts outside and comes in when they are back.
 """
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ from controlplane.api import Workload
 _log = logs.get(__name__)
 
 
+def outside(mesh: Mesh) -> frozenset[str]:
+    """The namespaces in which no pod is in the mesh, as the controller said last."""
+    names = set(mesh.config.outside_namespaces)
+    for resource in mesh.resources.values():
+        if isinstance(resource, Workload) and resource.enrolled:
+            names.discard(resource.namespace)
+    return frozenset(names)
+
+
 class EnrolmentFile:
     """``enrolment.json`` in the run folder, written when what is in it changes."""
 
@@ -25,11 +34,7 @@ class EnrolmentFile:
 
     def write(self, mesh: Mesh) -> None:
         """Failure is logged: then pods of such namespaces wait for the agent as others do."""
-        outside = set(mesh.config.outside_namespaces)
-        for resource in mesh.resources.values():
-            if isinstance(resource, Workload) and resource.enrolled:
-                outside.discard(resource.namespace)
-        names = sorted(outside)
+        names = sorted(outside(mesh))
         if names == self._written:
             return
         try:

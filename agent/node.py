@@ -20,6 +20,7 @@ import msgspec
 
 from agent import api, processes
 from agent.compiler import EMPTY, Tables, compile_tables
+from agent.enrolment import outside
 from agent.identities import Identities, IdentitiesError
 from agent.live import Candidate, is_found_running
 from agent.mesh import Mesh, apply, is_ipv4
@@ -135,6 +136,11 @@ class Node:
 
     # Controller
 
+    async def informed(self) -> None:
+        """Wait until the controller has said something, to this agent or a predecessor."""
+        while not self.mesh.known:
+            await self._mesh_changed.wait()
+
     async def apply(self, update: Update) -> tuple[ResourceError, ...]:
         """Bring an update into force; gives what of it is not."""
         before = self.mesh
@@ -152,6 +158,9 @@ class Node:
     async def add(self, attachment: Attachment, netns: int) -> None:
         """Attach a pod; on return the kernel enforces what the mesh says of it.
 
+        One that the controller does not speak of passes in a namespace that is outside: no controller may answer for long, and it
+        joins as it runs if it should be in the mesh.
+
         :param netns: its network namespace, still the caller's.
         :raises Refusal: it is not attached.
         """
@@ -165,6 +174,13 @@ class Node:
         finally:
             if self._adding.get(attachment.key) is this:
                 del self._adding[attachment.key]
+        if workload is None:
+            _log.warning(
+                "pod of a namespace outside starts unknown: no word of it from the controller",
+                pod=f"{attachment.pod_namespace}/{attachment.pod_name}",
+                uid=attachment.pod_uid,
+            )
+            return
         if workload.enrolled and not any(is_ipv4(address) for address in attachment.addresses):
             raise Refusal(
                 protocol.ERR_REFUSED,
@@ -346,8 +362,8 @@ class Node:
             )
         return cookie, inode
 
-    async def _workload(self, attachment: Attachment) -> Workload:
-        """The workload of a pod, waiting for the controller to speak of it.
+    async def _workload(self, attachment: Attachment) -> Workload | None:
+        """The workload of a pod, waiting for the controller to speak of it; None if it does not and the namespace is outside.
 
         :raises Refusal: it does not, or speaks of another.
         """
@@ -359,6 +375,8 @@ class Node:
                 while (workload := self._known(attachment)) is None:
                     await self._mesh_changed.wait()
         except TimeoutError:
+            if attachment.pod_namespace in outside(self.mesh):
+                return None
             said = (
                 "the controller has not said anything yet"
                 if not self.mesh.known

@@ -21,6 +21,7 @@ from controlplane.api import (
     Action,
     Authorization,
     Endpoint,
+    MeshConfig,
     MtlsMode,
     Resource,
     ResourceError,
@@ -274,6 +275,24 @@ async def test_add_waits_for_the_controller(world, monkeypatch):
         await world.add("never")
     assert refused.value.code == 11
     assert "does not know it" in refused.value.details
+
+
+async def test_pods_outside_start_without_a_controller(world, monkeypatch):
+    """As they do without an agent; one that should have been in the mesh comes in as it runs."""
+    monkeypatch.setattr("agent.node.WORKLOAD_TIMEOUT", 0.05)
+    config = MeshConfig(outside_namespaces=("plain", "default"))
+    await world.node.apply(Update(1, "v1", complete=True, upserts=(config, workload("web"))))
+    await world.add("new", "10.0.1.2", pod_namespace="plain")
+    assert world.kernel.pods() == {}
+    assert len(world.node.pods) == 0
+    assert world.held() == set()
+    await world.delete("new")
+    for namespace in ("default", "other"):  # one has a pod of the mesh, one is not known
+        with pytest.raises(Refusal, match="is not known") as refused:
+            await world.add("new", "10.0.1.2", pod_namespace=namespace)
+        assert refused.value.code == 11
+    await world.node.apply(Update(2, "v2", upserts=(workload("new", addresses=("10.0.1.2",)),)))
+    assert [candidate.uid for candidate in world.node.candidates()] == ["uid-new"]
 
 
 async def test_a_pod_that_is_removed_while_add_waits_is_never_attached(world):

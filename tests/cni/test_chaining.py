@@ -144,6 +144,30 @@ async def test_chn_03_chained_again(node):
     assert not node.problem
 
 
+async def test_the_entry_waits_until_it_may(tmp_path, conf):
+    """An installation whose controllers never come stops no pod; what an earlier agent put in stays."""
+    (tmp_path / "bin").mkdir()
+    file = conf / "10-pods.conflist"
+    file.write_text(LIST)
+    settings = cni_node.Settings(tmp_path / "bin", conf, ENTRY, bundle=None)
+    made = cni_node.CniNode(settings, holds_back=True)
+    await made.put_in_place()
+    assert (tmp_path / "bin/mycel").exists()
+    assert file.read_text() == LIST
+    assert made.problem
+    watching = asyncio.create_task(made.watch())
+    try:
+        made.go_ahead()
+        await until(lambda: not made.problem, "chained")
+        assert plugins(file)[-1] == "mycel"
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+    before = file.read_text()
+    await cni_node.CniNode(settings, holds_back=True).put_in_place()
+    assert file.read_text() == before
+
+
 async def test_chn_03_another_list_becomes_first(node):
     old, new = node.conf / "10-pods.conflist", node.conf / "05-new.conflist"
     old.write_text(LIST)
