@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: Bytes that may be pipelined behind a request before the client is paused.
 PIPELINE_LIMIT = 64 * 1024
+#: Open connections of one pod; further ones are closed, since descriptors and memory are those of every pod of the node.
+MAX_CONNECTIONS = 16_384
 #: Seconds that a connection is read and discarded after its last response, so that a reset does not overtake it.
 LINGER = 1.0
 #: Seconds that a connection which is closing is kept while its client takes nothing of what is left.
@@ -74,6 +76,11 @@ class DownstreamConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
         self.transport.set_write_buffer_limits(HIGH_WATER)
+        if len(self.pod.downstream) >= MAX_CONNECTIONS:
+            self.proxy.too_many(self.pod)
+            self._closing = True
+            self.transport.abort()
+            return
         peer = self.transport.get_extra_info("peername")
         original = self.proxy.original_destination(self.pod.enroll.netns_cookie, peer) if peer else None
         if original is None or self.pod.withdrawn:

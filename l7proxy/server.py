@@ -152,6 +152,9 @@ class Proxy:
     def uncaptured(self, pod: Pod, peer: object) -> None:
         self._warn("connection without an original destination closed", pod.enroll.name, peer=peer)
 
+    def too_many(self, pod: Pod) -> None:
+        self._warn("a pod has too many connections, further ones are closed", pod.enroll.name)
+
     def unserved(self, connection: DownstreamConnection) -> None:
         destination = "{}:{}".format(*connection.original)
         self._warn(

@@ -45,6 +45,19 @@ async def test_a_client_that_reads_no_answers_is_read_no_further(mesh: Mesh) -> 
     assert not connection.held
 
 
+async def test_one_pod_does_not_take_every_connection(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downstream, "MAX_CONNECTIONS", 2)
+    await mesh.serve()
+    first, second = await mesh.client(), await mesh.client()
+    assert (await first.get())[0] == (await second.get())[0] == 200
+    assert await (await mesh.client()).closed() == b""
+    first.close()
+    (pod,) = mesh.proxy.pods.values()
+    await eventually(lambda: len(pod.downstream) == 1)
+    assert (await (await mesh.client()).get())[0] == 200
+    assert (await second.get())[0] == 200
+
+
 async def test_who_takes_nothing_of_the_last_response_is_let_go(mesh: Mesh) -> None:
     body = {"inline_string": "x" * (16 << 20)}
     mesh.configure(xds.listener(), xds.routes({**DIRECT, "direct_response": {"status": 200, "body": body}}))
