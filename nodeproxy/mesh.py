@@ -38,7 +38,6 @@ class Mesh:
         self.version = ""
         self.trust: Trust | None = None
         self.workloads: dict[str, Workload] = {}
-        self.watchers: list[Callable[[], None]] = []  #: called after each update
         self._authorizations: dict[str, Authorization] = {}
         self._services: dict[str, Service] = {}
         self._at: dict[str, dict[str, Workload]] = {}
@@ -67,8 +66,6 @@ class Mesh:
         self.synced = self.synced or update.complete
         # With an error the state is not the snapshot's: on reconnect it has to come again.
         self.version = "" if errors else update.version
-        for watcher in self.watchers:
-            watcher()
         return tuple(errors)
 
     def _keys(self) -> list[str]:
