@@ -46,6 +46,7 @@ def daemon_set(values: Values, namespace: str) -> Json:
                     "dnsPolicy": "ClusterFirstWithHostNet",
                     "securityContext": {"seccompProfile": {"type": "RuntimeDefault"}},
                     "imagePullSecrets": values.image.pull_secrets,
+                    "nodeSelector": parts.LINUX,
                     "tolerations": parts.EVERYTHING,
                     "terminationGracePeriodSeconds": 30,
                     "containers": [_container(values, namespace)],

@@ -41,6 +41,8 @@ ROOTS_FOLDER: Final = "/etc/mycel/roots"
 MIN_READY: Final = 5
 
 EVERYTHING: Final[list[Json]] = [{"operator": "Exists"}]
+#: Who tolerates everything would come to Windows nodes too, and never be ready there.
+LINUX: Final = {"kubernetes.io/os": "linux"}
 
 
 def labels(component: str = "") -> Json:

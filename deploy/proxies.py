@@ -42,6 +42,7 @@ def _daemon_set(
                     "priorityClassName": chosen.priority_class_name,
                     "securityContext": parts.unprivileged_pod(),
                     "imagePullSecrets": values.image.pull_secrets,
+                    "nodeSelector": parts.LINUX,
                     "tolerations": parts.EVERYTHING,
                     "terminationGracePeriodSeconds": chosen.grace_seconds,
                     "containers": [

@@ -72,7 +72,7 @@ class Controlplane(_Values, frozen=True):
     replicas: Count = 2
     priority_class_name: str = "system-cluster-critical"
     resources: Resources = Resources(Quantities("100m", "192Mi"), MemoryLimit("1Gi"))
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, str] = msgspec.field(default_factory=lambda: {"kubernetes.io/os": "linux"})
     tolerations: tuple[Toleration, ...] = ()
 
 

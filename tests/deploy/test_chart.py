@@ -120,6 +120,17 @@ def test_a_builder_that_computes_with_a_value_is_refused() -> None:
         values.nodeproxy.drain_seconds + 15
 
 
+def test_pods_keep_to_nodes_with_linux() -> None:
+    """The daemons tolerate every taint, also the one that keeps others off Windows nodes."""
+    templates = [
+        one["spec"]["template"]["spec"]
+        for one in manifests.build(load(settings=["controlplane.nodeSelector={zone: a}"]), "mesh")
+        if one["kind"] in ("Deployment", "DaemonSet")
+    ]
+    assert len(templates) == 4
+    assert all(template["nodeSelector"]["kubernetes.io/os"] == "linux" for template in templates)
+
+
 def test_order_names_what_is_referred_to_first() -> None:
     kinds = [one["kind"] for one in install.objects(load(), "mesh")]
     order = ["Namespace", "ServiceAccount", "ClusterRole", "Secret", "Deployment", "DaemonSet"]
