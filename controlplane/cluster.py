@@ -148,12 +148,18 @@ class _View:
         return pod.manifest if pod else None
 
     def members(self) -> list[Member]:
-        """(node, component) of every one of our pods that runs, and so should be connected to a controller."""
-        return [
+        """(node, component) of whom a policy has to reach: our pods that run, and the agent wherever a pod is in the mesh.
+
+        While an agent is replaced, or has gone for good, its node's kernel judges by what it had.
+        """
+        found = {
             (pod["spec"]["nodeName"], component)
             for _, component, pod in self._pods()
-            if component in COMPONENTS and Key("", "Node", "", pod["spec"]["nodeName"]) in self._objects
-        ]
+            if component in COMPONENTS
+        }
+        workloads = self.controller.snapshot.workloads.values() if self.controller else ()
+        found.update((w.node, "agent") for w in workloads if w.enrolled and w.addresses and w.node)
+        return [(node, component) for node, component in found if Key("", "Node", "", node) in self._objects]
 
     def replicas(self, port: int) -> dict[str, str]:
         """Name and ``ADDRESS:PORT`` of every other controller."""

@@ -234,7 +234,9 @@ class MeshClient:
         await self.stream.write(api.encode(api.Hello(component, version=version, **fields)))
 
     async def receive(self, timeout: float = 5.0) -> api.Update:
-        data = await asyncio.wait_for(self.stream.read(), timeout)
+        # Not wait_for, which loses a cancellation that comes together with the data in Python 3.11.
+        async with asyncio.timeout(timeout):
+            data = await self.stream.read()
         assert isinstance(data, bytes), "the stream has ended"
         return api.decode_update(data)
 
