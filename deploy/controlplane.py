@@ -95,8 +95,9 @@ def deployment(values: Values, namespace: str) -> Json:
                     },
                     "containers": [_container(values, namespace)],
                     "volumes": [
-                        # A controller keeps what it must keep in the cluster; this is for the last good objects.
-                        {"name": "state", "emptyDir": {}},
+                        # A controller keeps what it must keep in the cluster; this is for the last good objects. Secrets
+                        # that some of them refer to are among these: never on a disk.
+                        {"name": "state", "emptyDir": {"medium": "Memory"}},
                         # The copy of the root, for a restart without the API server: never on a disk.
                         {"name": "ca", "emptyDir": {"medium": "Memory", "sizeLimit": "1Mi"}},
                         {"name": "tmp", "emptyDir": {}},
