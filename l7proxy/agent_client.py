@@ -67,7 +67,8 @@ class AgentClient:
         while True:
             try:
                 await self._session()
-                delay, quiet = _RETRY_FIRST, False
+                if self.connected:  # and not refused, which it would be again
+                    delay, quiet = _RETRY_FIRST, False
             except (OSError, seqpacket.PacketError, msgspec.DecodeError) as error:
                 if not quiet:
                     _log.warning("agent is away", socket=self._path, reason=str(error))

@@ -105,6 +105,19 @@ async def test_the_agent_away(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> No
     assert (await (await mesh.client()).get())[0] == 200
 
 
+async def test_an_agent_that_refuses_is_asked_less_and_less(mesh: Mesh) -> None:
+    mesh.agent.stop()
+    await eventually(lambda: not mesh.proxy.agent.connected)
+    mesh.agent = FakeAgent(mesh.run)
+    mesh.agent.refuse = "version 9"
+    started = time.monotonic()
+    mesh.agent.start()
+    await eventually(lambda: len(mesh.agent.hellos) == 5)
+    assert time.monotonic() - started > 1.0
+    mesh.agent.refuse = ""
+    await mesh.agent.connected()
+
+
 async def test_each_agent_has_its_own_time_to_speak_of_a_pod(
     mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:

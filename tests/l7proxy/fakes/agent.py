@@ -19,6 +19,7 @@ class FakeAgent:
         self.hellos: list[api.Hello] = []
         self.asked: list[api.GetSockets] = []
         self.ready = asyncio.Event()  #: the proxy said Serve
+        self.refuse = ""
         self.refuse_sockets = ""
         self.answer_sockets = True
         self.peer: socket.socket | None = None
@@ -113,6 +114,9 @@ class FakeAgent:
         message = api.decode_from_proxy(data)
         if isinstance(message, api.Hello):
             self.hellos.append(message)
+            if self.refuse:
+                seqpacket.send(peer, api.encode(api.Refused(self.refuse)))
+                return
             fds = (self._captured_fd,) if self._captured_fd >= 0 else ()
             seqpacket.send(peer, api.encode(api.Welcome("node-a", maps=("captured",) if fds else ())), fds)
             for mark in (api.Known(), api.Serving()):
