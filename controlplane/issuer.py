@@ -50,6 +50,7 @@ class Issuer:
         self._keys: KeySet | None = None
         self._ids: frozenset[str] = frozenset()
         self._asked_at = float("-inf")
+        self._fetched = False  #: when they were asked for last, they were to be had
         self._asking = asyncio.Lock()
         try:
             self._take(json.loads(path.read_bytes()))
@@ -67,12 +68,14 @@ class Issuer:
     async def fetch(self) -> bool:
         """Fetch the keys now; False if they cannot be had."""
         self._asked_at = self._monotonic()
+        self._fetched = False
         try:
             async with asyncio.timeout(_AGAIN):
                 configuration = await self._client.get(_CONFIGURATION)
                 keys = await self._client.get(_KEYS)
             document = {"issuer": configuration["issuer"], "keys": keys}
             self._take(document)
+            self._fetched = True
         except (ApiError, Unreachable, TimeoutError, ValueError, LookupError, TypeError, JoseError) as e:
             _log.warning("issuer's keys cannot be fetched", error=str(e) or type(e).__name__)
             return False
@@ -95,6 +98,9 @@ class Issuer:
                 if key_id not in self._ids and self._monotonic() >= self._asked_at + _AGAIN:
                     await self.fetch()
         keys = self._keys
+        if self._fetched and self._ids and key_id not in self._ids:
+            # The API server has all keys that are good in its document: what a stranger makes up costs it no review.
+            raise Mismatch("its key is none of the issuer's")
         if keys is None or key_id not in self._ids:
             raise UnknownIssuer("the issuer's key is not known")
         try:

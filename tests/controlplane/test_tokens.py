@@ -104,6 +104,7 @@ async def test_strangers_cost_the_api_server_nothing(world: World) -> None:
     claims = json.loads(base64.urlsafe_b64decode(payload + "=="))
     claims["kubernetes.io"]["node"]["name"] = "node-b"
     other = base64.urlsafe_b64encode(json.dumps(claims).encode()).decode().rstrip("=")
+    made_up = base64.urlsafe_b64encode(json.dumps({"alg": "RS256", "kid": "made up"}).encode()).decode()
     await world.api.account("default")
     for token in (
         "",
@@ -111,6 +112,7 @@ async def test_strangers_cost_the_api_server_nothing(world: World) -> None:
         "a.b.c",
         f"{header}.{other}.{signature}",
         f"{header}.{payload}.{signature[:-4]}AAAA",
+        f"{made_up}.{payload}.{signature}",
         await world.api.token(pod, "mycel-nodeproxy", audience="https://kubernetes.default.svc"),
         await world.api.token(None, "mycel-nodeproxy"),
         await world.api.token(None, "default"),
