@@ -168,7 +168,9 @@ def load_authority(root: Root, where: str, now: datetime) -> Authority:
         is_ca = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except (ValueError, TypeError, x509.ExtensionNotFound, UnsupportedAlgorithm) as e:
         raise AuthorityError(f"{where}: the root cannot be read: {e}") from e
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise AuthorityError(f"{where}: root.key is no key for ECDSA, the only kind that is taken")
+    if key.public_key() != certificate.public_key():
         raise AuthorityError(f"{where}: root.key is not the key of root.pem")
     if not is_ca:
         raise AuthorityError(f"{where}: root.pem is no certificate of an authority")
@@ -292,5 +294,9 @@ def _key_usage(signature: bool) -> x509.KeyUsage:
 
 
 def _authority_key_identifier(root: x509.Certificate) -> x509.AuthorityKeyIdentifier:
-    own = root.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    try:
+        own = root.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:
+        # A root made elsewhere may have none; then it is the key's hash (RFC 5280, 4.2.1.2).
+        own = x509.SubjectKeyIdentifier.from_public_key(root.public_key())
     return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(own)

@@ -21,7 +21,14 @@ from cryptography.x509.verification import PolicyBuilder, Store
 
 from common import spiffe
 from controlplane import api
-from controlplane.ca.authority import Authority, AuthorityError, RequestError, open_authority
+from controlplane.ca.authority import (
+    Authority,
+    AuthorityError,
+    RequestError,
+    Root,
+    load_authority,
+    open_authority,
+)
 from controlplane.credentials import Caller, FolderCredentials
 from controlplane.server import ServerCertificate
 from tests.controlplane.support import TOKENS, Harness, bearer, mesh_namespace, pod, write
@@ -172,6 +179,36 @@ def test_a_broken_root_is_never_replaced(tmp_path: Path) -> None:
     (folder / "root.pem").unlink()
     with pytest.raises(AuthorityError, match="cannot be read"):
         open_authority(folder, NOW)
+
+
+def made_elsewhere(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> Root:
+    """A root as another tool makes it, without a key identifier."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "theirs")])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(NOW)
+        .not_valid_after(NOW + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    return Root(private, certificate.public_bytes(pem))
+
+
+def test_a_root_that_was_made_elsewhere() -> None:
+    key = ec.generate_private_key(ec.SECP384R1())
+    authority = load_authority(made_elsewhere(key), "here", NOW)
+    leaf = x509.load_der_x509_certificate(authority.issue_workload(request(), WEB, NOW).certificate)
+    own = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
+    found = leaf.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    assert found.key_identifier == own.digest
+    with pytest.raises(AuthorityError, match=r"^here: root.key is no key for ECDSA"):
+        load_authority(made_elsewhere(rsa.generate_private_key(65537, 2048)), "here", NOW)
 
 
 def test_the_servers_certificate_is_renewed(authority: Authority) -> None:
