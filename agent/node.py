@@ -39,6 +39,8 @@ _log = logs.get(__name__)
 
 #: Seconds that an ADD waits for the controller to speak of its pod; the whole request has a little more.
 WORKLOAD_TIMEOUT = 10.0
+#: Seconds after a start in which the last good state may be old: a pod that is outside by it waits for the controller.
+FRESH = 5.0
 #: Seconds until what failed is tried again.
 RETRY = 3.0
 
@@ -88,6 +90,7 @@ class Node:
         self._host_netns = processes.netns_inode_of("self")
         self._tasks = Tasks()
         self._mesh_changed = asyncio.Event()
+        self._fresh = asyncio.Event()
         self._dirty = asyncio.Event()
         self._waiting: list[asyncio.Future[Outcome]] = []
         #: Pods that the kernel has and the book has not: nobody knows whose they are, so nobody may connect to them.
@@ -110,6 +113,7 @@ class Node:
 
     async def start(self) -> None:
         """Load the last good state, adopt the pods that still live, bring the kernel to agree, and go on reconciling."""
+        asyncio.get_running_loop().call_later(FRESH, self._fresh.set)
         self._load()
         await self._adopt()
         self._tasks.start(self._reconcile(), name="reconcile")
@@ -148,6 +152,7 @@ class Node:
         self._note_joining(before, update)
         changed, self._mesh_changed = self._mesh_changed, asyncio.Event()
         changed.set()
+        self._fresh.set()
         outcome = await self._settled()
         self.on_change()
         self._unsaved.set()
@@ -374,6 +379,10 @@ class Node:
             async with asyncio.timeout(WORKLOAD_TIMEOUT):
                 while (workload := self._known(attachment)) is None:
                     await self._mesh_changed.wait()
+                if not workload.enrolled:
+                    # Its namespace may have been labelled while this node was off.
+                    await self._fresh.wait()
+                    workload = self._known(attachment) or workload
         except TimeoutError:
             if attachment.pod_namespace in outside(self.mesh):
                 return None

@@ -209,9 +209,9 @@ class TestPassage:
         assert world.told.transcript == ["enroll web unknown"]
         await self.gone(world)
         assert not [call for call in world.kernel.calls if call.startswith("policy")]
-        assert not world.kernel.peers()["10.0.1.1"].enrolled
-        await asyncio.sleep(0)
+        await until(lambda: world.told.transcript[1:])
         assert world.told.transcript[1:] == ["drain uid-web"]
+        assert not world.kernel.peers()["10.0.1.1"].enrolled
         # What it had open ends with it.
         assert world.node.attached("uid-web", world.cookie("web"))
         await world.delete("web")
@@ -275,6 +275,31 @@ async def test_add_waits_for_the_controller(world, monkeypatch):
         await world.add("never")
     assert refused.value.code == 11
     assert "does not know it" in refused.value.details
+
+
+async def test_a_pod_that_was_outside_waits_for_the_word_of_now(world):
+    """A node that was off has an old word: what joined meanwhile would start in plain text."""
+    await world.node.apply(complete(workload("web", enrolled=False), workload("in")))
+    await world.restart()
+    await world.add("in", "10.0.1.2")  # nothing could be worse for it than to be in
+    adding = asyncio.create_task(world.add("web"))
+    await asyncio.sleep(0.05)
+    assert not adding.done()
+    await world.node.apply(Update(2, "v2", upserts=(workload("web"),)))
+    await adding
+    assert world.pod_policy("web") is not None
+    assert world.kernel.pods()[world.cookie("web")][3:] == (False, False)
+    await world.delete("web")
+    await world.node.apply(Update(3, "v3", upserts=(workload("web", enrolled=False),)))
+    await world.add("web")  # from then on at once
+
+
+async def test_but_not_for_long(world, monkeypatch):
+    await world.node.apply(complete(workload("web", enrolled=False)))
+    monkeypatch.setattr("agent.node.FRESH", 0.05)
+    await world.restart()
+    await world.add("web")
+    assert world.kernel.pods() == {}
 
 
 async def test_pods_outside_start_without_a_controller(world, monkeypatch):
