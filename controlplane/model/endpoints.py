@@ -182,8 +182,8 @@ def _of_slice(g: Graph, port: Port, part: _Slice) -> Iterator[_Candidate]:
         for address in endpoint.addresses[:1]:
             if endpoint.pod is not None:
                 pod = g.get(live, endpoint.pod)
-                if pod is None or (endpoint.uid and endpoint.uid != pod.uid):
-                    continue  # it is gone, or not here yet
+                if pod is None or not pod.node or (endpoint.uid and endpoint.uid != pod.uid):
+                    continue  # it is gone, or nowhere yet
                 if pod.addresses and address not in pod.addresses:
                     pod = None  # whoever wrote the slice may name any pod: whose the address is, counts
             else:

@@ -88,11 +88,13 @@ def test_a_slices_pod_has_to_be_there() -> None:
         web({}),
         pod("a", "10.1.0.1", ready=False),
         ending("b", "10.1.0.2"),
+        pod("nowhere", node="", ready=False),
         endpoint_slice(
             endpoint("10.1.0.1", "a", "uid-default-a"),
             endpoint("10.1.0.2", "b"),
             endpoint("10.1.0.3", "gone"),
             endpoint("10.1.0.4", "a", "an older pod of this name"),
+            endpoint("10.1.0.5", "nowhere"),
         ),
     )
     assert endpoints(snapshot) == [("uid-default-a", "10.1.0.1", 9000, "node-a", False)], (
