@@ -202,25 +202,26 @@ def _linkerd(cluster: Cluster) -> Iterator[Finding]:
 
 
 def _cilium(cluster: Cluster) -> Iterator[Finding]:
-    config = cluster.find(path_of("v1", "configmaps", "kube-system", "cilium-config"))
-    data = (config or {}).get("data") or {}
-    socket = data.get("bpf-lb-sock") == "true" or data.get("kube-proxy-replacement") in ("true", "strict")
-    if socket and data.get("bpf-lb-sock-hostns-only") != "true":
-        yield Finding(
-            Severity.ERROR,
-            "ConfigMap kube-system/cilium-config",
-            "data.bpf-lb-sock-hostns-only",
-            "Cilium's socket load balancer chooses a backend in connect(), before Mycel sees which service was dialled",
-            "set socketLB.hostNamespaceOnly=true in Cilium's values",
-        )
-    if data.get("cni-exclusive", "true") == "true" and config is not None:
-        yield Finding(
-            Severity.ERROR,
-            "ConfigMap kube-system/cilium-config",
-            "data.cni-exclusive",
-            "Cilium removes other plugins' entries from the CNI configuration",
-            "set cni.exclusive=false in Cilium's values",
-        )
+    # Wherever it is installed: kube-system is a habit only.
+    for config in cluster.all(path_of("v1", "configmaps"), fieldSelector="metadata.name=cilium-config"):
+        data, where = config.get("data") or {}, _name("ConfigMap", config)
+        socket = data.get("bpf-lb-sock") == "true" or data.get("kube-proxy-replacement") in ("true", "strict")
+        if socket and data.get("bpf-lb-sock-hostns-only") != "true":
+            yield Finding(
+                Severity.ERROR,
+                where,
+                "data.bpf-lb-sock-hostns-only",
+                "Cilium's socket load balancer chooses a backend in connect(), before Mycel sees which service was dialled",
+                "set socketLB.hostNamespaceOnly=true in Cilium's values",
+            )
+        if data.get("cni-exclusive", "true") == "true":
+            yield Finding(
+                Severity.ERROR,
+                where,
+                "data.cni-exclusive",
+                "Cilium removes other plugins' entries from the CNI configuration",
+                "set cni.exclusive=false in Cilium's values",
+            )
 
 
 def _injectors(cluster: Cluster) -> Iterator[Finding]:

@@ -162,6 +162,13 @@ def test_other_meshes_are_named(
     assert finding["action"]
 
 
+def test_cilium_is_found_in_a_namespace_of_its_own(server: Server, api_namespace: str) -> None:
+    data = {"bpf-lb-sock": "true", "cni-exclusive": "true"}
+    metadata = {"name": "cilium-config", "namespace": api_namespace}
+    server.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data})
+    assert found(server)[f"ConfigMap {api_namespace}/cilium-config"]["severity"] == "error"
+
+
 def test_cilium_that_leaves_pods_alone_is_fine(server: Server) -> None:
     data = {"bpf-lb-sock": "true", "bpf-lb-sock-hostns-only": "true", "cni-exclusive": "false"}
     metadata = {"name": "cilium-config", "namespace": "kube-system"}
