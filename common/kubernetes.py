@@ -28,7 +28,8 @@ __all__ = ["Access", "AccessError", "ApiError", "Client", "Unreachable", "path_o
 #: Seconds to connect, and for a whole answer that is no watch.
 _CONNECT_TIMEOUT = 5.0
 _REQUEST_TIMEOUT = 30.0
-#: Requests at once; each watch has a connection of its own beyond these.
+#: Requests at once, and pages of lists at once beside them: a slow list must not hold up a Lease or a TokenReview. Each watch
+#: has a connection of its own.
 _CONNECTIONS = 8
 #: Objects on a page of a list.
 _PAGE = 500
@@ -85,11 +86,13 @@ class Client:
 
     async def __aenter__(self) -> Self:
         self._requests = self._session(_CONNECTIONS, self._timeout)
+        self._lists = self._session(_CONNECTIONS, self._timeout)
         self._watches = self._session(0, None, _WATCH_SILENCE)
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._requests.close()
+        await self._lists.close()
         await self._watches.close()
 
     def _session(
@@ -107,7 +110,7 @@ class Client:
 
     async def get(self, path: str, **params: Any) -> dict[str, Any]:
         """GET. Also for what is no object: ``get("/apis")``."""
-        return await self._request("GET", path, params)
+        return _decoded(f"GET {path}", await self._bytes("GET", path, params))
 
     async def get_text(self, path: str, **params: Any) -> str:
         """GET of what is no JSON: ``/readyz``, a pod's ``/log``."""
@@ -141,7 +144,7 @@ class Client:
         """
         params = {"limit": _PAGE} | params
         while True:
-            page = await self.get(path, **params)
+            page = _decoded(f"GET {path}", await self._bytes("GET", path, params, session=self._lists))
             try:
                 metadata, items = page["metadata"], page["items"] or []
                 version, token = metadata["resourceVersion"], metadata.get("continue")
@@ -216,14 +219,7 @@ class Client:
         body: object = None,
         content_type: str = "application/json",
     ) -> dict[str, Any]:
-        data = await self._bytes(method, path, params, body, content_type)
-        try:
-            answer = msgspec.json.decode(data)
-        except msgspec.DecodeError as e:
-            raise Unreachable(f"{method} {path}: the answer is no JSON: {e}") from e
-        if not isinstance(answer, dict):
-            raise Unreachable(f"{method} {path}: the answer is no object")
-        return answer
+        return _decoded(f"{method} {path}", await self._bytes(method, path, params, body, content_type))
 
     async def _bytes(
         self,
@@ -232,6 +228,7 @@ class Client:
         params: Mapping[str, Any],
         body: object = None,
         content_type: str = "application/json",
+        session: aiohttp.ClientSession | None = None,
     ) -> bytes:
         data = None if body is None else msgspec.json.encode(body)
         headers = {} if data is None else {"Content-Type": content_type}
@@ -241,7 +238,7 @@ class Client:
             attempt += 1
             last = attempt >= _ATTEMPTS
             try:
-                async with self._requests.request(
+                async with (session or self._requests).request(
                     method, self.access.server + path, data=data, **await self._options(params, headers)
                 ) as response:
                     answer = await response.read()
@@ -340,6 +337,16 @@ def _socket(info: Any) -> socket.socket:
         result.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
         result.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000)
     return result
+
+
+def _decoded(request: str, data: bytes) -> dict[str, Any]:
+    try:
+        answer = msgspec.json.decode(data)
+    except msgspec.DecodeError as e:
+        raise Unreachable(f"{request}: the answer is no JSON: {e}") from e
+    if not isinstance(answer, dict):
+        raise Unreachable(f"{request}: the answer is no object")
+    return answer
 
 
 def _parameter(value: object) -> str:

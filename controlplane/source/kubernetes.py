@@ -191,7 +191,7 @@ class KubernetesSource:
 
     def _note_references(self, key: Key) -> None:
         found = self._table.objects.get(key)
-        named = frozenset(references(found)) if found else frozenset()
+        named = references(found) if found else frozenset()
         if named:
             self._referrers[key] = named
         else:

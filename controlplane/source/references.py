@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,10 +10,27 @@ from controlplane.source.objects import Key, Object
 
 _ISTIO = "networking.istio.io"
 _GATEWAY_API = "gateway.networking.k8s.io"
+#: Of a namespace, Secret or ConfigMap. What is none names nothing, and makes no path of the API.
+_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]*[a-z0-9])?")
 
 
-def references(o: Object) -> Iterator[Key]:
-    """Keys of Secrets and ConfigMaps that an object names, whether they are there or not."""
+def references(o: Object) -> frozenset[Key]:
+    """Keys of Secrets and ConfigMaps that an object names, whether they are there or not.
+
+    Not every kind has a schema of ours, and a cluster's own may take anything: what has not the form that it should have
+    names nothing.
+    """
+    try:
+        return frozenset(k for k in _references(o) if _is_name(k.namespace) and _is_name(k.name))
+    except (AttributeError, LookupError, TypeError):
+        return frozenset()
+
+
+def _is_name(text: object) -> bool:
+    return isinstance(text, str) and len(text) <= 253 and _NAME.fullmatch(text) is not None
+
+
+def _references(o: Object) -> Iterator[Key]:
     namespace, spec = o.key.namespace, o.spec
     if o.key.group == _ISTIO and o.key.kind == "Gateway":
         # Of the gateway's own workload: its namespace is that of the Gateway unless a selector says otherwise.

@@ -241,6 +241,25 @@ async def test_what_is_repeated() -> None:
         assert asked == ["POST"], "it may have been carried out"
 
 
+async def test_lists_hold_up_nobody() -> None:
+    """A server that is slow with lists still renews Leases and reviews tokens."""
+
+    async def answer(request: web.Request) -> web.Response:
+        if "limit" in request.query:
+            await asyncio.sleep(60)
+        return fine(request)
+
+    async with scripted(answer) as (access, asked), Client(access) as client:
+        lists = [asyncio.create_task(client.list(f"/{i}")) for i in range(20)]
+        async with asyncio.timeout(20):
+            while len(asked) < 8:  # noqa: ASYNC110  (nobody tells)
+                await asyncio.sleep(0.01)
+            assert await client.create("/x", {}) == {"fine": True}
+        for task in lists:
+            task.cancel()
+        await asyncio.gather(*lists, return_exceptions=True)
+
+
 async def test_a_page_that_is_too_old() -> None:
     """Listing took longer than the server keeps that state: all is read again, at once."""
 
