@@ -26,6 +26,7 @@ DAEMON_SETS = (parts.AGENT, parts.NODEPROXY, parts.L7PROXY)
 _ROOT_DAYS = 90
 _WEBHOOK_DAYS = 1
 
+_ANOTHER_ROOT = "make another root, by hand: docs/kubernetes.md, Another root"
 _INSTALL = "mycel install | kubectl apply --server-side -f -"
 
 
@@ -179,7 +180,7 @@ def _roots(cluster: Cluster) -> list[Finding]:
     if not text:
         message = "has no roots yet: agents and proxies wait for a controller to write them"
         return [Finding(Severity.ERROR, where, "data", message, _logs(cluster, parts.CONTROLPLANE))]
-    return _expiring(where, "data", text.encode(), _ROOT_DAYS, "the mesh's root")
+    return _expiring(cluster, where, "data", text.encode(), _ROOT_DAYS, "the mesh's root")
 
 
 def _webhook(cluster: Cluster) -> list[Finding]:
@@ -204,28 +205,28 @@ def _webhook(cluster: Cluster) -> list[Finding]:
             message = "is empty: the API server cannot ask our controllers about objects"
             found.append(Finding(Severity.WARNING, where, field, message, _logs(cluster, parts.CONTROLPLANE)))
         else:
-            found += _expiring(where, field, bundle, _WEBHOOK_DAYS, "the webhook's certificate authority")
+            found += _expiring(
+                cluster, where, field, bundle, _WEBHOOK_DAYS, "the webhook's certificate authority"
+            )
     return found
 
 
-def _expiring(where: str, field: str, pem: bytes, days: int, what: str) -> list[Finding]:
-    """Whether some certificate of a bundle is good for long enough; another one that is does not help who holds the first."""
+def _expiring(cluster: Cluster, where: str, field: str, pem: bytes, days: int, what: str) -> list[Finding]:
+    """Whether the one of a bundle's certificates that lives longest is good for long enough."""
     try:
         certificates = x509.load_pem_x509_certificates(pem)
     except ValueError as error:
-        return [
-            Finding(
-                Severity.ERROR, where, field, f"holds no certificates: {error}", "restart the controllers"
-            )
-        ]
+        # The leader puts right what others wrote there.
+        action = f"if this stays: {_logs(cluster, parts.CONTROLPLANE)}"
+        return [Finding(Severity.ERROR, where, field, f"holds no certificates: {error}", action)]
     newest = max(certificate.not_valid_after_utc for certificate in certificates)
     left = newest - datetime.datetime.now(datetime.UTC)
     if left <= datetime.timedelta():
         message = f"{what} has expired ({newest:%Y-%m-%d})"
-        return [Finding(Severity.ERROR, where, field, message, "restart the controllers")]
+        return [Finding(Severity.ERROR, where, field, message, _ANOTHER_ROOT)]
     if left < datetime.timedelta(days=days):
         message = f"{what} expires in {left.days} days ({newest:%Y-%m-%d})"
-        return [Finding(Severity.WARNING, where, field, message, "see docs/kubernetes.md, certificates")]
+        return [Finding(Severity.WARNING, where, field, message, _ANOTHER_ROOT)]
     return []
 
 

@@ -320,6 +320,14 @@ def _duration(text: str, option: str) -> float:
 
 
 def _cannot_reach(error: Exception) -> NoReturn:
+    from common.kubernetes import ApiError
+
+    if isinstance(error, ApiError):
+        hint = (
+            "Reading the mesh's namespace and `get pods/proxy` in it is what this needs: docs/kubernetes.md"
+        )
+        output.fail(f"the API server says {error}", hint if error.status in (401, 403) else "")
+        raise typer.Exit(UNKNOWN) from error
     output.fail(
         str(error),
         "Name a cluster by --kubeconfig and --context or KUBECONFIG, or a controller's admin address by --controller "
