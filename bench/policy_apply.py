@@ -124,8 +124,9 @@ def _changes(
         time.sleep(0.1)
         began = time.monotonic_ns()
         cluster.apply(_policy(allowed=allowed))
+        applied = (time.monotonic_ns() - began) / 1e6
         times.append((max(prober.wait_for(allowed=allowed) for prober in probers) - began) / 1e6)
-        say(f"policy-apply {number + 1}/{changes}: {times[-1]:.0f} ms")
+        say(f"policy-apply {number + 1}/{changes}: {times[-1]:.0f} ms, kubectl {applied:.0f}")
     return times
 
 
