@@ -1,7 +1,7 @@
 """Brings pods into the mesh that run already and never came by CNI ADD: they are older than the plugin on this node.
 
 Owns when to look for them, and the watch over those that were found: the runtime does not know of us there, so nobody says DEL
-when such a pod ends. Its oldest process does, by ending.
+when such a pod ends. Its oldest process does, by ending, and the controller.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ class Book(Protocol):
     def candidates(self) -> Sequence[Candidate]: ...
     def found_running(self) -> Sequence[Attachment]:
         """Attachments of this kind that the book has."""
+        ...
+
+    def lives(self, attachment: Attachment) -> bool:
+        """Whether the controller still speaks of the attached pod: without a process it may be between two containers."""
         ...
 
     async def attach_running(self, attachment: Attachment, netns: int) -> None: ...
@@ -84,7 +88,7 @@ class Live:
     async def _adopt(self) -> None:
         """Watch again what a predecessor found; what has ended meanwhile is removed."""
         for attachment in self._book.found_running():
-            await self._look_after(attachment)
+            self._tasks.start(self._look_after(attachment), name=f"look after {attachment.pod_name}")
 
     async def _look(self) -> bool:
         """Whether some candidates have not been found."""
@@ -132,15 +136,23 @@ class Live:
         return await asyncio.to_thread(sandboxes.find, tuple(wanted), not_in=(self._host_netns,))
 
     async def _look_after(self, attachment: Attachment) -> None:
-        """Watch another process of the pod, or remove the pod when none is left in its namespace."""
-        found = await self._find([(attachment.pod_uid, attachment.addresses[0])])
-        sandbox = found.get(attachment.pod_uid)
-        if sandbox is not None:
-            os.close(sandbox.fd)
-            if sandbox.cookie == attachment.netns_cookie:
+        """Watch another process of the pod, or remove the pod when it has ended.
+
+        Not every runtime keeps a process for the sandbox (CRI-O does not): a pod whose container is restarted has none meanwhile.
+        """
+        while True:
+            found = await self._find([(attachment.pod_uid, attachment.addresses[0])])
+            sandbox = found.get(attachment.pod_uid)
+            if sandbox is not None:
+                os.close(sandbox.fd)
+                if sandbox.cookie != attachment.netns_cookie:
+                    break
                 with contextlib.suppress(OSError):
                     self._watch(attachment, sandbox.pid)
                     return
+            elif not self._book.lives(attachment):
+                break
+            await asyncio.sleep(AGAIN)
         try:
             await self._book.delete(attachment.key)
         except Refusal as refusal:

@@ -317,6 +317,15 @@ class Node:
     def found_running(self) -> Sequence[Attachment]:
         return [attachment for attachment in self.pods if is_found_running(attachment)]
 
+    def lives(self, attachment: Attachment) -> bool:
+        workload = self.mesh.workloads.get(attachment.pod_uid)
+        return (
+            self.pods.get(attachment.key) is not None
+            and workload is not None
+            and workload.node == self.name
+            and attachment.addresses[0] in workload.addresses
+        )
+
     async def attach_running(self, attachment: Attachment, netns: int) -> None:
         """Take a pod that runs already into the book; it joins stage by stage, see :mod:`agent.passage`."""
         self._namespaces.hold(attachment.netns_cookie, netns)
