@@ -25,6 +25,8 @@ DAEMON_SETS = (parts.AGENT, parts.NODEPROXY, parts.L7PROXY)
 #: Certificates that end within so many days are told of.
 _ROOT_DAYS = 90
 _WEBHOOK_DAYS = 1
+#: Of the pods that are not ready so many are told of one by one.
+_SHOWN = 5
 
 _ANOTHER_ROOT = "make another root, by hand: docs/kubernetes.md, Another root"
 _INSTALL = "mycel install | kubectl apply --server-side -f -"
@@ -89,9 +91,14 @@ def rollout(cluster: Cluster, names: Sequence[str] = (parts.CONTROLPLANE, *DAEMO
             found.append(Finding(Severity.ERROR, where, "", "is not there", _INSTALL))
             continue
         if message := (_deployment if deployment else _daemon_set)(workload):
-            reasons = sorted({reason for pod in cluster.pods(name) for reason in _why_not_ready(pod)})
-            text = message + (": " + "; ".join(reasons) if reasons else "")
-            found.append(Finding(Severity.ERROR, where, "", text, _logs(cluster, name)))
+            pods = {pod["metadata"]["name"]: pod for pod in cluster.pods(name)}
+            reasons = {pod: why for pod in sorted(pods) if (why := _why_not_ready(pods[pod]))}
+            shown = [f"{pod}: {why}" for pod, why in list(reasons.items())[:_SHOWN]]
+            if len(reasons) > _SHOWN:
+                shown.append(f"and {len(reasons) - _SHOWN} more")
+            text = message + (": " + "; ".join(shown) if shown else "")
+            action = _look_at(pods[next(iter(reasons))]) if reasons else _logs(cluster, name)
+            found.append(Finding(Severity.ERROR, where, "", text, action))
     return found
 
 
@@ -138,23 +145,35 @@ def _ready(pod: Json) -> bool:
     )
 
 
-def _why_not_ready(pod: Json) -> list[str]:
-    """What the API server knows of why a pod is not ready."""
+def _why_not_ready(pod: Json) -> str:
+    """What the API server knows of why a pod is not ready; empty if it is, or is on its way out."""
     if _ready(pod) or pod["metadata"].get("deletionTimestamp"):
-        return []
-    name, status = pod["metadata"]["name"], pod["status"]
+        return ""
+    status = pod["status"]
     for container in status.get("containerStatuses") or ():
         state = container.get("state") or {}
         if waiting := state.get("waiting"):
             last = (container.get("lastState") or {}).get("terminated") or {}
             ended = f", ended before with status {last['exitCode']}" if last else ""
-            return [f"{name}: {waiting.get('reason', 'waiting')}{ended}"]
+            return f"{waiting.get('reason', 'waiting')}{ended}"
         if "running" in state:
-            return [f"{name}: runs and is not ready"]
+            return "runs and is not ready"
     for condition in status.get("conditions") or ():
         if condition["type"] == "PodScheduled" and condition["status"] != "True":
-            return [f"{name}: {condition.get('message') or condition.get('reason')}"]
-    return [f"{name}: {status.get('phase', 'unknown')}"]
+            return str(condition.get("message") or condition.get("reason"))
+    return str(status.get("phase", "unknown"))
+
+
+def _look_at(pod: Json) -> str:
+    """The command that says more of why this pod, of many, is not ready."""
+    meta = pod["metadata"]
+    states = [one.get("state") or {} for one in pod["status"].get("containerStatuses") or ()]
+    logs = f"kubectl logs -n {meta['namespace']} {meta['name']}"
+    if any("running" in state for state in states):
+        return logs
+    if any((state.get("waiting") or {}).get("reason") == "CrashLoopBackOff" for state in states):
+        return f"{logs} --previous"
+    return f"kubectl describe pod -n {meta['namespace']} {meta['name']}"
 
 
 def _nodes(cluster: Cluster, fleet: watch.Fleet) -> list[Finding]:

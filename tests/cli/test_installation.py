@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
 from cli import installation
-from cli.cluster import Cluster
+from cli.cluster import Cluster, Json
 from cli.main import app
 from controlplane.model.findings import Severity
-from deploy import parts
+from deploy import manifests, parts
+from deploy.values import load
 from lab.kubernetes import ControlPlane
 
 pytestmark = pytest.mark.privileged
@@ -73,6 +75,52 @@ def test_a_root_that_ends_is_told_with_what_to_do(
     assert message in finding.message
     section = finding.action.rpartition(", ")[2]
     assert f"\n## {section}\n" in PAGE.read_text(), "whoever is sent there finds it"
+
+
+WAITING = {"reason": "CrashLoopBackOff"}
+PULLING = {"reason": "ImagePullBackOff"}
+
+
+@pytest.mark.parametrize(
+    ("state", "last", "why", "what"),
+    [
+        (
+            {"waiting": WAITING},
+            {"terminated": {"exitCode": 3}},
+            "CrashLoopBackOff, ended before with status 3",
+            "logs -n {} bad --previous",
+        ),
+        ({"waiting": PULLING}, {}, "ImagePullBackOff", "describe pod -n {} bad"),
+        ({"running": {}}, {}, "runs and is not ready", "logs -n {} bad"),
+    ],
+    ids=["crashes", "pulls", "runs"],
+)
+def test_the_pod_that_is_not_ready_is_the_one_to_look_at(
+    api_server: ControlPlane, cluster: Cluster, state: Json, last: Json, why: str, what: str
+) -> None:
+    """Of a DaemonSet's many pods kubectl would show the log of any."""
+    namespace = cluster.namespace
+    built = manifests.build(load(), namespace)
+    api_server.apply(
+        next(o for o in built if o["kind"] == "DaemonSet" and o["metadata"]["name"] == parts.AGENT)
+    )
+    for name in ("a-good-one", "bad"):
+        spec = {"containers": [{"name": "agent", "image": "i"}], "automountServiceAccountToken": False}
+        metadata = {"name": name, "namespace": namespace, "labels": parts.selector(parts.AGENT)}
+        api_server.apply({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+    container = {"name": "agent", "image": "i", "imageID": "", "ready": False, "restartCount": 1}
+    container |= {"state": state, "lastState": last}
+    patches: dict[str, Json] = {
+        "a-good-one": {"phase": "Running", "conditions": [{"type": "Ready", "status": "True"}]},
+        "bad": {"phase": "Running", "containerStatuses": [container]},
+    }
+    for name, status in patches.items():
+        patch = json.dumps({"status": status})
+        pod = ("pod", name, "-n", namespace)
+        api_server.kubectl("patch", *pod, "--subresource=status", "--type=merge", "-p", patch)
+    (finding,) = installation.rollout(cluster, [parts.AGENT])
+    assert finding.message.endswith(f": bad: {why}")
+    assert finding.action == "kubectl " + what.format(namespace)
 
 
 def test_who_may_not_look_is_told_which_right_that_takes(
