@@ -40,7 +40,7 @@ _RESET = struct.pack("ii", 1, 0)  # struct linger: no lingering
 
 class DownstreamConnection(asyncio.Protocol):
     __slots__ = (
-        "_aborting", "_closing", "_destination", "_known", "_pumping", "_reader", "_tunnel", "_unsent", "held",
+        "_aborting", "_closing", "_config", "_destination", "_known", "_pumping", "_reader", "_tunnel", "_unsent", "held",
         "original", "peer", "pod", "proxy", "stream", "touched", "transport", "write_paused",
     )  # fmt: skip
 
@@ -62,14 +62,21 @@ class DownstreamConnection(asyncio.Protocol):
         self._pumping = False
         self._unsent = 0  #: bytes in the transport when idle times were last looked at
         self._known: Config | None = None
+        self._config = proxy.config
         self._destination: Destination | None = None
 
-    def destination(self, config: Config) -> Destination | None:
-        """Who serves what the application dialled; looked up once for each configuration."""
-        if config is not self._known:
-            self._destination = config.destination(*self.original)
-            self._known = config
-        return self._destination
+    def destination(self) -> tuple[Config, Destination | None]:
+        """Who serves what the application dialled, and by which configuration; looked up once for each that is new."""
+        if self.proxy.config is not self._known:
+            self._known = self.proxy.config
+            self._config, self._destination = self.proxy.destination(self.original)
+        return self._config, self._destination
+
+    @property
+    def leaving(self) -> bool:
+        """What was dialled is served by none here any more: who dials it again goes another way."""
+        config, destination = self.destination()
+        return destination is None or config is not self._known
 
     # -- transport ---------------------------------------------------------------------------------------------------
 
@@ -296,7 +303,7 @@ class DownstreamConnection(asyncio.Protocol):
             return
         stream = self.stream
         # Between requests the newest configuration counts, also so that none before it is kept alive by an idle client.
-        destination = self._destination if stream is not None else self.destination(self.proxy.config)
+        destination = self._destination if stream is not None else self.destination()[1]
         if destination is None:
             if quiet > 60.0:
                 self.abort()
@@ -309,5 +316,5 @@ class DownstreamConnection(asyncio.Protocol):
             limit = manager.request_headers_timeout or 60.0
             if quiet > limit:
                 self.abort()
-        elif manager.idle_timeout and quiet > manager.idle_timeout:
+        elif self.leaving or (manager.idle_timeout and quiet > manager.idle_timeout):
             self.close_if_idle()

@@ -29,10 +29,11 @@ from l7proxy.downstream import DownstreamConnection
 from l7proxy.errors import ProtocolError
 from l7proxy.headers import RequestIds
 from l7proxy.metrics import Metrics
-from l7proxy.model import EMPTY, Config, Endpoint
+from l7proxy.model import EMPTY, Config, Destination, Endpoint
 from l7proxy.pods import Pod, PodKey
 from l7proxy.pool import HostPool
 from l7proxy.record import Record
+from l7proxy.stream import Stream
 from l7proxy.timers import Wheel
 
 _log = logs.get(__name__)
@@ -46,6 +47,9 @@ PREPARE = 5.0
 IDLE, IDLE_ALONE = 15.0, 0.2
 #: Seconds that requests under way have at the end when no successor takes new connections meanwhile.
 ALONE = 10.0
+#: Seconds that a destination is served after it has gone from the configuration: by the kernel's tables it goes another way
+#: then, but those change when the agent hears of it.
+RETIRED = 10.0
 #: Seconds that a listener is kept when a newer one has come in its place.
 LINGER = 3.0
 _LOOK = 0.1
@@ -77,6 +81,7 @@ class Proxy:
         self.request_ids = RequestIds()
         self.pods: dict[PodKey, Pod] = {}
         #: whether the configuration is the controller's of now, all of it
+        self.waiting: set[Stream] = set()  #: requests to destinations of which nothing is known (yet)
         self.fresh: Callable[[], bool] = lambda: True
         self.keep: Callable[[], None] = lambda: None  #: writes the last good configuration, in a thread
         self.serving = False  #: new connections come here
@@ -95,6 +100,8 @@ class Proxy:
         self._unconfirmed: set[PodKey] = set()
         self._confirm_by: asyncio.TimerHandle | None = None
         self._wanted: dict[str, Endpoint] = {}  #: of the configuration, by their keys
+        #: destinations that have just gone, with the last configuration that had them, and until when that serves
+        self._retired: dict[tuple[str, int], tuple[Config, float]] = {}
         self._connection_gone = asyncio.Event()
         self._logged: dict[tuple[str, str], float] = {}
         self._expose()
@@ -107,7 +114,14 @@ class Proxy:
 
     def publish(self, config: Config) -> None:
         """Requests that begin from now on are served by ``config``."""
-        self.config = config
+        before, self.config = self.config, config
+        until = monotonic() + RETIRED
+        for gone in before.hosts.keys() - config.hosts.keys():
+            self._retired[gone] = before, until
+        for back in self._retired.keys() & config.hosts.keys():
+            del self._retired[back]
+        for stream in self.waiting:
+            self.loop.call_soon(stream.on_configuration)
         self.balancer.keep(config.endpoints)
         self._wanted = {e.key: e for endpoints in config.endpoints.values() for e in endpoints}
         for pod in self.pods.values():
@@ -115,6 +129,15 @@ class Proxy:
                 if key in self._wanted:
                     pool.describe(self._wanted[key])
         _log.debug("configuration swapped", version=config.version, destinations=len(config.hosts))
+
+    def destination(self, original: tuple[str, int]) -> tuple[Config, Destination | None]:
+        """Who serves what was dialled by the newest configuration, or for a while by the last that knew it."""
+        found = self.config.destination(*original)
+        if found is None:
+            config, until = self._retired.get(original, (self.config, 0.0))
+            if monotonic() < until:
+                return config, config.destination(*original)
+        return self.config, found
 
     # -- what requests share -----------------------------------------------------------------------------------------
 
@@ -324,6 +347,8 @@ class Proxy:
                 self._sweep(now)
 
     def _sweep(self, now: float) -> None:
+        for gone in [key for key, (_, until) in self._retired.items() if until <= now]:
+            del self._retired[gone]
         for pod in self.pods.values():
             for key, pool in list(pod.pools.items()):
                 wanted = key in self._wanted

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 REPLAY_LIMIT = 1024 * 1024
 #: Bytes of body that may wait for a connection before the client is paused.
 WAITING_LIMIT = 64 * 1024
+#: Seconds that a destination may stay unknown: the kernel's tables may be ahead of this proxy's configuration.
+UNKNOWN_PATIENCE = 2.0
 
 
 class Stream:
@@ -80,11 +82,13 @@ class Stream:
         """Route the request and begin its first attempt (or answer it)."""
         head, downstream = self.head, self.downstream
         proxy = downstream.proxy
-        destination = downstream.destination(self._config)
+        self._config, destination = downstream.destination()
         if destination is None or destination.routes is None:
-            proxy.unserved(downstream)
-            self.fail(Failure.NO_CONFIGURATION)
+            if self._timer is None:
+                self._timer = proxy.wheel.schedule(UNKNOWN_PATIENCE, self._unserved)
+                proxy.waiting.add(self)
             return
+        self._cancel_timers()
         manager = self.manager = destination.manager
         if head.odd_path and manager.normalize_path:
             head = self.head = self._normalized(head)
@@ -115,6 +119,15 @@ class Stream:
         if self.request_complete:
             self._arm_timeout()
         self._attempt()
+
+    def on_configuration(self) -> None:
+        """There is a new one, and this request is waiting for it."""
+        if self.state == State.NEW:
+            self.start()
+
+    def _unserved(self) -> None:
+        self.downstream.proxy.unserved(self.downstream)
+        self.fail(Failure.NO_CONFIGURATION)
 
     def _normalized(self, head: RequestHead) -> RequestHead:
         path = normalize(head.path, merge_slashes=self.manager.merge_slashes)
@@ -149,6 +162,8 @@ class Stream:
             return
         if self.head.length == CHUNKED:
             self._send_body(headers.last_chunk(trailers))
+        if self.state == State.NEW:
+            return  # and there is no route yet, which has the timeout
         self._arm_timeout()
         if self.state == State.SENT:
             self._arm_per_try_timeout()
@@ -365,6 +380,7 @@ class Stream:
         self._close_after = (
             not request.keep_alive
             or self.downstream.proxy.draining
+            or self.downstream.leaving
             or (head.length < 0 and not request.minor)
         )
         data, self._chunked = headers.response_head(
@@ -440,11 +456,13 @@ class Stream:
         self._leave_upstream()
         self.record.status = status
         self.record.sent = len(body)
-        close = not self.head.keep_alive or not self.request_complete or self.downstream.proxy.draining
+        downstream = self.downstream
+        close = not self.head.keep_alive or not self.request_complete
+        close = close or downstream.proxy.draining or downstream.leaving
         route = getattr(self, "route", None)
         mutation = route.response_headers if route is not None else None
         bodyless = self.head.method == b"HEAD"
-        self.downstream.write(
+        downstream.write(
             headers.local_reply(status, body, close=close, bodyless=bodyless, extra=extra, mutation=mutation)
         )
         self._finish(close=close)
@@ -486,6 +504,7 @@ class Stream:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+            self.downstream.proxy.waiting.discard(self)
         self._cancel_per_try()
 
     def _finish(self, *, close: bool) -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 
-from tests.l7proxy.conftest import Mesh
+import pytest
+
+from l7proxy import server
+from l7proxy.resources import CLUSTER, LISTENER
+from tests.l7proxy.conftest import Mesh, eventually
 from tests.l7proxy.fakes import xds
 from tests.l7proxy.fakes.backend import Request, respond
 
@@ -323,6 +328,59 @@ async def test_a_request_keeps_the_configuration_it_began_with(mesh: Mesh) -> No
     wait.set()
     assert (await pending)[2] == b"old"
     assert (await client.get())[2] == b"new\n"
+
+
+@pytest.mark.parametrize("body", [b"", b"4\r\nbody\r\n0\r\n\r\n"], ids=["empty", "chunked"])
+async def test_a_destination_that_becomes_known_in_time_is_served(mesh: Mesh, body: bytes) -> None:
+    """A route that is new: the kernel captures for it, and this proxy hears of it a moment later."""
+    backend = await mesh.backend()
+    client = await mesh.client()
+    framing = b"transfer-encoding: chunked\r\n" if body else b""
+    client.send(b"POST / HTTP/1.1\r\nhost: a\r\n" + framing + b"\r\n")
+    await eventually(lambda: bool(mesh.proxy.waiting))
+    client.send(body)
+    mesh.configure(xds.cluster())
+    await asyncio.sleep(0.05)
+    assert mesh.proxy.waiting
+    await mesh.serve(backend=backend)
+    status, fields, _ = await client.response()
+    assert (status, fields.get("connection")) == (200, None)
+    assert backend.requests[0].body == (b"body" if body else b"")
+    assert not mesh.proxy.waiting
+
+
+async def test_a_destination_that_stays_unknown_is_answered(mesh: Mesh) -> None:
+    client = await mesh.client()
+    started = time.monotonic()
+    status, fields, _ = await client.get()
+    # Its client is to dial again: that may go another way by then.
+    assert (status, fields["connection"]) == (503, "close")
+    assert time.monotonic() - started > 1.9
+    client = await mesh.client()
+    client.send(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+    await eventually(lambda: bool(mesh.proxy.waiting))
+    client.close()
+    await eventually(lambda: not mesh.proxy.waiting)
+
+
+async def test_a_destination_that_is_gone_is_served_until_its_clients_have_left(mesh: Mesh) -> None:
+    """A service's last route is deleted: connections that are open, or on their way, came here and cannot go elsewhere."""
+    await mesh.serve()
+    kept, idle = await mesh.client(), await mesh.client()
+    assert (await kept.get())[0] == (await idle.get())[0] == 200
+    for kind in (LISTENER, CLUSTER):
+        mesh.resources.apply(kind, "9", [])
+    mesh.proxy.publish(mesh.resources.build())
+    for client in (kept, await mesh.client()):
+        status, fields, _ = await client.get()
+        assert (status, fields["connection"]) == (200, "close")
+        assert await client.closed() == b""
+    mesh.proxy._sweep(time.monotonic())
+    assert await idle.closed() == b""
+    mesh.proxy._sweep(time.monotonic() + server.RETIRED + 1)
+    assert (await (await mesh.client()).get())[0] == 503
+    await mesh.serve()
+    assert (await (await mesh.client()).get())[0] == 200
 
 
 async def test_what_an_earlier_proxy_told_is_told_anew(mesh: Mesh) -> None:
