@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from common import logs
@@ -30,6 +30,10 @@ class Table:
         self.objects: dict[Key, Object] = {}
         self.faults: dict[Key, tuple[Fault, ...]] = {}
         self.refused: dict[Key, Object] = {}  #: objects with faults, as they are written
+
+    def of(self, kinds: Container[tuple[str, str]]) -> list[Key]:
+        """Keys of all objects of these kinds (group, kind), in force or refused."""
+        return [k for k in self.objects | self.refused if (k.group, k.kind) in kinds]
 
     def remove(self, key: Key) -> None:
         """An object is gone."""

@@ -150,7 +150,7 @@ class KubernetesSource:
 
     def _follow(self, kind: Kind, version: str, before: Sequence[Key] | None = None) -> None:
         if before is None:
-            before = [k for k in self._table.objects if (k.group, k.kind) == (kind.group, kind.kind)]
+            before = self._table.of({(kind.group, kind.kind)})
         collection = Collection(self._table, kind, version, before)
         path = path_of(f"{kind.group}/{version}" if kind.group else version, kind.plural)
         self._kinds[kind] = self._start(path, collection, str(kind), version, self._patience)
@@ -185,7 +185,7 @@ class KubernetesSource:
                 if followed is not None:
                     _log.info("kind is gone", kind=str(kind))
                 absent.add((kind.group, kind.kind))
-        for key in [k for k in self._table.objects if (k.group, k.kind) in absent]:
+        for key in self._table.of(absent):
             self._table.remove(key)
         self._touch()
 

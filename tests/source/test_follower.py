@@ -204,5 +204,7 @@ def test_what_was_made_anew_does_not_inherit_the_last_good_version() -> None:
     assert key in table.objects and key in table.refused
     relist(item("two", "3", bad=True))
     assert key not in table.objects and key in table.refused
+    # The kind itself goes: what was refused goes with it, and is no fault for ever.
+    assert table.of({(kind.group, kind.kind)}) == [key] and not table.of({(kind.group, "Gateway")})
     relist(item("two", "4", bad=False))
     assert key in table.objects and not table.faults
