@@ -27,8 +27,8 @@ _ALGORITHMS = ["RS256", "RS384", "RS512", "ES256", "ES384", "ES512"]
 _EVERY = 3600.0
 #: Seconds until keys are fetched again after they could not be, or because a token names another one.
 _AGAIN = 10.0
-#: Seconds that clocks may differ by.
-_LEEWAY = 5
+#: Seconds that our clock may be behind the API server's: a pod's first token is a moment old.
+_LEEWAY = 300
 
 
 class Mismatch(Exception):

@@ -121,6 +121,11 @@ async def test_strangers_cost_the_api_server_nothing(world: World) -> None:
     assert world.client.reviews == reviews
 
 
+async def test_a_clock_that_is_behind_keeps_no_new_pod_waiting(world: World) -> None:
+    world.later = -120
+    assert await world.credentials.caller(await world.pod("proxy-1")) is not None
+
+
 async def test_an_account_of_another_namespace_is_a_stranger(world: World) -> None:
     pod = await world.api.pod("proxy-1", "node-a", "mycel-nodeproxy", namespace="elsewhere")
     token = await world.api.token(pod, "mycel-nodeproxy", namespace="elsewhere")
