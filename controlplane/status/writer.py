@@ -57,6 +57,7 @@ class _Said:
     since: float = 0.0  #: when the verdict of now was seen first
     seen: Verdict | None = None
     said_at: float = 0.0
+    believed: str = ""  #: digest of the content of which the status says, or once said, that it is programmed
     not_before: float = 0.0
 
 
@@ -156,7 +157,7 @@ class StatusWriter:
             if resource is None:
                 done = True  # its CRD is gone, and the object with it
             elif resource.status:
-                done = await self._put_status(verdict, resource)
+                done = await self._put_status(verdict, resource, said)
             else:
                 done = await self._put_event(verdict)
         except (ApiError, Unreachable) as e:
@@ -173,7 +174,7 @@ class StatusWriter:
         else:
             said.not_before = now + _AGAIN / 2
 
-    async def _put_status(self, verdict: Verdict, resource: _Resource) -> bool:
+    async def _put_status(self, verdict: Verdict, resource: _Resource, said: _Said) -> bool:
         """True if the status says it; False if it has to be tried again."""
         key = verdict.key
         path = path_of(verdict.api_version, resource.plural, key.namespace, key.name)
@@ -188,9 +189,14 @@ class StatusWriter:
             return True  # another one by the same name: it will have a verdict of its own
         if verdict.generation is not None and metadata.get("generation") != verdict.generation:
             return False  # written meanwhile; judged in a moment
-        if verdict.outcome is Outcome.ACCEPTED and said_programmed(there):
-            # A leader before this one has seen it acknowledged by all; nothing is told from not having seen it here.
-            return True
+        if verdict.outcome is Outcome.PROGRAMMED:
+            said.believed = verdict.digest
+        elif verdict.outcome is Outcome.ACCEPTED and said_programmed(there):
+            # A leader before this one has seen it acknowledged by all; nothing is told from not having seen it here. Not so
+            # where an annotation has changed since, which is no new generation.
+            said.believed = said.believed or verdict.digest
+            if said.believed == verdict.digest:
+                return True
         changes = status_of(there, verdict, _now(), self._own_parent, self._own_gateway)
         if changes is None:
             return True

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from common.kubernetes import Client
 from controlplane.clients import Clients
+from controlplane.credentials import Caller
 from controlplane.model.findings import Finding
 from controlplane.source import Key, Object
 from controlplane.status.keeper import Keeper
@@ -28,8 +29,9 @@ class Server(Client):
         self.asked: list[str] = []
         self.written: list[str] = []
 
-    def add(self, name: str) -> None:
-        metadata = {"name": name, "namespace": "default", "uid": f"uid-{name}", "generation": 1}
+    def add(self, name: str, **annotations: str) -> None:
+        metadata: dict[str, Any] = {"name": name, "namespace": "default", "uid": f"uid-{name}"}
+        metadata |= {"generation": 1, "annotations": annotations}
         self.objects[name] = {
             "apiVersion": f"{GROUP}/v1",
             "kind": "AuthorizationPolicy",
@@ -48,6 +50,7 @@ class Server(Client):
 
     async def patch(self, path: str, body: Any, content_type: str = "", **params: Any) -> dict[str, Any]:
         name = path.split("/")[-2]
+        assert body["metadata"]["resourceVersion"] == self.objects[name]["metadata"]["resourceVersion"]
         self.objects[name]["status"] = body["status"]
         self.written.append(name)
         return self.objects[name]
@@ -59,26 +62,28 @@ class View:
 
 
 class Mesh:
-    """A controller without clients: what is published is programmed."""
+    """A controller; without clients, what is published is programmed."""
 
     def __init__(self) -> None:
         self.server = Server()
         self.programming = Programming()
         registry = CollectorRegistry()
-        self.keeper = Keeper(View(), Clients(registry), self.programming)
+        self.clients = Clients(registry)
+        self.keeper = Keeper(View(), self.clients, self.programming)
         self.writer = StatusWriter(
             self.server, self.keeper, "one", lambda *_: False, lambda *_: False, registry
         )
 
-    def publish(self, *names: str) -> None:
+    def publish(self, *names: str, version: str = "", **annotations: str) -> None:
+        """These policies are new, or written again; all others are as they were."""
         for name in names:
-            self.server.add(name)
+            self.server.add(name, **annotations)
         objects = {
             key: Object(key, manifest)
             for name, manifest in self.server.objects.items()
             for key in [Key(GROUP, "AuthorizationPolicy", "default", name)]
         }
-        self.programming.published(str(len(objects)), objects)
+        self.programming.published(version or str(len(objects)), objects)
         self.keeper.published()
 
 
@@ -102,3 +107,30 @@ async def test_what_is_new_does_not_wait_for_all_that_a_new_leader_looks_at() ->
             task.cancel()
     assert mesh.server.written.index("new") < 150
     assert len(set(mesh.server.written)) == len(mesh.server.written), "each once"
+
+
+async def test_an_annotation_is_a_version_too() -> None:
+    """Not a generation; so that the status says of this generation that it is programmed means nothing."""
+    mesh = Mesh()
+    with mesh.clients.connected(Caller("node-1"), "agent", "peer") as client:
+
+        async def programmed(wanted: str) -> None:
+            async def said() -> bool:
+                conditions = (mesh.server.objects["a"].get("status") or {}).get("conditions") or ()
+                return [c["status"] for c in conditions if c["type"] == "Programmed"] == [wanted]
+
+            await eventually(said)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(t) for t in (mesh.keeper.run(), mesh.writer.run())]
+            mesh.publish("a", version="v1", **{"istio.io/dry-run": "true"})
+            client.answered("v1")
+            await programmed("True")
+            status = mesh.server.objects["a"]["status"]
+            mesh.publish("a", version="v2")
+            mesh.server.objects["a"]["status"] = status
+            await programmed("False")
+            client.answered("v2")
+            await programmed("True")
+            for task in tasks:
+                task.cancel()
