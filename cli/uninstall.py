@@ -132,7 +132,7 @@ def _not_clean(nodes: dict[str, str]) -> UninstallError:
     seen = "; ".join(f"the agent on {node} {what}" for node, what in sorted(nodes.items()))
     return UninstallError(
         f"{seen}: nothing else was removed, so that it can go on. When a node is gone for good, delete its Node object; "
-        "to clean one by hand run mycel-agent --leave on it; then call this again"
+        "one that is not clean: docs/kubernetes.md, A node that is not clean; then call this again"
     )
 
 

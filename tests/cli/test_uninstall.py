@@ -14,6 +14,7 @@ from cli.cluster import Cluster, Json
 from deploy import manifests, parts
 from deploy.values import load
 from lab.kubernetes import ControlPlane
+from tests.requirements import ROOT
 
 pytestmark = pytest.mark.privileged
 
@@ -92,6 +93,8 @@ def test_a_node_is_clean_when_its_agent_has_left_it(
             with pytest.raises(uninstall.UninstallError, match=wrong) as raised:
                 uninstall._agents(cluster, manifests.path(daemon_set), 30.0, said.append)
             assert "node1" not in str(raised.value)
+            section = str(raised.value).partition("docs/kubernetes.md, ")[2].partition(";")[0]
+            assert f"\n### {section}\n" in (ROOT / "docs/kubernetes.md").read_text()
         else:
             uninstall._agents(cluster, manifests.path(daemon_set), 30.0, said.append)
             assert said[-1] == "agents: gone, their nodes are clean"
