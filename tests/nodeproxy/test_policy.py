@@ -82,7 +82,7 @@ def test_a_change_ends_what_is_no_longer_allowed_and_nothing_else(world: World, 
         set_policies(world, allow(CLIENT, ports=(other.port,)))
         with pytest.raises(ConnectionResetError):
             hit.recv(1)
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 3
         assert not passes(world, server.port)
         kept.sendall(b"y")
         assert kept.recv(1) == b"y"
