@@ -91,18 +91,18 @@ def test_a_node_is_clean_when_its_agent_has_left_it(
     try:
         if wrong:
             with pytest.raises(uninstall.UninstallError, match=wrong) as raised:
-                uninstall._agents(cluster, manifests.path(daemon_set), 30.0, said.append)
+                uninstall._agents(cluster, manifests.path(daemon_set), 60.0, said.append)
             assert "node1" not in str(raised.value)
             section = str(raised.value).partition("docs/kubernetes.md, ")[2].partition(";")[0]
             assert f"\n### {section}\n" in (ROOT / "docs/kubernetes.md").read_text()
         else:
-            uninstall._agents(cluster, manifests.path(daemon_set), 30.0, said.append)
+            uninstall._agents(cluster, manifests.path(daemon_set), 60.0, said.append)
             assert said[-1] == "agents: gone, their nodes are clean"
     finally:
         thread.join()
     assert said[0] == "agents: asked to leave 2 nodes"
     # When somebody has looked after that node, it goes on.
-    uninstall._agents(cluster, manifests.path(daemon_set), 30.0, said.append)
+    uninstall._agents(cluster, manifests.path(daemon_set), 60.0, said.append)
 
 
 class Nodes:

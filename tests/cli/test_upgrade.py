@@ -11,6 +11,7 @@ import pytest
 
 from cli import install, upgrade
 from cli.cluster import Cluster, Json
+from common.kubernetes import path_of
 from deploy import manifests, parts
 from deploy.values import load
 from lab.kubernetes import ControlPlane
@@ -63,10 +64,10 @@ def test_many_nodes_may_take_longer_than_the_time_for_one(api_server: ControlPla
 
     def controller() -> None:
         for updated in range(nodes + 1):
-            tell(api_server, cluster.namespace, wanted=nodes, updated=updated)
+            tell(cluster, wanted=nodes, updated=updated)
             time.sleep(timeout * 0.4)
 
-    tell(api_server, cluster.namespace, wanted=nodes, updated=0)
+    tell(cluster, wanted=nodes, updated=0)
     thread = threading.Thread(target=controller)
     began = time.monotonic()
     thread.start()
@@ -76,12 +77,12 @@ def test_many_nodes_may_take_longer_than_the_time_for_one(api_server: ControlPla
         thread.join()
     assert time.monotonic() - began > timeout, "it did not take longer, so nothing was shown"
 
-    tell(api_server, cluster.namespace, wanted=nodes, updated=1)
+    tell(cluster, wanted=nodes, updated=1)
     with pytest.raises(upgrade.UpgradeError, match="4 of 4 are ready, 1 of the present version"):
         upgrade.wait(cluster, (parts.AGENT,), 1.0)
 
 
-def tell(server: ControlPlane, namespace: str, *, wanted: int, updated: int) -> None:
+def tell(cluster: Cluster, *, wanted: int, updated: int) -> None:
     """The agents' status, as the DaemonSet controller writes it."""
     status: Json = {
         "observedGeneration": 1,
@@ -92,6 +93,6 @@ def tell(server: ControlPlane, namespace: str, *, wanted: int, updated: int) -> 
         "numberAvailable": wanted,
         "updatedNumberScheduled": updated,
     }
-    patch = json.dumps({"status": status})
-    agents = ("daemonset", parts.AGENT, "-n", namespace)
-    server.kubectl("patch", *agents, "--subresource=status", "--type=merge", "-p", patch)
+    cluster.patch(
+        path_of("apps/v1", "daemonsets", cluster.namespace, parts.AGENT, "status"), {"status": status}
+    )
