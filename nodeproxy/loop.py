@@ -32,6 +32,9 @@ _ACCEPT_PAUSE = 0.1
 #: How often a turn looks for more before it flushes. What came meanwhile goes out in the same TLS record, and the peer is
 #: woken once for all of it: a tenth less work for each request under load, a microsecond more without.
 _LOOKS = 4
+#: Seconds that a destination has to answer somebody who has closed: only a unix socket tells at once that nobody is there to
+#: read it, where an application that never says anything would hold its stream for ever.
+ORPHAN = 60.0
 #: Size of the buffer that all handlers receive into.
 BUFFER = 64 * 1024
 OUT = select.EPOLLOUT

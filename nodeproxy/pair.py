@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
+from nodeproxy import loop as loops
 from nodeproxy.loop import BROKEN, ERROR, IN, OUT, Loop, reset
 
 
@@ -55,6 +56,8 @@ class _Side:
             pair.loop.remove(self.fd)
             if self.eof and events & ERROR:
                 pair.close("reset")
+            elif self.eof:
+                pair.loop.later(loops.ORPHAN, lambda: pair.close("nobody is there for an answer"))
             return
         if events & OUT and self.pending:
             try:

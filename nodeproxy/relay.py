@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
+from nodeproxy import loop as loops
 from nodeproxy.h2frames import HEADER_SIZE, Code
 from nodeproxy.h2sending import Stream
 from nodeproxy.link import Link
@@ -92,9 +93,14 @@ class Relay:
             if self._registered:
                 self._registered = False
                 self.loop.remove(self._fd)
+                if self._eof:
+                    self.loop.later(loops.ORPHAN, self._orphaned)
             return bool(self._pending)
         self._application_reset()
         return False
+
+    def _orphaned(self) -> None:
+        self.abort("nobody is there for an answer", Code.CANCEL)
 
     def _wait_for_room(self) -> None:
         self._set(self._mask & ~IN)

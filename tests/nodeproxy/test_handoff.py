@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from controlplane.api import Action, Authorization
-from nodeproxy import api
+from nodeproxy import api, loop
 from nodeproxy.api import Handoff, Status, Tlv
 from tests.nodeproxy.fakes.apps import Server, echo, read_all
-from tests.nodeproxy.fakes.world import World
+from tests.nodeproxy.fakes.world import World, wait_until
 
 
 @pytest.fixture
@@ -88,6 +88,38 @@ def test_an_end_is_told_from_a_stream_that_broke_off(world: World, far: bool):
             sock.sendall(b"x")
             assert sock.recv(1) == b""
             assert hung_up(sock) is broken
+    app.close()
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_who_gives_up_on_a_silent_application_leaves_nothing(
+    world: World, far: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loop, "ORPHAN", 0.5)
+    ended: list[bool] = []
+
+    def serve(sock: socket.socket) -> None:
+        assert sock.recv(1) == b"x"
+        assert sock.recv(1) == b""  # the end is told at once; this application says nothing to it
+        poll = select.poll()
+        poll.register(sock, 0)
+        while not any(events & select.POLLERR for _, events in poll.poll(100)):
+            pass
+        ended.append(True)
+
+    address = world.server_address
+    if not far:
+        address = world.client_address.rsplit(".", 1)[0] + ".5"
+        world.pod(world.a, "near", address, 5)
+        world.publish()
+    app = Server(address, serve)
+    with hand(world, header(world, (address, app.port))) as sock:
+        assert status(sock) is Status.CONNECTED
+        sock.sendall(b"x")
+    proxy = world.a.proxy
+    wait_until(lambda: proxy.tunnels.open or proxy.handoffs.pairs, "open")
+    wait_until(lambda: not proxy.tunnels.open and not proxy.handoffs.pairs, "given up")
+    wait_until(lambda: ended, "the application hears of it")
     app.close()
 
 
