@@ -33,9 +33,10 @@ PATH = "/validate"
 MAX_BODY = 7 << 20
 #: Seconds in which a body has to be here (API servers wait 5 s for the answer).
 _READ_TIMEOUT = 5.0
-#: Seconds for a handshake, and for a request's head after it.
+#: Seconds for a handshake, for a request's head after it, and for a client to agree that all is said.
 _HANDSHAKE_TIMEOUT = 5.0
 _HEAD_TIMEOUT = 5.0
+_CLOSING_TIMEOUT = 1.0
 #: Connections at once; each has buffers of a quarter of a megabyte. More are closed unheard.
 _CONNECTIONS = 128
 #: Bodies from here on are judged in a thread, so that nobody else waits, and one at a time: they can be thirty times as large
@@ -101,7 +102,11 @@ class WebhookServer:
         listener.setblocking(False)
         self.port = listener.getsockname()[1]
         self._runner = web.AppRunner(
-            app, access_log=None, keepalive_timeout=_HEAD_TIMEOUT, shutdown_timeout=1.0
+            app,
+            access_log=None,
+            keepalive_timeout=_HEAD_TIMEOUT,
+            lingering_time=_CLOSING_TIMEOUT,
+            shutdown_timeout=_CLOSING_TIMEOUT,
         )
         await self._runner.setup()
         self._tasks.start(self._accept(listener), name="webhook's connections")
@@ -138,6 +143,7 @@ class WebhookServer:
                 connection,
                 ssl=self._certificate.context,
                 ssl_handshake_timeout=_HANDSHAKE_TIMEOUT,
+                ssl_shutdown_timeout=_CLOSING_TIMEOUT,
             )
         except OSError as e:
             _log.debug("webhook's handshake failed", error=str(e))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
@@ -314,6 +315,29 @@ async def test_connections_without_a_request() -> None:
         async with connected(server.port, root) as (reader, writer):
             writer.write(head(2) + b"{}")
             assert (await asyncio.wait_for(reader.read(), 20)).startswith(b"HTTP/1.1 400 ")
+
+
+async def test_who_does_not_say_goodbye_is_gone_soon() -> None:
+    """A client that reads nothing more, and so never answers the end of TLS, does not keep its place."""
+    root = authority()
+    async with serving(root, connections=1) as server:
+        context = ssl.create_default_context(cadata=root.roots_pem)
+
+        def ask() -> ssl.SSLSocket:
+            raw = socket.create_connection(("127.0.0.1", server.port), timeout=20)
+            client = context.wrap_socket(raw, server_hostname="127.0.0.1")
+            client.sendall(head(2) + b"{}")
+            return client
+
+        with await asyncio.to_thread(ask):
+            began = time.monotonic()
+            while True:
+                try:
+                    (await asyncio.to_thread(ask)).close()
+                    break
+                except OSError:
+                    await asyncio.sleep(0.1)
+            assert time.monotonic() - began < 15.0
 
 
 async def test_bodies_together_are_limited() -> None:
