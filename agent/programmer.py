@@ -154,8 +154,7 @@ class Programmer:
             told = facade.Peer(peer.local, peer.enrolled, peer.identity, peer.uid in joining)
             if self._peers.get(address) != told:
                 try:
-                    self._kernel.set_peer(address, told)
-                    self._peers[address] = told
+                    self._set_peer(address, told)
                 except (KernelError, MapFullError, ValueError) as error:
                     errors.append(ResourceError(f"workload/{peer.uid}", f"address {address}: {error}"))
         await asyncio.gather(
@@ -207,6 +206,19 @@ class Programmer:
         _log.warning(
             "accounts of identities that are gone were dropped", accounts=len(stale), room=pressure.size
         )
+
+    def _set_peer(self, address: str, peer: facade.Peer) -> None:
+        try:
+            self._kernel.set_peer(address, peer)
+        except MapFullError:
+            # Not known as one of the mesh it would be dialled in plain text. Of others only the name is lost.
+            spare = next((a for a, other in self._peers.items() if not other.enrolled), None)
+            if spare is None or not peer.enrolled:
+                raise
+            self._kernel.remove_peer(spare)
+            del self._peers[spare]
+            self._kernel.set_peer(address, peer)
+        self._peers[address] = peer
 
     async def _program_pod(
         self,

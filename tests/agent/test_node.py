@@ -8,7 +8,7 @@ import pytest
 
 from agent import api, passage
 from agent.identities import Label
-from agent.kernel import Connection, Direction, FlowCounters, FlowKey, Pressure
+from agent.kernel import Connection, Direction, FlowCounters, FlowKey, MapFullError, Pressure
 from agent.kernel.model import Via
 from agent.mesh import Mesh
 from agent.namespaces import Namespaces
@@ -67,9 +67,9 @@ class Told:
 
 
 class World:
-    def __init__(self, tmp_path) -> None:
+    def __init__(self, tmp_path, kernel: FakeKernel | None = None) -> None:
         self.folder = tmp_path
-        self.kernel = FakeKernel()
+        self.kernel = kernel or FakeKernel()
         self.boot = "boot-1"
         self.node = self.made()
 
@@ -428,6 +428,36 @@ async def test_a_new_identity_is_in_every_table_before_its_pod_runs(world):
     await world.add("client", "10.0.1.2")
     _, table = world.pod_policy("server")
     assert table == {(world.node.tables.identities["uid-client"], 0): True}
+
+
+class FewPeers(FakeKernel):
+    """Has room for three."""
+
+    def set_peer(self, address, peer):
+        if len(self.fake_peers | {address: peer}) > 3:
+            raise MapFullError(7, f"peer {address}: no room for another element")
+        super().set_peer(address, peer)
+
+
+async def test_who_is_in_the_mesh_is_known_before_who_is_not(tmp_path):
+    """An enrolled peer that has no room would be dialled in plain text; of another only the name is lost."""
+    world = World(tmp_path, FewPeers())
+    await world.node.start()
+    far = [workload(f"p{n}", addresses=(f"10.0.2.{n}",), node="n2", enrolled=n % 2 == 0) for n in range(5)]
+    for order, version in ((far, "v1"), (far[::-1], "v2")):
+        errors = await world.node.apply(complete(*order, version=version))
+        peers = world.kernel.peers()
+        assert {address for address, peer in peers.items() if peer.enrolled} == {
+            "10.0.2.0",
+            "10.0.2.2",
+            "10.0.2.4",
+        }
+        assert {error.key for error in errors} <= {"workload/uid-p1", "workload/uid-p3"}
+    more = workload("p6", addresses=("10.0.2.6",), node="n2")
+    [*_, error] = sorted(await world.node.apply(Update(3, "v3", upserts=(more,))), key=lambda e: e.key)
+    assert error.key == "workload/uid-p6"
+    await world.node.stop()
+    world.kernel.close()
 
 
 async def test_only_differences_are_written(world):
