@@ -14,6 +14,7 @@ POST /logging?level=   ``debug``, or ``agent.cni:debug`` (loopback peers only)
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 import socketserver
@@ -32,8 +33,11 @@ from common import logs
 
 _log = logs.get(__name__)
 
-#: Requests at one time; more are closed unanswered, so that a scraper gone wild takes no memory from the process.
+#: Requests at one time, so that a scraper gone wild takes no memory from the process. With more, whoever has not asked for
+#: anything yet gives way, the first one first, and if there is nobody the new one: idle clients must not keep kubelet's probe out.
 _MAX_REQUESTS = 16
+#: Seconds for a client that gives way to be gone.
+_GIVING_WAY = 1.0
 #: Seconds that a client may take to send its request or to take its answer.
 _CLIENT_TIMEOUT = 10.0
 
@@ -138,6 +142,8 @@ class _Server(socketserver.ThreadingTCPServer):
         self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self.admin = admin
         self._slots = threading.BoundedSemaphore(_MAX_REQUESTS)
+        self._silent: dict[socket.socket, None] = {}  # have not asked yet, in the order in which they came
+        self._lock = threading.Lock()
         self._stopped = threading.Event()
         super().__init__((address, port), _Handler)
 
@@ -164,9 +170,11 @@ class _Server(socketserver.ThreadingTCPServer):
             pass
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._slots.acquire(blocking=False):
+        if not self._slots.acquire(blocking=False) and not self._make_room():
             self.shutdown_request(request)
             return
+        with self._lock:
+            self._silent[request] = None
         try:
             super().process_request(request, client_address)
         except RuntimeError as error:  # no thread to be had
@@ -174,11 +182,31 @@ class _Server(socketserver.ThreadingTCPServer):
             self._slots.release()
             self.shutdown_request(request)
 
+    def _make_room(self) -> bool:
+        with self._lock:
+            first = next(iter(self._silent), None)
+            if first is None:
+                return False
+            del self._silent[first]
+            # Under the lock, which its thread takes before it closes it: the descriptor is not another's yet.
+            with contextlib.suppress(OSError):
+                first.shutdown(socket.SHUT_RDWR)
+        return self._slots.acquire(timeout=_GIVING_WAY)
+
+    def asked(self, request: socket.socket) -> None:
+        """The client has asked for something, or is gone."""
+        with self._lock:
+            self._silent.pop(request, None)
+
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
             self._slots.release()
+
+    def shutdown_request(self, request: Any) -> None:
+        self.asked(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         # The client's end of the connection failed: what we failed at is answered with 500 before.
@@ -199,6 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer("POST", with_body=True)
 
     def _answer(self, method: str, *, with_body: bool) -> None:
+        self.server.asked(self.connection)
         try:
             answer = self.server.admin.answer(
                 method,

@@ -162,12 +162,18 @@ def test_close_frees_the_port_and_ends_the_thread(process: Process) -> None:
     process.server().close()  # one that was never started closes as well
 
 
-def test_idle_clients_cannot_take_the_process_s_threads(server: AdminServer) -> None:
+def test_idle_clients_take_neither_the_process_s_threads_nor_others_places(server: AdminServer) -> None:
     clients = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(_MAX_REQUESTS + 5)]
     try:
-        for client in clients[_MAX_REQUESTS:]:
+        for client in clients[:5]:
             client.settimeout(5)
             assert client.recv(1) == b""
+        assert ask(server, "GET", "/healthz/ready")[0] == 200
+        names = [thread.name for thread in threading.enumerate()]
+        assert sum("process_request_thread" in name for name in names) <= _MAX_REQUESTS
+        clients[-1].sendall(b"GET /healthz/ready HTTP/1.0\r\n\r\n")
+        clients[-1].settimeout(5)
+        assert clients[-1].recv(12) == b"HTTP/1.0 200"
     finally:
         for client in clients:
             client.close()
