@@ -34,7 +34,7 @@ from common import logs
 _log = logs.get(__name__)
 
 #: Requests at one time, so that a scraper gone wild takes no memory from the process. With more, whoever has not asked for
-#: anything yet gives way, the first one first, and if there is nobody the new one: idle clients must not keep kubelet's probe out.
+#: anything yet gives way, the first one first, else the new one: nobody keeps kubelet's probe out by saying nothing.
 _MAX_REQUESTS = 16
 #: Seconds for a client that gives way to be gone.
 _GIVING_WAY = 1.0
