@@ -246,6 +246,9 @@ class Node:
         """
         known = self.pods.get(attachment.key)
         if known is None:
+            workload = self._known(attachment)
+            if attachment.pod_namespace in outside(self.mesh) and not (workload and workload.enrolled):
+                return  # it started while no agent or controller answered: nothing of ours is in it
             raise Refusal(
                 protocol.ERR_UNKNOWN_CONTAINER,
                 f"{attachment.container_id} {attachment.ifname} was never added",

@@ -4,6 +4,7 @@ import asyncio
 import os
 import time
 
+import msgspec
 import pytest
 
 from agent import api, passage
@@ -311,6 +312,12 @@ async def test_pods_outside_start_without_a_controller(world, monkeypatch):
     assert world.kernel.pods() == {}
     assert len(world.node.pods) == 0
     assert world.held() == set()
+    netns = os.open(world.netns("new"), os.O_RDONLY)
+    passed = Attachment("c-new", "eth0", pod_uid="uid-new", pod_namespace="plain", pod_name="new")
+    await world.node.check(passed, netns)  # CRI-O asks when it starts
+    with pytest.raises(Refusal, match="never added"):
+        await world.node.check(msgspec.structs.replace(passed, pod_namespace="default"), netns)
+    os.close(netns)
     await world.delete("new")
     for namespace in ("default", "other"):  # one has a pod of the mesh, one is not known
         with pytest.raises(Refusal, match="is not known") as refused:
