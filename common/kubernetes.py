@@ -64,6 +64,11 @@ class ApiError(Exception):
         """410: the resource version is too old; list again."""
         return self.status == 410
 
+    @property
+    def later(self) -> bool:
+        """429, 503, 504: the server is busy, starting or slow. It has refused nothing."""
+        return self.status in (429, 503, 504)
+
 
 class Unreachable(Exception):
     """No answer, or none that is whole: no connection, a time limit, TLS, credentials that cannot be read."""

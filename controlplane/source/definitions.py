@@ -135,7 +135,7 @@ class Definitions:
         except ApiError as e:
             if e.status != 404:
                 _log.warning("definition cannot be read", name=name, error=str(e))
-                self._refusal = e
+                self._refusal = self._refusal if e.later else e
                 self._unread.add(name)
             else:
                 self._there.discard(name)

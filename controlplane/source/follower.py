@@ -105,7 +105,7 @@ class Follower:
                         continue
                 else:
                     self._failed(e)
-                    if self._refusals >= _PATIENCE and e.status not in (429, 503):
+                    if self._failures >= _PATIENCE and e.status not in (429, 503):
                         # Perhaps it is the version: one that a server restored from a backup has yet to reach, say.
                         self._version = ""
             except Unreachable as e:
@@ -137,7 +137,7 @@ class Follower:
         self.failures += 1
         now = time.monotonic()
         # An API server that comes back refuses for a while (its own roles are not read yet): time without one is no refusal.
-        if not isinstance(error, ApiError):
+        if not isinstance(error, ApiError) or error.later:
             self._refusals = 0
         else:
             self._refused_since = self._refused_since if self._refusals else now

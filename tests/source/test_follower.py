@@ -101,14 +101,17 @@ async def test_a_refusal_counts_only_once_it_lasts() -> None:
 
 
 async def test_time_without_a_server_is_no_refusal() -> None:
-    """However long it was away: that it refuses at first when it is back says nothing yet."""
-    away = [unreachable] * 8
+    """However long it was away, or busy: that it refuses at first when it is back says nothing yet."""
+    away = [*[unreachable] * 6, busy(429, **{"Retry-After": "0"}), busy(504), busy(503)]
     async with scripted(*away, busy(403)) as (access, asked), followed(access, 0.0) as (follower, _):
         await until(lambda: len(asked) >= len(away) + 1)
         await until(lambda: follower.problem is not None)
         assert not follower.settled
         await until(lambda: follower.settled)
         assert len(asked) >= len(away) + 4
+    async with scripted(busy(503)) as (access, asked), followed(access, 0.0) as (follower, _):
+        await until(lambda: len(asked) >= 6)
+        assert follower.problem is not None and not follower.settled
 
 
 async def test_a_version_that_the_server_refuses_is_listed_again() -> None:

@@ -105,13 +105,27 @@ async def test_what_is_refused_keeps_its_last_good_version(clean: Client, tmp_pa
         assert state.objects[key("VirtualService", "x")].spec["http"][0]["timeout"] == "2s"
 
 
+async def undefine(client: Client, name: str) -> None:
+    """Remove a definition, and wait until it is gone: its objects go before it, and while it goes none can be made."""
+    await client.delete(f"{DEFINITIONS}/{name}")
+    async with asyncio.timeout(SOON):
+        while True:
+            try:
+                await client.get(f"{DEFINITIONS}/{name}")
+            except ApiError as e:
+                if e.status != 404:
+                    raise
+                return
+            await asyncio.sleep(0.05)
+
+
 async def test_kinds_come_and_go(clean: Client) -> None:
     name = "telemetries.telemetry.istio.io"
     (definition,) = [d for d in crds.definitions(["istio"]) if d["metadata"]["name"] == name]
     telemetry = path_of("telemetry.istio.io/v1", "telemetries", "default")
     body = {"apiVersion": "telemetry.istio.io/v1", "kind": "Telemetry", "metadata": {"name": "t"}, "spec": {}}
     wanted = key("Telemetry", "t", "telemetry.istio.io")
-    await clean.delete(f"{DEFINITIONS}/{name}")
+    await undefine(clean, name)
     async with following(clean) as followed:
         await followed.until(lambda s: s.objects)
         for _ in range(2):
@@ -126,7 +140,7 @@ async def test_kinds_come_and_go(clean: Client) -> None:
                             raise
                         await asyncio.sleep(0.1)
             await followed.until(lambda s: wanted in s.objects)
-            await clean.delete(f"{DEFINITIONS}/{name}")
+            await undefine(clean, name)
             await followed.until(lambda s: wanted not in s.objects)
     await install_definitions(clean, "istio")
     assert not [f for state in followed.states for f in state.faults]
