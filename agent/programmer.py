@@ -28,6 +28,9 @@ _PARALLEL = 8
 #: How full the map of accounts may be before those of the past are dropped.
 _FORGET_AT = 0.75
 
+#: Maps with an element for each pod.
+_OF_PODS = ("listeners", "peers", "pods", "policies")
+
 _EMPTY_POLICY: PolicyTable = {}
 
 
@@ -185,8 +188,10 @@ class Programmer:
             return ["the pod's namespace"]
 
     def full(self) -> list[str]:
-        """The maps that have no room for another element."""
-        return [name for name, pressure in self._kernel.pressure().items() if pressure.used >= pressure.size]
+        """The maps that have no room for another pod; what others lack costs a connection or an account."""
+        pressure = self._kernel.pressure()
+        found = [(name, pressure[name]) for name in _OF_PODS if name in pressure]
+        return [name for name, one in found if one.used >= one.size]
 
     def forget_accounts(self, current: Collection[int]) -> None:
         """When their map fills up, drop the accounts of identities that nobody has any more."""

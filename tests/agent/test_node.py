@@ -425,6 +425,21 @@ async def test_nobody_is_known_before_the_controller_spoke(world, monkeypatch):
     assert refused.value.code == 50
 
 
+async def test_status_is_about_room_for_pods(world):
+    """A map that forgets by itself is always full, and one that a port scanner filled costs no pod."""
+    await world.node.apply(complete())
+    for name in ("recent", "affinity", "refused", "flows", "connecting"):
+        world.kernel.map_pressure[name] = Pressure(8192, 8192, 1)
+    await world.node.status()
+    for name in ("pods", "policies", "peers", "listeners"):
+        world.kernel.map_pressure[name] = Pressure(8192, 8192, 1)
+        with pytest.raises(Refusal, match="no room for another pod") as refused:
+            await world.node.status()
+        assert refused.value.code == 50
+        assert refused.value.details == f"full: {name}"
+        world.kernel.map_pressure[name] = Pressure(8191, 8192, 1)
+
+
 async def test_a_new_identity_is_in_every_table_before_its_pod_runs(world):
     policy = Authorization(
         "default", "p", Action.ALLOW, (Rule((Source(principals=("cluster.local/ns/default/sa/client",)),)),)
