@@ -1,6 +1,6 @@
 """The kinds that are read from the API, and what of each object is kept.
 
-This table is also what the controller's ClusterRole is made from (:func:`rules`): it reads these kinds and no others.
+This table is also what the controller's ClusterRole is made from: it reads these kinds and no others.
 """
 
 from __future__ import annotations
@@ -119,22 +119,6 @@ CUSTOM = (
 DEFINITIONS = {kind.definition: kind for kind in CUSTOM}
 #: Names of kinds that several groups have: by itself such a name says to nobody which one is meant.
 AMBIGUOUS = frozenset(name for name, count in Counter(kind.kind for kind in CUSTOM).items() if count > 1)
-
-
-def rules() -> list[dict[str, list[str]]]:
-    """The rules of the ClusterRole that the source needs, by group. Secrets and ConfigMaps are not among them.
-
-    Whoever wants one to be used that an object refers to gives ``mycel-controlplane`` a Role for it, in its namespace:
-    the mesh can read no Secret of others by itself.
-    """
-    groups: dict[str, list[str]] = {}
-    for kind in (*BUILT_IN, *CUSTOM):
-        groups.setdefault(kind.group, []).append(kind.plural)
-    groups["apiextensions.k8s.io"] = ["customresourcedefinitions"]
-    return [
-        {"apiGroups": [group], "resources": sorted(plurals), "verbs": ["get", "list", "watch"]}
-        for group, plurals in sorted(groups.items())
-    ]
 
 
 def trim(kind: Kind, api_version: str, raw: Mapping[str, Any]) -> dict[str, Any]:
