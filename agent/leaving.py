@@ -16,8 +16,9 @@ from common.kubernetes import Access, AccessError, ApiError, Client, Unreachable
 
 _log = logs.get(__name__)
 
-#: Seconds for all attempts together: well within what the kubelet leaves a pod to end.
-PATIENCE = 8.0
+#: Seconds for all attempts together. An API server goes by a token for ten seconds after its account is gone, and whoever
+#: removes the mesh may have taken the right to ask before; kubelet leaves the pod thirty to end.
+PATIENCE = 15.0
 _ATTEMPT = 3.0
 _AGAIN = 0.5
 #: So many refusals of our token in a row say that the service account is gone; one may be a server that is just starting.

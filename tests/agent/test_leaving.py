@@ -75,6 +75,22 @@ async def test_service_account_gone(api_server, api_namespace, access):
     assert await for_good(name, _by_token(access, token), patience=30.0)
 
 
+async def test_all_goes_at_once(api_server, api_namespace, access):
+    """First the right to ask, then the account, while the API server still goes by what it knew of the token."""
+    name = make(api_server, api_namespace)
+    rights = ("-n", api_namespace, "--role=reader", f"--serviceaccount={api_namespace}:default")
+    api_server.kubectl(
+        *("create", "role", "reader", "-n", api_namespace),
+        *("--verb=get", "--resource=daemonsets.apps"),
+    )
+    api_server.kubectl("create", "rolebinding", "reader", *rights)
+    token = api_server.kubectl("create", "token", "default", "-n", api_namespace).strip()
+    assert not await for_good(name, _by_token(access, token))
+    for kind, what in (("daemonset", "agent"), ("rolebinding", "reader"), ("serviceaccount", "default")):
+        api_server.kubectl("delete", kind, what, "-n", api_namespace)
+    assert await for_good(name, _by_token(access, token))
+
+
 async def test_a_token_that_ran_out_is_no_answer(api_server, api_namespace, access):
     """It is refused as that of an account that is gone; the DaemonSet is there all the same."""
     name = make(api_server, api_namespace)
