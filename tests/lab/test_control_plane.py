@@ -62,14 +62,14 @@ def test_the_kubeconfig_checks_who_answers(api_server: ControlPlane):
 def test_two_at_once_and_nothing_is_left(api_server: ControlPlane):
     with ControlPlane() as other:
         assert other.url != api_server.url
-        other.kubectl("create", "namespace", "elsewhere")
-        assert "elsewhere" not in api_server.kubectl("get", "namespaces")
+        other.kubectl("create", "namespace", "only-there")
+        assert "only-there" not in api_server.kubectl("get", "namespaces")
         server = other.service("kube-apiserver")
         server.stop()
         assert not other.ready
         server.start()
         other.wait_ready()
-        assert "elsewhere" in other.kubectl("get", "namespaces")
+        assert "only-there" in other.kubectl("get", "namespaces")
         folder, cgroup = other.folder, other.cgroup
     assert not folder.exists()
     assert not cgroup.exists()  # the kernel lets it go with its last process only
