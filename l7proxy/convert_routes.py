@@ -16,6 +16,7 @@ from google.protobuf import duration_pb2
 
 from l7proxy import model
 from l7proxy.errors import ConversionError
+from l7proxy.regex import Pattern, RegexError, Rewrite
 
 #: Envoy's retry_on names (x-envoy-retry-on, x-envoy-retry-grpc-on) that this proxy acts on. Istio's lists may hold codes too.
 RETRY_ON = frozenset(
@@ -169,11 +170,8 @@ def _route(
     regex_rewrite = None
     if action.HasField("regex_rewrite"):
         pattern = _regex(action.regex_rewrite.pattern, f"{at}.route.regex_rewrite.pattern")
-        regex_rewrite = (
-            pattern,
-            _substitution(
-                action.regex_rewrite.substitution, pattern, f"{at}.route.regex_rewrite.substitution"
-            ),
+        regex_rewrite = _rewrite(
+            pattern, action.regex_rewrite.substitution, f"{at}.route.regex_rewrite.substitution"
         )
     rewrite = action.WhichOneof("host_rewrite_specifier")
     if rewrite not in (None, "host_rewrite_literal", "auto_host_rewrite"):
@@ -320,9 +318,7 @@ def _query(message: route_components_pb2.QueryParameterMatcher, at: str) -> mode
     return model.QueryMatcher(message.name, model.MatchKind.PRESENT)
 
 
-def _string(
-    message: string_pb2.StringMatcher, at: str
-) -> tuple[model.MatchKind, str, bool, re.Pattern[str] | None]:
+def _string(message: string_pb2.StringMatcher, at: str) -> tuple[model.MatchKind, str, bool, Pattern | None]:
     kind = message.WhichOneof("match_pattern")
     if kind == "safe_regex":
         return model.MatchKind.REGEX, "", False, _regex(message.safe_regex, f"{at}.safe_regex")
@@ -338,23 +334,18 @@ def _string(
     return kinds[kind], value.lower() if message.ignore_case else value, message.ignore_case, None
 
 
-def _regex(message: regex_pb2.RegexMatcher, at: str) -> re.Pattern[str]:
-    """RE2 patterns in Python's syntax: RE2's is a subset but for a few spellings, which ``re`` refuses.
-
-    ASCII classes, as RE2 has them.
-    """
+def _regex(message: regex_pb2.RegexMatcher, at: str) -> Pattern:
     try:
-        return re.compile(message.regex, re.ASCII)
-    except re.error as error:
+        return Pattern(message.regex)
+    except RegexError as error:
         raise ConversionError(f"{at}: {message.regex!r}: {error}") from None
 
 
-def _substitution(text: str, pattern: re.Pattern[str], at: str) -> str:
-    r"""RE2's substitution (``\0`` to ``\9`` and a doubled backslash) in Python's syntax."""
-    for escaped in re.findall(r"\\(.?)", _visible(text, at)):
-        if escaped != "\\" and not (escaped.isdigit() and int(escaped) <= pattern.groups):
-            raise ConversionError(f"{at}: {text!r}: no group or escape \\{escaped}")
-    return re.sub(r"\\(.)", lambda m: rf"\g<{m[1]}>" if m[1].isdigit() else r"\\", text)
+def _rewrite(pattern: Pattern, substitution: str, at: str) -> Rewrite:
+    try:
+        return Rewrite.of(pattern, _visible(substitution, at))
+    except RegexError as error:
+        raise ConversionError(f"{at}: {substitution!r}: {error}") from None
 
 
 def _visible(text: str, at: str) -> str:

@@ -19,6 +19,7 @@ from l7proxy.model import (
     VirtualHost,
     WeightedCluster,
 )
+from l7proxy.regex import Pattern
 
 
 def virtual_host(table: RouteTable, authority: str) -> VirtualHost | None:
@@ -87,7 +88,7 @@ def matches(match: RouteMatch, head: RequestHead, random: int) -> bool:
         elif kind is PathKind.SEGMENT_PREFIX:
             if bare != match.path and not bare.startswith(match.path + "/"):
                 return False
-        elif match.regex is None or not match.regex.fullmatch(bare):
+        elif match.regex is None or not match.regex.matches(bare):
             return False
     if match.fraction < 1_000_000 and random % 1_000_000 >= match.fraction:
         return False
@@ -138,7 +139,7 @@ def header_matches(matcher: HeaderMatcher, head: RequestHead) -> bool:
     return result != matcher.invert
 
 
-def _text_matches(kind: MatchKind, wanted: str, ignore_case: bool, regex: object, value: str) -> bool:
+def _text_matches(kind: MatchKind, wanted: str, ignore_case: bool, regex: Pattern | None, value: str) -> bool:
     if ignore_case:
         value = value.lower()
     if kind is MatchKind.EXACT:
@@ -149,7 +150,7 @@ def _text_matches(kind: MatchKind, wanted: str, ignore_case: bool, regex: object
         return value.endswith(wanted)
     if kind is MatchKind.CONTAINS:
         return wanted in value
-    return bool(regex.fullmatch(value))  # type: ignore[attr-defined]
+    return regex is not None and regex.matches(value)
 
 
 def _query_matches(matchers: tuple[QueryMatcher, ...], path: str) -> bool:
@@ -198,8 +199,7 @@ def rewritten_path(route: Route, path: str) -> str:
         return route.prefix_rewrite + path[len(route.match.path) :]
     if route.regex_rewrite is not None:
         bare, mark, query = path.partition("?")
-        pattern, substitution = route.regex_rewrite
-        return pattern.sub(substitution, bare) + mark + query
+        return route.regex_rewrite.apply(bare) + mark + query
     return path
 
 

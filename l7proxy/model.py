@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import enum
 import ipaddress
-import re
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from l7proxy.regex import Pattern, Rewrite
 
 
 class LbPolicy(enum.Enum):
@@ -87,7 +88,7 @@ class HeaderMatcher:
     ignore_case: bool = False
     invert: bool = False
     missing_as_empty: bool = False
-    regex: re.Pattern[str] | None = None
+    regex: Pattern | None = None
     range: tuple[int, int] = (0, 0)  #: half open
 
 
@@ -97,7 +98,7 @@ class QueryMatcher:
     kind: MatchKind
     value: str = ""
     ignore_case: bool = False
-    regex: re.Pattern[str] | None = None
+    regex: Pattern | None = None
 
 
 class PathKind(enum.Enum):
@@ -112,7 +113,7 @@ class PathKind(enum.Enum):
 class RouteMatch:
     path_kind: PathKind
     path: str = ""
-    regex: re.Pattern[str] | None = None
+    regex: Pattern | None = None
     ignore_case: bool = False
     headers: tuple[HeaderMatcher, ...] = ()
     query: tuple[QueryMatcher, ...] = ()
@@ -198,7 +199,7 @@ class Route:
     timeout: float = 15.0
     retry: RetryPolicy | None = None
     prefix_rewrite: str = ""
-    regex_rewrite: tuple[re.Pattern[str], str] | None = None
+    regex_rewrite: Rewrite | None = None
     host_rewrite: str = ""
     auto_host_rewrite: bool = False
     redirect: Redirect | None = None

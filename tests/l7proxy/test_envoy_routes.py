@@ -255,6 +255,17 @@ def test_rewritten_paths(match: dict[str, Any], rewrite: dict[str, Any], path: s
     assert matcher.rewritten_path(route, path) == rewritten
 
 
+def test_no_pattern_takes_longer_than_its_text() -> None:
+    """Nested repetition, which a matcher that tries everything would be at for minutes; and what RE2 alone spells so."""
+    head = parse_request_head(b"GET /" + b"a" * 64 + b" HTTP/1.1\r\nhost: a\r\n\r\n")
+    slow = _one({"route": {"cluster": "a"}}, {"safe_regex": {"regex": r"/([a-z]+)*!"}})
+    assert matcher.find_route(slow, head, 0) is None
+    found = _one({"route": {"cluster": "a"}}, {"safe_regex": {"regex": r"/[[:lower:]]+\z"}})
+    assert matcher.find_route(found, head, 0) is not None
+    with pytest.raises(ConversionError, match="safe_regex"):
+        _one({"route": {"cluster": "a"}}, {"safe_regex": {"regex": "/(?=a)"}})
+
+
 def test_connect_is_matched_by_connect_matcher_only() -> None:
     head = parse_request_head(b"CONNECT a:80 HTTP/1.1\r\nhost: a:80\r\n\r\n")
     assert (
