@@ -7,7 +7,7 @@ BIN := .venv/bin
 # What bcc compiles against (scripts/setup merges it).
 export BCC_KERNEL_SOURCE ?= $(CACHE)/headers/current
 
-.PHONY: help setup image kubernetes demo demo-kubernetes test check bench fmt clean
+.PHONY: help setup image kubernetes demo demo-kubernetes test soak check bench fmt clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -29,6 +29,9 @@ kubernetes: setup ## the programs of a real Kubernetes, for the cluster lab (ten
 
 test: setup kubernetes ## all tests, unit to real kernel (root); one: make test ARGS="tests/unit -k logs"
 	@scripts/test $(ARGS)
+
+soak: setup kubernetes ## the longer proofs, whole (root; half an hour): five minutes without an API server, a node that stays away
+	@MYCEL_SOAK=1 scripts/test -m soak $(ARGS)
 
 check: setup ## lint, formatting, types, import rules, C style
 	@scripts/check

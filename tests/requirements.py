@@ -24,6 +24,8 @@ ENVOY = next(
 )
 
 CI = os.environ.get("MYCEL_CI") == "1"
+#: Whether tests that have a longer form (marked ``soak``) run in it.
+SOAK = os.environ.get("MYCEL_SOAK") == "1"
 ALLOWED_SKIP_PREFIX = "cannot-be-had: "
 
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import threading
+import time
+from typing import Any
+
 import pytest
 
 from lab.capture import Capture
@@ -9,9 +15,74 @@ from lab.kubernetes import Cluster
 from lab.kubernetes.mesh import Mesh
 from lab.processes import wait_until
 from tests.cluster.apps import IMAGE, Apps
-from tests.cluster.test_enrolment import AMBIENT, ECHO, HELD, enrolled, established, make_world, stages
+from tests.cluster.test_enrolment import (
+    AMBIENT,
+    ECHO,
+    HELD,
+    enrolled,
+    established,
+    kubectl,
+    make_world,
+    stages,
+)
+from tests.requirements import SOAK
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.soak]
+
+#: Seconds from a change of a Service's endpoints until every node goes by it.
+IN_FORCE = 1.0
+
+
+class Endpoints:
+    """Which of a Service's endpoints are ready, and since when."""
+
+    def __init__(self, apps: Apps, service: str) -> None:
+        template = "{range .endpoints[*]}{.addresses[0]}={.conditions.ready},{end}{'\\n'}"
+        argv = ["get", "endpointslices", "-n", apps.namespace, "-l", f"kubernetes.io/service-name={service}"]
+        self._process = subprocess.Popen(
+            kubectl(apps.cluster, *argv, "--watch", "-o", f"jsonpath={template}"),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.seen: list[tuple[float, frozenset[str]]] = []
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            endpoints = (item.partition("=") for item in line.strip().split(",") if item)
+            self.seen.append(
+                (time.time(), frozenset(address for address, _, ready in endpoints if ready == "true"))
+            )
+
+    @property
+    def ready(self) -> frozenset[str]:
+        return self.seen[-1][1] if self.seen else frozenset()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+def served_by_both(apps: Apps) -> None:
+    """A Service ``both`` with an endpoint on each node."""
+    for node in ("node1", "node2"):
+        container = {
+            "name": "server",
+            "image": IMAGE,
+            "command": ["python3", "/apps/tcp_server.py", str(ECHO), "--greet"],
+            "readinessProbe": {"tcpSocket": {"port": ECHO}, "periodSeconds": 1, "failureThreshold": 1},
+        }
+        apps.deployment(f"both-{node}", container, labels={"app": "both"}, node=node)
+    spec = {"selector": {"app": "both"}, "ports": [{"name": "tcp", "port": ECHO}]}
+    apps.cluster.apply(
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"name": "both", "namespace": apps.namespace},
+            "spec": spec,
+        }
+    )
 
 
 def test_no_plain_text_before_and_after(mesh: Mesh, lab_cluster: Cluster, apps: Apps):
@@ -29,12 +100,29 @@ def test_no_plain_text_before_and_after(mesh: Mesh, lab_cluster: Cluster, apps: 
     apps.deployment("dialler", container, labels={"app": "dialler"}, node="node2")
     dialler = apps.pods("dialler")[0]
     wait_until(lambda: '"ok"' in dialler.logs(), 20, "it dials")
+    served_by_both(apps)
+    both = Endpoints(apps, "both")
+    wait_until(lambda: len(both.ready) == 2, 20, "both nodes serve", explain=lambda: str(both.seen))
+    time.sleep(IN_FORCE)
+    argv = ["python3", "-u", "/apps/traffic.py", "both", str(ECHO), "--greeted", "--timeout", "3"]
+    steady = subprocess.Popen(
+        kubectl(
+            cluster, "exec", "-n", apps.namespace, pods["client1"].name, "--", *argv, "--interval", "0.02"
+        ),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     node = cluster.node("node2")
     before = dialler.address
     restarts = dialler.restarts
 
     with Capture(cluster.network, [f"fabric{cluster.node('node1').number}"]) as capture:
+        off = time.time()
         node.stop()
+        if SOAK:
+            # Long enough for Kubernetes to give it up; else its endpoints go when it comes back.
+            wait_until(lambda: len(both.ready) == 1, 120, "its endpoint is withdrawn", interval=1.0)
+            time.sleep(10)
         node.start()
         cluster.wait_nodes()
         wait_until(
@@ -53,9 +141,34 @@ def test_no_plain_text_before_and_after(mesh: Mesh, lab_cluster: Cluster, apps: 
         )
         assert established(pods["client1"], pods["server2"])
         assert established(pods["client2"], pods["server1"])
+        wait_until(lambda: len(both.ready) == 2, 60, "both nodes serve again", explain=lambda: str(both.seen))
+        time.sleep(3 * IN_FORCE)
+        both.end()
+        steady.terminate()
+        records = [json.loads(line) for line in steady.communicate(timeout=20)[0].splitlines()]
+        check_clients_of_the_other_node(records, both.seen, off)
 
     addresses = {before, dialler.address, *(pod.address for pod in pods.values())}
     segments = [s for s in capture.segments() if addresses & {s[0], s[2]}]
     plain = [s[:4] for s in segments if {ECHO, HELD} & {s[1], s[3]}]
     assert plain == []
     assert any(15008 in (s[1], s[3]) and s[0] == dialler.address for s in segments)
+
+
+def check_clients_of_the_other_node(
+    records: list[dict[str, Any]], seen: list[tuple[float, frozenset[str]]], off: float
+) -> None:
+    """Nothing fails before the node is off, nor once its endpoint is withdrawn, nor when it is ready again."""
+    withdrawn = next(when for when, ready in seen if when > off and len(ready) == 1)
+    back = next(when for when, ready in seen if when > withdrawn and len(ready) == 2)
+    bad = [record for record in records if record["outcome"] != "ok"]
+    during = [record for record in bad if off - 3.0 < record["at"] < withdrawn + IN_FORCE]
+    print(
+        f"off, withdrawn after {withdrawn - off:.1f} s, ready again after {back - off:.1f} s: {len(records)} connections,"
+        f" {len(bad)} failed, {len(during)} of them before the endpoint was withdrawn"
+    )
+    assert [record for record in bad if record not in during] == []
+    by = {
+        record["greeting"]["local"][0] for record in records if record["at"] > back and "greeting" in record
+    }
+    assert len(by) == 2, f"served by {by} only since {back}"
