@@ -28,7 +28,7 @@ from controlplane.source.definitions import Definitions
 from controlplane.source.follower import Follower
 from controlplane.source.kinds import BUILT_IN, CUSTOM, REFERRED, Kind
 from controlplane.source.lastgood import LastGood
-from controlplane.source.objects import Fault, Key, State, Validator
+from controlplane.source.objects import Fault, Key, Object, State, Validator
 from controlplane.source.references import references
 
 _log = logs.get(__name__)
@@ -75,6 +75,7 @@ class KubernetesSource:
         self._definitions = Definitions(client, self._tasks, self._served, self._touch, patience)
         self._other = False  #: objects are not those of the last state any more
         self._unsaved = False
+        self._strays: set[Key] = set()  #: pods that came before their namespace
         self._refused_references: frozenset[Key] = frozenset()
         self.synced = False  #: a state of the API server's was handed out, not only that of the disk
         self._had_last_good = False
@@ -134,9 +135,15 @@ class KubernetesSource:
                 self._store.save(self._table.objects)
 
     def _state(self) -> State:
-        return State(dict(self._table.objects), tuple(sorted(self._all_faults())), dict(self._table.refused))
+        objects = dict(self._table.objects)
+        self._strays = {key for key in self._strays if key in objects and _is_stray(key, objects)}
+        for key in self._strays:
+            del objects[key]
+        return State(objects, tuple(sorted(self._all_faults())), dict(self._table.refused))
 
     def _dirty(self, key: Key) -> None:
+        if _is_stray(key, self._table.objects):
+            self._strays.add(key)
         self._note_references(key)
         self._other = True
         self._wake.set()
@@ -296,3 +303,14 @@ def _action(problem: ApiError) -> str:
     if problem.status == 403:
         return "give the controller's service account get, list and watch on it; what was known of it stays"
     return "what was known of it stays"
+
+
+def _is_stray(key: Key, objects: Mapping[Key, Object]) -> bool:
+    """Whether this is a pod of which nobody can say yet if it is in the mesh: the watch of namespaces is behind.
+
+    Handed out it would be outside, and speak in plain text until its namespace is known. Unknown, it waits.
+    """
+    if key.kind != "Pod" or key.group or Key("", "Namespace", "", key.namespace) in objects:
+        return False
+    # Every cluster has this one; where not even that may be read, there is nothing to wait for.
+    return Key("", "Namespace", "", "default") in objects
