@@ -50,7 +50,7 @@ def run(cluster: Cluster, *, timeout: float, say: Callable[[str], Any]) -> list[
     _agents(cluster, manifests.path(by_kind["DaemonSet", parts.AGENT]), timeout, say)
     for one in reversed(objects):
         _delete_ours(cluster, one)
-    _wait_pods_gone(cluster, "", timeout)
+    _wait_pods_gone(cluster, timeout)
     say("controllers, proxies and their rights: gone")
     left = [*_definitions(cluster), *_namespace(cluster, timeout)]
     say("done" if not left else "done; left as it is:")
@@ -136,9 +136,14 @@ def _not_clean(nodes: dict[str, str]) -> UninstallError:
     )
 
 
-def _wait_pods_gone(cluster: Cluster, component: str, timeout: float) -> None:
+def _wait_pods_gone(cluster: Cluster, timeout: float) -> None:
+    """Those that have ended too: until kubelet has cleaned up after one, it is there.
+
+    :raises UninstallError: some do not go.
+    """
     deadline = time.monotonic() + timeout
-    while there := cluster.pods(component):
+    path, selector = path_of("v1", "pods", cluster.namespace), "app.kubernetes.io/name=mycel"
+    while there := cluster.all(path, labelSelector=selector):
         if time.monotonic() > deadline:
             names = ", ".join(sorted(pod["metadata"]["name"] for pod in there))
             raise UninstallError(f"these pods do not end: {names}")
