@@ -6,7 +6,9 @@ CONNECT and its answer; then the stream and the application's socket become a :c
 
 from __future__ import annotations
 
+import collections
 import os
+import resource
 import socket
 from collections.abc import Callable
 
@@ -34,6 +36,8 @@ ANSWER_TIMEOUT = 25.0
 UNKNOWN_PATIENCE = 2.0
 #: Seconds between attempts to reach a pod that its node is just taking into the mesh.
 JOINING_RETRY = 0.05
+#: The part of this process's descriptors that the tunnels of one pod may take: the others of its node want some too.
+SHARE = 1 / 2
 CLUSTER = "Kubernetes"
 
 STATUS = {
@@ -72,7 +76,23 @@ class Tunnels:
         self.pool = pool
         self.accounting = accounting
         self.open: dict[Tunnel, None] = {}
+        self._of: collections.Counter[Pod] = collections.Counter()
+        self._most = int(resource.getrlimit(resource.RLIMIT_NOFILE)[0] * SHARE)
         self.waiting: dict[Tunnel, None] = {}  #: for a destination to become known
+
+    def begin(self, tunnel: Tunnel) -> bool:
+        """False: its pod has too many already."""
+        self.open[tunnel] = None
+        self._of[tunnel.pod] += 1
+        return self._of[tunnel.pod] <= self._most
+
+    def end(self, tunnel: Tunnel) -> None:
+        self.waiting.pop(tunnel, None)
+        if tunnel in self.open:
+            del self.open[tunnel]
+            self._of[tunnel.pod] -= 1
+            if not self._of[tunnel.pod]:
+                del self._of[tunnel.pod]
 
     def mesh_changed(self) -> None:
         for tunnel in list(self.waiting):
@@ -134,8 +154,11 @@ class Tunnel:
         )
 
     def start(self) -> None:
-        self._all.open[self] = None
+        room = self._all.begin(self)
         self._all.accounting.begin(self.flow)
+        if not room:
+            self.fail(Outcome.UNREACHABLE, "too many connections of one pod")
+            return
         self._all.waiting[self] = None
         self.resolve()
 
@@ -256,7 +279,7 @@ class Tunnel:
 
     def _done(self, _relay: Relay, reason: str) -> None:
         self._over = True
-        self._all.open.pop(self, None)
+        self._all.end(self)
         self._all.accounting.end(self.flow, Outcome.RESET if reason else Outcome.OK, reason)
 
     def fail(self, outcome: Outcome, reason: str) -> None:
@@ -268,8 +291,7 @@ class Tunnel:
             return
         self._over = True
         self._timer.cancel()
-        self._all.waiting.pop(self, None)
-        self._all.open.pop(self, None)
+        self._all.end(self)
         if self._stream is not None and self._link is not None:
             self._link.reset(self._stream, Code.CANCEL)
             self._link.stream_done()

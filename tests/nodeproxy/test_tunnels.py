@@ -264,6 +264,31 @@ def test_what_was_usual_goes_on_while_the_agent_restarts(
     wait_until(lambda: max(stocks()) <= 256, "it shrinks", 30)
 
 
+def test_one_pod_does_not_take_all(world: World, server: Server):
+    world.ready()
+    world.a.proxy.tunnels._most = 3
+
+    def echoed(sock: socket.socket) -> bool:
+        try:
+            sock.sendall(b"x")
+            return sock.recv(1) == b"x"
+        except ConnectionError:
+            return False
+
+    held = [world.dial(server.port) for _ in range(3)]
+    assert all(echoed(sock) for sock in held)
+    with world.dial(server.port) as refused:
+        assert not echoed(refused)
+    assert all(echoed(sock) for sock in held)
+    held.pop().close()
+    wait_until(lambda: len(world.a.proxy.tunnels.open) == 2, "ended")
+    held.append(world.dial(server.port))
+    assert echoed(held[-1])
+    for sock in held:
+        sock.close()
+    wait_until(lambda: not world.a.proxy.tunnels._of, "none is counted")
+
+
 def test_a_withdrawn_pod_loses_everything(world: World, server: Server):
     with world.dial(server.port) as sock:
         sock.sendall(b"one")
