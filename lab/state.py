@@ -1,7 +1,8 @@
 """The lab's state file, and the reaping of labs whose owner is gone.
 
 A lab is a folder with ``state.json`` and a cgroup subtree of the same name. Namespaces and mounts have no life of their
-own (processes of the subtree hold them), so ending these, removing the cgroups and then the folder removes all of it. The
+own (processes of the subtree hold them), so ending these, removing the cgroups and then the folder removes all of it; a link
+into the machine's own namespace has the lab's name as its alias, so that it need not wait for the kernel to end the other. The
 folder is made first and removed last: whatever is left always has its state file.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +41,18 @@ class State:
     @property
     def cgroup(self) -> Path:
         return cgroups.root() / f"{PREFIX}{self.id}"
+
+    @property
+    def alias(self) -> str:
+        """Of its links in the machine's own network namespace."""
+        return f"{PREFIX}{self.id}"
+
+    @property
+    def links(self) -> set[str]:
+        """Those that are there."""
+        return {
+            path.parent.name for path in Path("/sys/class/net").glob("*/ifalias") if _read(path) == self.alias
+        }
 
     @property
     def stale(self) -> bool:
@@ -96,6 +110,8 @@ def places(state: State) -> dict[str, dict[str, str]]:
 
 def reap(state: State) -> None:
     """Remove everything of the lab, whoever owns it."""
+    for link in state.links:
+        subprocess.run(["/usr/sbin/ip", "link", "del", link], stderr=subprocess.DEVNULL, check=False)
     if state.cgroup.is_dir():
         cgroups.kill(state.cgroup)
     for hierarchy in cgroups.hierarchies():
@@ -110,6 +126,13 @@ def reap_stale() -> list[State]:
     for state in stale:
         reap(state)
     return stale
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _boot() -> str:

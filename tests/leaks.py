@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from lab import cgroups, state
-from lab.kubernetes.cluster import interfaces
 
 MARK = "MYCEL_TEST_RUN"
 
@@ -76,7 +75,7 @@ def look(mark: str) -> Things:
     labs = list(Path(tempfile.gettempdir()).glob(f"{state.PREFIX}*"))
     theirs = _labs_of_others(mark)
     others = {lab.folder.name for lab in theirs}
-    links = {link for lab in theirs for link in interfaces(lab)}
+    links = {link for lab in theirs for link in lab.links}
     return Things(
         namespaces=_listing(Path("/run/netns")),
         interfaces=_listing(Path("/sys/class/net")) - links,

@@ -260,6 +260,7 @@ class Cluster(Kubernetes):
                 raise LabError(f"no link to the control plane: {done.stdout}")
         else:
             raise LabError("250 clusters are running")
+        _machine_ip("link", "set", f"{LINK}{self._number}", "alias", self.state.alias)
         _machine_ip("addr", "add", f"{self.machine_address}/30", "dev", f"{LINK}{self._number}")
         _machine_ip("link", "set", f"{LINK}{self._number}", "up")
         routes = [f"route add 10.244.{n}.0/24 via {address_of(n)}" for n in range(1, self._count + 1)]
@@ -316,12 +317,6 @@ def down(name: str, timeout: float = 30.0) -> bool:
             state.reap(lab)
         return True
     return False
-
-
-def interfaces(lab: state.State) -> set[str]:
-    """The links in the machine's own network namespace that belong to a lab."""
-    description = _description(lab)
-    return {f"{LINK}{description.number}"} if description else set()
 
 
 def _description(lab: state.State) -> Description | None:
