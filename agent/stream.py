@@ -17,6 +17,7 @@ import grpc.aio
 import msgspec
 
 from common import logs
+from common.channels import CLIENT_OPTIONS
 from controlplane.api import (
     METHOD_SUBSCRIBE,
     Ack,
@@ -37,9 +38,6 @@ _LAST_DELAY = 15.0
 #: Seconds between looks at the files meanwhile.
 _LOOK = 0.25
 _MAX_UPDATE = 256 * 1024 * 1024
-#: A controller that vanished without a word is noticed after about the sum of both, in seconds.
-_KEEPALIVE = 20
-_KEEPALIVE_TIMEOUT = 10
 
 #: Brings an update into force: gives the errors of what was not taken over.
 Apply = Callable[[Update], Awaitable[tuple[ResourceError, ...]]]
@@ -120,12 +118,9 @@ class Stream:
             raise ValueError(f"{self._settings.credential} is empty")
         options = [
             ("grpc.max_receive_message_length", _MAX_UPDATE),
-            ("grpc.keepalive_time_ms", _KEEPALIVE * 1000),
-            ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT * 1000),
-            ("grpc.http2.max_pings_without_data", 0),
+            *CLIENT_OPTIONS,
             # Our own back-off is above; gRPC's inside one attempt would only add to it.
             ("grpc.enable_retries", 0),
-            ("grpc.enable_http_proxy", 0),
         ]
         credentials = grpc.ssl_channel_credentials(root_certificates=roots)
         async with grpc.aio.secure_channel(

@@ -10,6 +10,7 @@ import grpc.aio
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common import logs
+from common.channels import SERVER_OPTIONS
 from controlplane import api
 from controlplane.ca.authority import SERVER_LIFETIME, Authority, pem_of, private_pem, utc_now
 from controlplane.ca.service import CertificateService
@@ -22,10 +23,7 @@ _log = logs.get(__name__)
 _OPTIONS = (
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", 16 << 20),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
+    *SERVER_OPTIONS,
     ("grpc.so_reuseport", 0),
 )
 

@@ -17,6 +17,7 @@ from envoy.config.core.v3 import base_pb2
 from envoy.service.discovery.v3 import discovery_pb2
 
 from common import logs
+from common.channels import CLIENT_OPTIONS
 from l7proxy.model import Config
 from l7proxy.resources import TYPES, Resources
 
@@ -28,9 +29,7 @@ _RETRY_LONGEST = 5.0
 _INVALID_ARGUMENT = 3
 _OPTIONS = (
     ("grpc.max_receive_message_length", 256 * 1024 * 1024),
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
+    *CLIENT_OPTIONS,
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )

@@ -20,6 +20,7 @@ import grpc
 import msgspec
 
 from common import logs
+from common.channels import CLIENT_OPTIONS
 from controlplane.api import (
     METHOD_SIGN,
     METHOD_SUBSCRIBE,
@@ -46,12 +47,9 @@ _MAX_MESSAGE = 256 * 1024 * 1024
 
 _OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
+    *CLIENT_OPTIONS,
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
-    ("grpc.enable_http_proxy", 0),
 ]
 
 Post = Callable[[Callable[[], None]], None]

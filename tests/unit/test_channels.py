@@ -1,0 +1,97 @@
+"""A controller that falls silent without a word, seen from its clients: real gRPC, through a relay that stops to carry."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from common.channels import CLIENT_OPTIONS, CONNECT, PING, PONG, SERVER_OPTIONS
+
+METHOD = "/test/Follow"
+
+
+class Silence:
+    """A relay: what is connected stays connected, but nothing is carried once it is silent."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._carries = asyncio.Event()
+        self._carries.set()
+
+    def fall(self) -> None:
+        self._carries.clear()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self._target)
+        with contextlib.closing(writer), contextlib.closing(back):
+            await asyncio.gather(self._carry(reader, back), self._carry(there, writer))
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                await self._carries.wait()
+                writer.write(data)
+                await writer.drain()
+
+
+def _follow(channel: grpc.aio.Channel) -> AsyncIterator[bytes]:
+    method: Any = channel.unary_stream(METHOD)
+    words: AsyncIterator[bytes] = method(b"").__aiter__()
+    return words
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[int]:
+    """One that says a word to whoever comes and then nothing more."""
+
+    async def follow(_request: bytes, _context: Any) -> AsyncIterator[bytes]:
+        yield b"first"
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(600)
+
+    made = grpc.aio.server(options=SERVER_OPTIONS)
+    handler: Any = grpc.unary_stream_rpc_method_handler(follow)
+    made.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", {"Follow": handler}),))
+    port = made.add_insecure_port("127.0.0.1:0")
+    await made.start()
+    yield port
+    await made.stop(0)
+
+
+async def test_a_dead_peer_is_given_up_and_an_idle_one_is_not(server: int) -> None:
+    silence = Silence(server)
+    relay = await asyncio.start_server(silence.serve, "127.0.0.1", 0)
+    port = relay.sockets[0].getsockname()[1]
+    options = [*CLIENT_OPTIONS, ("grpc.enable_retries", 0)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
+        words = _follow(channel)
+        assert await anext(words) == b"first"
+        following = asyncio.ensure_future(anext(words))
+        # Longer than three pings: the server does not take them for an attack.
+        await asyncio.wait([following], timeout=4 * PING + 1)
+        assert not following.done()
+        silence.fall()
+        began = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(following, PING + PONG + 10)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        print(f"given up after {time.monotonic() - began:.1f} s")
+    relay.close()
+
+
+async def test_an_attempt_at_an_address_where_nobody_answers_ends(server: int) -> None:
+    """The kernel accepts, as it does for a process that hangs."""
+    silent = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0)
+    port = silent.sockets[0].getsockname()[1]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CLIENT_OPTIONS) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asyncio.wait_for(anext(_follow(channel)), CONNECT + 10)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    silent.close()
