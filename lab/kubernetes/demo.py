@@ -217,8 +217,10 @@ class Demo:
             seconds = time.monotonic() - began
         require(not self.echoes(self.teller), "a new connection gets through")
         require(self.echoes(self.client), "another client is refused too")
-        status = self.cluster.get("authorizationpolicy", "teller", "-n", "default").get("status", {})
-        self.cluster.kubectl("delete", "authorizationpolicy", "teller", "-n", "default")
+        status = self.cluster.get("authorizationpolicies.security.istio.io", "teller", "-n", "default").get(
+            "status", {}
+        )
+        self.cluster.kubectl("delete", "authorizationpolicies.security.istio.io", "teller", "-n", "default")
         eventually(
             lambda: self.echoes(self.teller), 10.0, "the client is still refused when the policy is gone"
         )

@@ -152,7 +152,11 @@ def test_status_of_policy_objects(mesh: Mesh, apps: Apps) -> None:
     cluster.kubectl("label", "namespace", namespace, "mycel.io/mesh=enabled")
     apps.server("web")
     cluster.apply(POLICIES.format(namespace=namespace))
-    for what in ("authorizationpolicy/nobody", "peerauthentication/default", "virtualservice/web"):
+    for what in (
+        "authorizationpolicies.security.istio.io/nobody",
+        "peerauthentication/default",
+        "virtualservice/web",
+    ):
         waits_for(cluster, namespace, what, "Programmed")
     web = cluster.get("virtualservice", "web", "-n", namespace)
     assert web["status"]["observedGeneration"] == web["metadata"]["generation"]

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from agent.kernel import Backend, Kernel
+from agent.kernel import Backend, Connection, Kernel
 from bpf import wire
 from bpf.maps import Map
+from lab.processes import wait_until
 from tests.kernel.mesh import Node, TestPod
 
 pytestmark = pytest.mark.privileged
@@ -54,11 +55,20 @@ def drawn(node: Node, client: TestPod, *, count: int = 1, port: int = 80) -> set
     found = set()
     for _ in range(count):
         with client.app.connect((VIP, port)) as sock:
-            local = sock.getsockname()
             assert sock.getpeername() == (VIP, port)
-            [connection] = [c for c in node.kernel.connections() if c.client == local]
+            connection = _other_end(node, sock.getsockname())
             found.add(connection.server[0])
     return found
+
+
+def _other_end(node: Node, client: tuple[str, int]) -> Connection:
+    """The server's; one from the same port to another backend may not be gone yet."""
+
+    def found() -> list[Connection]:
+        return [connection for connection in node.kernel.connections() if connection.client == client]
+
+    wait_until(lambda: len(found()) == 1, 5.0, "only this one is there", explain=lambda: str(found()))
+    return found()[0]
 
 
 def members(node: Node) -> int:
