@@ -270,7 +270,8 @@ class Cluster(Kubernetes):
             f"addr add {self.address}/30 dev uplink",
             "link set uplink up",
             f"route add default via {self.machine_address}",
-            "link add fabric type bridge",
+            # An address of its own: a bridge takes that of one of its ports, and changes it when a node is switched off.
+            "link add fabric address 02:4d:79:63:65:6c type bridge",
             "addr add 10.249.0.1/24 dev fabric",
             "link set fabric up",
             *routes,
