@@ -30,7 +30,7 @@ kubernetes: setup ## the programs of a real Kubernetes, for the cluster lab (ten
 test: setup kubernetes ## all tests, unit to real kernel (root); one: make test ARGS="tests/unit -k logs"
 	@scripts/test $(ARGS)
 
-soak: setup kubernetes ## the longer proofs, whole (root; half an hour): five minutes without an API server, a node that stays away
+soak: setup kubernetes ## the longer proofs, whole (root): five minutes without an API server, a node that stays away
 	@MYCEL_SOAK=1 scripts/test -m soak $(ARGS)
 
 check: setup ## lint, formatting, types, import rules, C style

@@ -6,7 +6,8 @@ Python's own would try again and again: one pattern of one namespace could keep 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import re2
 
@@ -34,6 +35,11 @@ class Pattern:
     def matches(self, text: str) -> bool:
         """Whether it matches all of the text."""
         return self._pattern.fullmatch(text) is not None
+
+    def replace(self, text: str, by: Callable[[Any], str]) -> str:
+        """The text with each match replaced by what ``by`` gives for it (``group(number)``: a group, or None)."""
+        replaced: str = self._pattern.sub(by, text)
+        return replaced
 
     @property
     def groups(self) -> int:
@@ -66,7 +72,6 @@ class Rewrite(NamedTuple):
 
     def apply(self, text: str) -> str:
         pieces = self.substitution
-        rewritten: str = self.pattern._pattern.sub(
-            lambda m: "".join(p if isinstance(p, str) else m.group(p) or "" for p in pieces), text
+        return self.pattern.replace(
+            text, lambda m: "".join(p if isinstance(p, str) else m.group(p) or "" for p in pieces)
         )
-        return rewritten

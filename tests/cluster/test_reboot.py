@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from common.channels import CONNECT, PING, PONG
 from lab.capture import Capture
 from lab.kubernetes import Cluster
 from lab.kubernetes.mesh import Mesh
@@ -31,9 +32,9 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.soak]
 
 #: Seconds from a change of a Service's endpoints until every node goes by it.
 IN_FORCE = 1.0
-#: Seconds from a machine's end until everybody has another controller than the one that was there: it is given up after five,
-#: and the next attempt may be at the same address.
-UNHEARD = 10.0
+#: Seconds from a machine's end until everybody has another controller than the one that was there: it is given up, and the
+#: next attempt may be at the same address.
+UNHEARD = PING + PONG + CONNECT + 2.0
 
 
 class Endpoints:
