@@ -148,7 +148,7 @@ class Apps:
         if wait:
             self.wait_rolled_out(name)
 
-    def wait_rolled_out(self, name: str, timeout: int = 60) -> None:
+    def wait_rolled_out(self, name: str, timeout: int = 120) -> None:
         """:raises LabError: the Deployment is not available within ``timeout`` seconds; its pods are in the message."""
         try:
             self.cluster.kubectl(

@@ -196,7 +196,7 @@ def test_a_leader_that_is_killed(steady: Steady, mesh: Mesh):
 
 
 @pytest.mark.soak
-def test_minutes_without_the_api_server(steady: Steady, mesh: Mesh, lab_cluster: Cluster):
+def test_a_time_without_the_api_server(steady: Steady, mesh: Mesh, lab_cluster: Cluster):
     """With it goes who would, at its return, find that no node has been heard of, and take every endpoint out of service."""
     parts = [
         lab_cluster.control_plane.service(name) for name in ("kube-controller-manager", "kube-apiserver")
@@ -216,7 +216,7 @@ def test_minutes_without_the_api_server(steady: Steady, mesh: Mesh, lab_cluster:
         for node in lab_cluster.nodes:
             for pid in node.pod_pids(uids[node.name]):
                 _kill(pid)
-        time.sleep((300 if SOAK else 60) - (time.monotonic() - began))
+        time.sleep((300 if SOAK else 20) - (time.monotonic() - began))
     finally:
         for part in reversed(parts):
             part.start()
@@ -232,6 +232,9 @@ def test_minutes_without_the_api_server(steady: Steady, mesh: Mesh, lab_cluster:
         lambda: all(map(restarted, agents.values())), 30.0, "kubelets tell of the restarts", interval=0.5
     )
     mesh.wait_ready()
+    # Kubelets and the scheduler watch again each after a back-off of its own, of up to a minute.
+    for node in lab_cluster.nodes:
+        steady.apps.client(f"after-{node.name}", node=node.name)
     assert backend.restarts == 0
     steady.check()
 
