@@ -13,7 +13,7 @@ from typing import Self
 
 from agent.kernel import accounts, namespace, policies
 from agent.kernel.errors import KernelError, naming
-from agent.kernel.events import EventReader
+from agent.kernel.events import read_events
 from agent.kernel.model import (
     Backend,
     Connection,
@@ -26,6 +26,7 @@ from agent.kernel.model import (
     Service,
 )
 from agent.kernel.pods import Pods
+from agent.kernel.ring import RingReader
 from agent.kernel.services import Services
 from bpf import schema, wire
 from bpf.maps import Map, MapFullError
@@ -61,7 +62,7 @@ class Kernel:
             for name in ("program_sk_lookup", "accounts", "connections", "refused_now"):
                 if not (self._folder / name).exists():
                     raise KernelError(f"pins {self._folder}: {name} is not there")
-            self._events = EventReader(maps["events"])
+            self._events = RingReader(maps["events"])
             stack.callback(self._events.close)
             self._maps = maps
             self._pods = Pods(self._folder, maps)
@@ -318,7 +319,7 @@ class Kernel:
     def read_events(self) -> list[Event]:
         """The events since the last call."""
         with self._lock:
-            return self._events.read()
+            return read_events(self._events)
 
     def refusals_by_reason(self) -> dict[wire.Reason, int]:
         """Since the maps were made; repeated SYNs of one attempt count once."""
