@@ -1,7 +1,7 @@
 """Serves the CNI plugin: one request and one reply per connection, and the notes of those that found no agent.
 
-Owns the protocol's checks and the time limits; what a request does to the node is :class:`agent.node.Node`'s. Nothing here
-waits longer than the plugin does.
+Owns the protocol's checks and the time limits; what a request does to the node is :mod:`agent.attaching`'s. Nothing here waits
+longer than the plugin does.
 """
 
 from __future__ import annotations

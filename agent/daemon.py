@@ -225,7 +225,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
         register=register,
         maps=lambda: {"captured": kernel.captured_fd()},
     )
-    node.proxies = proxies
+    node.tell(proxies)
     enrolment = EnrolmentFile(options.run)
 
     async def apply(update: Update) -> tuple[ResourceError, ...]:
@@ -244,7 +244,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
         apply=apply,
     )
     latencies = CniLatencies()
-    cni = CniService(options.run, node, latencies=latencies)
+    cni = CniService(options.run, node.cni, latencies=latencies)
 
     def look() -> View:
         return View(

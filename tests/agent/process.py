@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from agent.node import MESH_FILE
+from agent.state import MESH_FILE
 from controlplane.api import Resource
 from tests.agent.pods import PREFIX, last_good
 from tests.requirements import ROOT

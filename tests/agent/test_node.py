@@ -13,9 +13,10 @@ from agent.kernel import Connection, Direction, FlowCounters, FlowKey, MapFullEr
 from agent.kernel.model import Via
 from agent.mesh import Mesh
 from agent.namespaces import Namespaces
-from agent.node import IDENTITIES_FILE, MESH_FILE, PODS_FILE, Node
+from agent.node import Node
 from agent.pods import Attachment, AttachmentKey, Refusal
 from agent.programmer import Programmer
+from agent.state import IDENTITIES_FILE, MESH_FILE, PODS_FILE
 from agent.storage import Storage
 from agent.sweeper import Sweeper
 from controlplane.api import (
@@ -86,7 +87,7 @@ class World:
         )
         self.namespaces = namespaces
         self.told = Told(self.kernel)
-        node.proxies = self.told
+        node.tell(self.told)
         return node
 
     async def restart(self) -> list[str]:
@@ -111,12 +112,12 @@ class World:
         pod = {"pod_uid": f"uid-{name}", "pod_namespace": "default", "pod_name": name} | more
         fd = os.open(path, os.O_RDONLY)
         try:
-            await self.node.add(Attachment(**(fields | pod), addresses=(address,)), fd)
+            await self.node.cni.add(Attachment(**(fields | pod), addresses=(address,)), fd)
         finally:
             os.close(fd)
 
     async def delete(self, name: str) -> None:
-        await self.node.delete(AttachmentKey(f"c-{name}", "eth0"))
+        await self.node.cni.delete(AttachmentKey(f"c-{name}", "eth0"))
 
     def held(self) -> set[str]:
         """The namespaces that this process keeps open."""
@@ -248,7 +249,7 @@ class TestPassage:
         await self.staged(world, "web", passing=False, open=False)
 
     async def test_pods_of_other_nodes_may_be_behind_for_a_while(self, world, monkeypatch):
-        monkeypatch.setattr("agent.node.GRACE", 0.3)
+        monkeypatch.setattr("agent.reconciler.GRACE", 0.3)
         await world.node.apply(complete(workload("far", addresses=("10.0.2.1",), node="n2", enrolled=False)))
         new = workload("new", addresses=("10.0.2.2",), node="n2")
         await world.node.apply(
@@ -271,7 +272,7 @@ async def test_add_waits_for_the_controller(world, monkeypatch):
     await world.node.apply(Update(2, "v2", upserts=(workload("web"),)))
     await adding
     assert world.pod_policy("web") is not None
-    monkeypatch.setattr("agent.node.WORKLOAD_TIMEOUT", 0.05)
+    monkeypatch.setattr("agent.attaching.WORKLOAD_TIMEOUT", 0.05)
     with pytest.raises(Refusal) as refused:
         await world.add("never")
     assert refused.value.code == 11
@@ -297,7 +298,7 @@ async def test_a_pod_that_was_outside_waits_for_the_word_of_now(world):
 
 async def test_but_not_for_long(world, monkeypatch):
     await world.node.apply(complete(workload("web", enrolled=False)))
-    monkeypatch.setattr("agent.node.FRESH", 0.05)
+    monkeypatch.setattr("agent.attaching.FRESH", 0.05)
     await world.restart()
     await world.add("web")
     assert world.kernel.pods() == {}
@@ -305,7 +306,7 @@ async def test_but_not_for_long(world, monkeypatch):
 
 async def test_pods_outside_start_without_a_controller(world, monkeypatch):
     """As they do without an agent; one that should have been in the mesh comes in as it runs."""
-    monkeypatch.setattr("agent.node.WORKLOAD_TIMEOUT", 0.05)
+    monkeypatch.setattr("agent.attaching.WORKLOAD_TIMEOUT", 0.05)
     config = MeshConfig(outside_namespaces=("plain", "default"))
     await world.node.apply(Update(1, "v1", complete=True, upserts=(config, workload("web"))))
     await world.add("new", "10.0.1.2", pod_namespace="plain")
@@ -314,9 +315,9 @@ async def test_pods_outside_start_without_a_controller(world, monkeypatch):
     assert world.held() == set()
     netns = os.open(world.netns("new"), os.O_RDONLY)
     passed = Attachment("c-new", "eth0", pod_uid="uid-new", pod_namespace="plain", pod_name="new")
-    await world.node.check(passed, netns)  # CRI-O asks when it starts
+    await world.node.cni.check(passed, netns)  # CRI-O asks when it starts
     with pytest.raises(Refusal, match="never added"):
-        await world.node.check(msgspec.structs.replace(passed, pod_namespace="default"), netns)
+        await world.node.cni.check(msgspec.structs.replace(passed, pod_namespace="default"), netns)
     os.close(netns)
     await world.delete("new")
     for namespace in ("default", "other"):  # one has a pod of the mesh, one is not known
@@ -368,7 +369,7 @@ async def test_a_pod_that_the_controller_takes_back_while_add_waits_does_not_sta
 async def test_a_static_pod_is_known_by_its_mirror(world, monkeypatch):
     """Kubelet gives it a UID of its own, which no controller ever hears of."""
     static = "0123456789abcdef0123456789abcdef"
-    monkeypatch.setattr("agent.node.WORKLOAD_TIMEOUT", 0.05)
+    monkeypatch.setattr("agent.attaching.WORKLOAD_TIMEOUT", 0.05)
     with pytest.raises(Refusal, match="is not known"):
         await world.add("web", pod_uid=static)
     await world.node.apply(
@@ -411,17 +412,17 @@ async def test_a_full_disk_keeps_numbers_out_of_the_kernel_and_pods_not_in_it(wo
         assert "uid-new" not in world.node.tables.identities
     monkeypatch.setattr(Storage, "write", write)
     assert await world.node.apply(complete(workload("web"), workload("new"))) == ()
-    assert b'"next"' in world.node._storage.read(IDENTITIES_FILE)
+    assert b'"next"' in world.node.state._storage.read(IDENTITIES_FILE)
 
 
 async def test_nobody_is_known_before_the_controller_spoke(world, monkeypatch):
-    monkeypatch.setattr("agent.node.WORKLOAD_TIMEOUT", 0.05)
+    monkeypatch.setattr("agent.attaching.WORKLOAD_TIMEOUT", 0.05)
     with pytest.raises(Refusal) as refused:
         await world.add("web")
     assert refused.value.code == 11
     assert "has not said anything" in refused.value.details
     with pytest.raises(Refusal) as refused:
-        await world.node.status()
+        await world.node.cni.status()
     assert refused.value.code == 50
 
 
@@ -430,11 +431,11 @@ async def test_status_is_about_room_for_pods(world):
     await world.node.apply(complete())
     for name in ("recent", "affinity", "refused", "flows", "connecting"):
         world.kernel.map_pressure[name] = Pressure(8192, 8192, 1)
-    await world.node.status()
+    await world.node.cni.status()
     for name in ("pods", "policies", "peers", "listeners"):
         world.kernel.map_pressure[name] = Pressure(8192, 8192, 1)
         with pytest.raises(Refusal, match="no room for another pod") as refused:
-            await world.node.status()
+            await world.node.cni.status()
         assert refused.value.code == 50
         assert refused.value.details == f"full: {name}"
         world.kernel.map_pressure[name] = Pressure(8191, 8192, 1)
@@ -517,7 +518,7 @@ async def test_the_same_address_with_another_uid_is_another_pod(world):
     await world.add("new", netns="b")
     new = world.kernel.pods()[world.cookie("b")]
     assert new.identity != old.identity
-    await world.node.delete(AttachmentKey("c-old", "eth0"))
+    await world.node.cni.delete(AttachmentKey("c-old", "eth0"))
     assert list(world.kernel.pods().values()) == [new]
     assert world.kernel.peers()["10.0.1.1"].identity == new.identity
 
@@ -578,7 +579,7 @@ async def test_strict_is_in_force_when_the_update_is_acknowledged(world):
 
 class TestFailures:
     async def test_what_cannot_be_written_is_named_and_tried_again(self, world, monkeypatch):
-        monkeypatch.setattr("agent.node.RETRY", 0.05)
+        monkeypatch.setattr("agent.reconciler.RETRY", 0.05)
         world.kernel.broken = {"10.0.2.1"}
         bad = workload("bad", addresses=("1.2.3",))
         far = workload("far", node="n2", addresses=("10.0.2.1",))
@@ -654,7 +655,7 @@ class TestRestart:
         assert world.kernel.pods() == {}
 
     async def test_a_lost_book_lets_nobody_go_free(self, world, monkeypatch):
-        monkeypatch.setattr("agent.node.MAINTENANCE", 0.05)
+        monkeypatch.setattr("agent.reconciler.MAINTENANCE", 0.05)
         await world.node.apply(complete(workload("web"), workload("client")))
         await world.add("web")
         await world.node.stop()
@@ -783,14 +784,14 @@ async def test_pods_that_ran_before_the_plugin_are_named(world):
 async def test_many_changes_at_once_are_few_passes(world):
     await world.node.apply(complete(*(workload(f"p{n}") for n in range(50))))
     passes = 0
-    real = world.node._pass
+    real = world.node._reconciler._pass
 
     async def counted():
         nonlocal passes
         passes += 1
         return await real()
 
-    world.node._pass = counted
+    world.node._reconciler._pass = counted
     await asyncio.gather(*(world.add(f"p{n}", f"10.0.1.{n}") for n in range(50)))
     assert passes < 10
     assert len(world.kernel.pods()) == 50

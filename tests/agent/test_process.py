@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.node import MESH_FILE
+from agent.state import MESH_FILE
 from bpf import wire
 from common import seqpacket
 from tests.agent.pods import Netns, workload

@@ -1,0 +1,306 @@
+"""Brings the kernel and the proxies to agree with what the node knows (:mod:`agent.state`).
+
+Owns the one order of events: whatever changes is written into the state first and brought into force by one pass at a time, so
+that sixty-four ADDs at once cost little more than one. Who asked waits for the first pass that began after its change. What fails
+is tried again, and fails closed meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from agent import api
+from agent.compiler import EMPTY, Tables, compile_tables
+from agent.mesh import Mesh, is_ipv4
+from agent.namespaces import Namespaces
+from agent.passage import GRACE, Passages, Stage
+from agent.pods import Sandbox
+from agent.programmer import Outcome, PodSpec, Programmer
+from agent.state import State
+from agent.sweeper import Sweeper
+from common import logs
+from common.tasks import Tasks
+from controlplane.api import ResourceError, Update, Workload
+
+_log = logs.get(__name__)
+
+#: Seconds until what failed is tried again.
+RETRY = 3.0
+
+#: Seconds between looks for what ended without a word.
+MAINTENANCE = 30.0
+
+
+class Carriers(Protocol):
+    """The proxies, as far as a node tells them of pods."""
+
+    async def enroll(self, pod: api.Enroll) -> None: ...
+    async def withdraw(self, uid: str, netns_cookie: int, *, drain: bool = False) -> None: ...
+
+
+class Reconciler:
+    """See the module. All methods belong to the event loop's thread."""
+
+    def __init__(
+        self,
+        name: str,
+        state: State,
+        *,
+        programmer: Programmer,
+        namespaces: Namespaces,
+        sweeper: Sweeper,
+    ) -> None:
+        """``name`` is the node's."""
+        self.tables: Tables = EMPTY
+        self.passages = Passages()
+        self.proxies: Carriers | None = None
+        self.told: dict[int, api.Enroll] = {}  #: by netns cookie: what proxies were told
+        self.last = Outcome()
+        self._name = name
+        self._state = state
+        self._programmer = programmer
+        self._namespaces = namespaces
+        self._sweeper = sweeper
+        self._tasks = Tasks()
+        self._dirty = asyncio.Event()
+        self._waiting: list[asyncio.Future[Outcome]] = []
+        #: Pods that the kernel has and the book has not: nobody knows whose they are, so nobody may connect to them.
+        self._orphans: set[int] = set()
+        #: Pods of other nodes that came into the mesh as they run: until when they may still speak plain text, by UID.
+        self._joining: dict[str, float] = {}
+        self._next: asyncio.TimerHandle | None = None
+        #: Pods that left the mesh and run on, UID by netns cookie: proxies may hold connections of theirs until they end.
+        self._left: dict[int, str] = {}
+
+    async def start(self) -> None:
+        """Adopt the pods that still live, bring the kernel to agree, and go on."""
+        await self._adopt()
+        self._tasks.start(self._reconcile(), name="reconcile")
+        self._tasks.start(self._maintain(), name="maintain")
+        await self.settled()
+
+    async def stop(self) -> None:
+        """Leave the kernel and the proxies as they are."""
+        await self._tasks.cancel()
+        if self._next is not None:
+            self._next.cancel()
+
+    def attached_before_it_runs(self, cookie: int) -> None:
+        """The pod of an ADD has no process yet: nothing that could be cut off, and nothing that may pass."""
+        self.passages.adopt(cookie, Stage.ENROLLED, self._now())
+
+    async def settled(self) -> Outcome:
+        """Wait for the first pass that begins from now on."""
+        waiter: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting.append(waiter)
+        self._dirty.set()
+        return await waiter
+
+    def note_joining(self, before: Mesh, update: Update) -> None:
+        """The update is to be brought into force: who of it may speak plain text for a while."""
+        until = self._now() + GRACE
+        for resource in update.upserts:
+            if isinstance(resource, Workload) and resource.enrolled:
+                known = before.workloads.get(resource.uid)
+                # To whom all is new, all may be new: the mesh itself may be younger than its pods.
+                if not before.known or (known is not None and not known.enrolled):
+                    self._joining[resource.uid] = until
+
+    async def _reconcile(self) -> None:
+        loop = asyncio.get_running_loop()
+        retry: asyncio.TimerHandle | None = None
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            waiting, self._waiting = self._waiting, []
+            if retry is not None:
+                retry.cancel()
+                retry = None
+            try:
+                outcome = await self._pass()
+            except Exception as error:
+                _log.exception("reconciling failed")
+                reason = f"{type(error).__name__}: {error}"
+                outcome = Outcome(
+                    resources=(ResourceError("", reason),),
+                    pods=dict.fromkeys(self._state.pods.sandboxes(), reason),
+                )
+            if not outcome.clean:
+                if outcome.text() != self.last.text():
+                    _log.error("node is not as it should be", reason=outcome.text(), retry_s=RETRY)
+                retry = loop.call_later(RETRY, self._dirty.set)
+            elif not self.last.clean:
+                _log.info("node is as it should be again")
+            self.last = outcome
+            for waiter in waiting:
+                if not waiter.done():
+                    waiter.set_result(outcome)
+
+    async def _pass(self) -> Outcome:
+        """Bring the kernel and the proxies to agree with the state as it is now."""
+        mesh = self._state.mesh
+        sandboxes = self._state.pods.sandboxes()
+        if not mesh.known:
+            # Nothing is known, so nothing is changed: what a predecessor left in the kernel goes on to hold.
+            return Outcome()
+        attached: dict[str, tuple[str, ...]] = {}
+        for sandbox in sandboxes.values():
+            attached[sandbox.uid] = attached.get(sandbox.uid, ()) + sandbox.addresses
+        tables = compile_tables(mesh, node=self._name, attached=attached, numbers=self._state.numbers)
+        self._state.save_numbers()
+        unknown = {cookie for cookie, sandbox in sandboxes.items() if sandbox.uid not in mesh.workloads}
+        specs = self._specs(mesh, tables, {c: s for c, s in sandboxes.items() if c not in unknown})
+        self._orphans -= sandboxes.keys()
+        outcome = await self._programmer.program(
+            tables,
+            specs,
+            sealed=unknown | self._orphans,
+            joining=self._still_joining(),
+            left=sandboxes.keys() - specs.keys(),
+        )
+        self.tables = tables
+        self._plan({cookie for cookie, spec in specs.items() if spec.leaving})
+        if outcome.verdicts_changed:
+            self._tasks.start(self._sweeper.sweep(), name="sweep")
+        await self._tell(mesh, {cookie: sandboxes[cookie] for cookie in specs if cookie not in outcome.pods})
+        # After DEL nothing here keeps a namespace alive; one that cannot be undone in the kernel is still needed.
+        self._namespaces.release_others(self._state.pods.sandboxes().keys() | outcome.pods.keys())
+        return outcome
+
+    def _specs(self, mesh: Mesh, tables: Tables, sandboxes: Mapping[int, Sandbox]) -> dict[int, PodSpec]:
+        """The pods that the kernel is to have, each at its stage."""
+        now = self._now()
+        self.passages.keep(self._state.pods.sandboxes().keys() | self._orphans)
+        kinds = [api.ListenerKind.OUTBOUND, api.ListenerKind.HBONE]
+        if any(service.l7 for service in tables.services.values()):
+            kinds.append(api.ListenerKind.OUTBOUND_L7)
+        specs: dict[int, PodSpec] = {}
+        for cookie, sandbox in sandboxes.items():
+            enrolled = self._is_enrolled(mesh, sandbox)
+            address = _first_ipv4(sandbox)
+            stage: Stage | None
+            if enrolled:
+                reachable = self.passages.stage(cookie) is not Stage.PREPARED or all(
+                    self._programmer.has_listener(address, kind.port) for kind in kinds
+                )
+                stage = self.passages.join(cookie, running=True, reachable=reachable, now=now)
+            else:
+                stage = self.passages.leave(cookie, now)
+            if stage is not None:
+                number = tables.identities.get(sandbox.uid, 0)
+                specs[cookie] = PodSpec(sandbox.uid, cookie, address, number, stage, leaving=not enrolled)
+        return specs
+
+    def _plan(self, leaving: Collection[int]) -> None:
+        """Come back when the next stage of a pod is due."""
+        loop = asyncio.get_running_loop()
+        if self._next is not None:
+            self._next.cancel()
+        waits = [until - self._now() for until in self._joining.values()]
+        if (stage := self.passages.next(leaving=leaving, now=self._now())) is not None:
+            waits.append(stage)
+        self._next = loop.call_later(max(0.0, min(waits)), self._dirty.set) if waits else None
+
+    def _still_joining(self) -> Collection[str]:
+        now = self._now()
+        self._joining = {uid: until for uid, until in self._joining.items() if until > now}
+        return self._joining.keys()
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _is_enrolled(self, mesh: Mesh, sandbox: Sandbox) -> bool:
+        workload = mesh.workloads.get(sandbox.uid)
+        return workload is not None and workload.enrolled and _first_ipv4(sandbox) != ""
+
+    async def _tell(self, mesh: Mesh, enrolled: Mapping[int, Sandbox]) -> None:
+        """Tell the proxies what has changed since they were told last."""
+        attached = self._state.pods.sandboxes()
+        for cookie in self._left.keys() - attached.keys():
+            uid = self._left.pop(cookie)
+            if self.proxies is not None:
+                await self.proxies.withdraw(uid, cookie)
+        for cookie in [cookie for cookie in self.told if cookie not in enrolled]:
+            pod = self.told.pop(cookie)
+            runs_on = cookie in attached and pod.uid in mesh.workloads
+            if runs_on:
+                self._left[cookie] = pod.uid
+            if self.proxies is not None:
+                await self.proxies.withdraw(pod.uid, cookie, drain=runs_on)
+        for cookie, sandbox in enrolled.items():
+            workload = mesh.workloads[sandbox.uid]
+            pod = api.Enroll(
+                uid=workload.uid,
+                netns_cookie=cookie,
+                address=_first_ipv4(sandbox),
+                namespace=workload.namespace,
+                name=workload.name,
+                service_account=workload.service_account,
+                identity=workload.identity,
+                workload_name=workload.workload_name,
+                app=workload.app,
+                version=workload.version,
+            )
+            if self.told.get(cookie) != pod:
+                self.told[cookie] = pod
+                if self.proxies is not None:
+                    await self.proxies.enroll(pod)
+
+    async def _adopt(self) -> None:
+        """Find the namespaces of the pods that a predecessor attached; forget the pods that have gone meanwhile."""
+        living = self._programmer.living()
+        changed = False
+        for attachment in self._state.pods:
+            name = f"{attachment.pod_namespace}/{attachment.pod_name}"
+            path = Path(attachment.netns_path)
+            if await self._namespaces.find(attachment.netns_cookie, attachment.netns_inode, path):
+                continue
+            if attachment.netns_cookie in living:
+                # It runs, captured and judged as it was, but no socket can be made in it.
+                _log.error(
+                    "namespace of a pod is not to be seen from here", pod=name, path=attachment.netns_path
+                )
+                continue
+            _log.info("pod has gone while no agent ran", pod=name)
+            self._state.pods.remove(attachment.key)
+            changed = True
+        if changed:
+            self._state.save_pods()
+        for cookie, stage in self._programmer.stages().items():
+            self.passages.adopt(cookie, stage, self._now())
+        for cookie, sandbox in self._state.pods.sandboxes().items():
+            if self.passages.stage(cookie) is not None:
+                continue
+            if self._is_enrolled(self._state.mesh, sandbox):
+                # It was enrolled, and the kernel has lost it: there is no way in by stages that it could take.
+                self.passages.adopt(cookie, Stage.ENROLLED, self._now())
+            else:
+                self._left[cookie] = sandbox.uid
+        joining = self._programmer.joining()
+        for workload in self._state.mesh.workloads.values():
+            if not joining.isdisjoint(workload.addresses):
+                self._joining[workload.uid] = self._now() + GRACE
+        self._orphans = set(living - self._state.pods.sandboxes().keys())
+        if self._orphans:
+            _log.error(
+                "pods of an unknown attachment are sealed until they end", namespaces=sorted(self._orphans)
+            )
+
+    async def _maintain(self) -> None:
+        """From time to time look for what ended without a word: a runtime that was killed sends no DEL."""
+        while True:
+            await asyncio.sleep(MAINTENANCE)
+            try:
+                if self._orphans and (gone := self._orphans - self._programmer.living()):
+                    self._orphans -= gone
+                    self._dirty.set()
+                self._programmer.forget_accounts(set(self.tables.identities.values()))
+            except OSError as error:
+                _log.error("kernel cannot be looked at", reason=str(error))
+
+
+def _first_ipv4(sandbox: Sandbox) -> str:
+    return next((address for address in sandbox.addresses if is_ipv4(address)), "")
