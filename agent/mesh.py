@@ -15,6 +15,7 @@ from common import spiffe
 from controlplane.api import (
     Authorization,
     MeshConfig,
+    NetworkPolicy,
     Resource,
     ResourceError,
     Service,
@@ -29,18 +30,20 @@ INCOMPLETE = "incomplete "
 
 @dataclass(frozen=True)
 class Mesh:
-    """``resources`` by key (:func:`controlplane.api.resource_key`); the three views are made from it once."""
+    """``resources`` by key (:func:`controlplane.api.resource_key`); the four views are made from it once."""
 
     version: str = ""
     resources: Mapping[str, Resource] = field(default_factory=dict)
     workloads: Mapping[str, Workload] = field(init=False)  #: by UID
     services: Mapping[str, Service] = field(init=False)  #: by ``NAMESPACE/NAME``
     authorizations: Mapping[str, Authorization] = field(init=False)  #: by ``NAMESPACE/NAME``
+    network_policies: Mapping[str, NetworkPolicy] = field(init=False)  #: by ``NAMESPACE/NAME``
 
     def __post_init__(self) -> None:
         workloads: dict[str, Workload] = {}
         services: dict[str, Service] = {}
         authorizations: dict[str, Authorization] = {}
+        network_policies: dict[str, NetworkPolicy] = {}
         for resource in self.resources.values():
             match resource:
                 case Workload():
@@ -49,9 +52,12 @@ class Mesh:
                     services[f"{resource.namespace}/{resource.name}"] = resource
                 case Authorization():
                     authorizations[f"{resource.namespace}/{resource.name}"] = resource
+                case NetworkPolicy():
+                    network_policies[f"{resource.namespace}/{resource.name}"] = resource
         object.__setattr__(self, "workloads", MappingProxyType(workloads))
         object.__setattr__(self, "services", MappingProxyType(services))
         object.__setattr__(self, "authorizations", MappingProxyType(authorizations))
+        object.__setattr__(self, "network_policies", MappingProxyType(network_policies))
 
     @property
     def known(self) -> bool:
@@ -99,6 +105,10 @@ def fault(resource: Resource) -> str:
             return _workload_fault(resource)
         case Service():
             return _service_fault(resource)
+        case Authorization():
+            return _authorization_fault(resource)
+        case NetworkPolicy():
+            return _network_policy_fault(resource)
     return ""
 
 
@@ -119,9 +129,10 @@ def _workload_fault(workload: Workload) -> str:
 
 
 def _service_fault(service: Service) -> str:
-    for address in service.addresses:
-        if not is_address(address):
-            return f"addresses: {address!r} is no IP address"
+    for name in ("addresses", "external_addresses"):
+        for address in getattr(service, name):
+            if not is_address(address):
+                return f"{name}: {address!r} is no IP address"
     seen: set[tuple[int, str]] = set()
     for port in service.ports:
         if not 1 <= port.port <= 65535:
@@ -129,12 +140,45 @@ def _service_fault(service: Service) -> str:
         if (port.port, port.protocol) in seen:
             return f"ports: {port.port}/{port.protocol} stands twice"
         seen.add((port.port, port.protocol))
+        if not 0 <= port.node_port <= 65535:
+            return f"ports[{port.port}].node_port: {port.node_port} is no port"
         for endpoint in port.endpoints:
             if not is_address(endpoint.address):
                 return f"ports[{port.port}].endpoints: {endpoint.address!r} is no IP address"
             if not 1 <= endpoint.port <= 65535:
                 return f"ports[{port.port}].endpoints: {endpoint.port} is no port"
     return ""
+
+
+def _authorization_fault(policy: Authorization) -> str:
+    for rule in policy.rules:
+        for source in rule.sources:
+            for block in (*source.ip_blocks, *source.not_ip_blocks):
+                if not _is_block(block):
+                    return f"rules: {block!r} is no block of addresses"
+    return ""
+
+
+def _network_policy_fault(policy: NetworkPolicy) -> str:
+    for rule in (*(policy.ingress or ()), *(policy.egress or ())):
+        for peer in rule.peers:
+            if bool(peer.group) is bool(peer.cidr):
+                return f"peers: {peer!r} has to have either a group or a block"
+            for block in (*((peer.cidr,) if peer.cidr else ()), *peer.excepts):
+                if not _is_block(block):
+                    return f"peers: {block!r} is no block of addresses"
+        for port in rule.ports:
+            if not (0 <= port.port <= 65535 and (not port.end_port or port.port <= port.end_port <= 65535)):
+                return f"ports: {port.port} to {port.end_port} is no range of ports"
+    return ""
+
+
+def _is_block(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_address(text: str) -> bool:

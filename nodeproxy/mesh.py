@@ -13,6 +13,8 @@ from common import logs, spiffe
 from controlplane.api import (
     Authorization,
     MeshConfig,
+    NetworkPolicy,
+    Resource,
     ResourceError,
     Service,
     Update,
@@ -39,6 +41,7 @@ class Mesh:
         self.trust: Trust | None = None
         self.workloads: dict[str, Workload] = {}
         self._authorizations: dict[str, Authorization] = {}
+        self._network_policies: dict[str, NetworkPolicy] = {}
         self._services: dict[str, Service] = {}
         self._at: dict[str, dict[str, Workload]] = {}
         self._service_at: dict[tuple[str, int], Service] = {}
@@ -72,10 +75,11 @@ class Mesh:
         return [
             *(f"workload/{uid}" for uid in self.workloads),
             *(f"authorization/{key}" for key in self._authorizations),
+            *(f"network/{key}" for key in self._network_policies),
             *(f"service/{key}" for key in self._services),
         ]
 
-    def _upsert(self, resource: Workload | Service | Authorization | MeshConfig) -> None:
+    def _upsert(self, resource: Resource) -> None:
         match resource:
             case Workload():
                 spiffe.parse(resource.identity)
@@ -92,6 +96,8 @@ class Mesh:
                 self._authorizations[f"{resource.namespace}/{resource.name}"] = resource
             case Service():
                 self._services[f"{resource.namespace}/{resource.name}"] = resource
+            case NetworkPolicy():
+                self._network_policies[f"{resource.namespace}/{resource.name}"] = resource
             case MeshConfig():
                 self._set_trust(resource)
 
@@ -109,6 +115,8 @@ class Mesh:
             self._remove_workload(name)
         elif kind == "authorization":
             self._authorizations.pop(name, None)
+        elif kind == "network":
+            self._network_policies.pop(name, None)
         elif kind == "service":
             self._services.pop(name, None)
 

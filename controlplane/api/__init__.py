@@ -10,6 +10,7 @@ ignored by the decoder. A controller N serves clients N and N-1.
 This package is a leaf: it imports msgspec and ``common`` only.
 """
 
+from controlplane.api.addresses import canonical_block, in_blocks
 from controlplane.api.authorization import (
     Action,
     Authorization,
@@ -20,6 +21,7 @@ from controlplane.api.authorization import (
     authorize,
 )
 from controlplane.api.messages import (
+    API_NETWORK,
     API_PACKED,
     API_VERSION,
     METHOD_SIGN,
@@ -31,6 +33,7 @@ from controlplane.api.messages import (
     MeshConfig,
     MtlsMode,
     Nack,
+    NodeInfo,
     Resource,
     ResourceError,
     Service,
@@ -47,8 +50,19 @@ from controlplane.api.messages import (
     pack,
     resource_key,
 )
+from controlplane.api.network import (
+    Direction,
+    NamedPorts,
+    NetworkPeer,
+    NetworkPolicy,
+    NetworkPort,
+    NetworkRule,
+    permits,
+    refusing,
+)
 
 __all__ = [
+    "API_NETWORK",
     "API_PACKED",
     "API_VERSION",
     "METHOD_SIGN",
@@ -57,11 +71,18 @@ __all__ = [
     "Action",
     "Authorization",
     "ClientMessage",
+    "Direction",
     "Endpoint",
     "Hello",
     "MeshConfig",
     "MtlsMode",
     "Nack",
+    "NamedPorts",
+    "NetworkPeer",
+    "NetworkPolicy",
+    "NetworkPort",
+    "NetworkRule",
+    "NodeInfo",
     "Operation",
     "Resource",
     "ResourceError",
@@ -75,11 +96,15 @@ __all__ = [
     "Verdict",
     "Workload",
     "authorize",
+    "canonical_block",
     "decode_client",
     "decode_sign_request",
     "decode_sign_response",
     "decode_update",
     "encode",
+    "in_blocks",
     "pack",
+    "permits",
+    "refusing",
     "resource_key",
 ]

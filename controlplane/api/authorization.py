@@ -15,6 +15,8 @@ from collections.abc import Iterable
 
 import msgspec
 
+from controlplane.api.addresses import in_blocks
+
 
 class Action(enum.Enum):
     """What a policy does with a connection that one of its rules matches."""
@@ -34,6 +36,9 @@ class Source(msgspec.Struct, frozen=True):
     not_principals: tuple[str, ...] = ()
     namespaces: tuple[str, ...] = ()
     not_namespaces: tuple[str, ...] = ()
+    #: the client's address as the connection shows it: blocks in canonical form (``10.0.0.0/8``, ``fd00::/8``)
+    ip_blocks: tuple[str, ...] = ()
+    not_ip_blocks: tuple[str, ...] = ()
 
 
 class Operation(msgspec.Struct, frozen=True):
@@ -69,17 +74,21 @@ class Verdict(msgspec.Struct, frozen=True):
     policy: str = ""
 
 
-def authorize(policies: Iterable[Authorization], principal: str | None, port: int) -> Verdict:
+def authorize(
+    policies: Iterable[Authorization], principal: str | None, port: int, address: str | None = None
+) -> Verdict:
     """Judge one connection.
 
     :param policies: those that select the destination workload, in any order.
     :param principal: the client's SPIFFE ID without ``spiffe://``, or None for a connection without identity.
     :param port: the destination's own port (after service translation).
+    :param address: the client's address; None: not known, so that a rule which asks for it allows nobody and refuses everybody.
     """
     allows = False
     allowed_by = ""
     for policy in policies:
-        matched = any(_rule_matches(rule, principal, port) for rule in policy.rules)
+        doubt = policy.action is Action.DENY
+        matched = any(_rule_matches(rule, principal, port, address, doubt) for rule in policy.rules)
         if policy.action is Action.DENY:
             if matched:
                 return Verdict(False, f"{policy.namespace}/{policy.name}")
@@ -90,21 +99,32 @@ def authorize(policies: Iterable[Authorization], principal: str | None, port: in
     return Verdict(not allows or bool(allowed_by), allowed_by)
 
 
-def _rule_matches(rule: Rule, principal: str | None, port: int) -> bool:
-    return (not rule.sources or any(_source_matches(s, principal) for s in rule.sources)) and (
-        not rule.operations or any(_operation_matches(o, port) for o in rule.operations)
-    )
+def _rule_matches(rule: Rule, principal: str | None, port: int, address: str | None, doubt: bool) -> bool:
+    return (
+        not rule.sources or any(_source_matches(s, principal, address, doubt) for s in rule.sources)
+    ) and (not rule.operations or any(_operation_matches(o, port) for o in rule.operations))
 
 
-def _source_matches(source: Source, principal: str | None) -> bool:
+def _source_matches(source: Source, principal: str | None, address: str | None, doubt: bool) -> bool:
     namespace = _namespace_of(principal)
     # A negated attribute is judged on what is not there too: without an identity, "not this principal" holds.
-    # Istio compiles it the same way (not_id over an absent value).
+    # Istio compiles it the same way (not_id over an absent value). An address is always there: not to know it is doubt.
     return (
         (not source.principals or _any(source.principals, principal))
         and not (source.not_principals and _any(source.not_principals, principal))
         and (not source.namespaces or _any(source.namespaces, namespace))
         and not (source.not_namespaces and _any(source.not_namespaces, namespace))
+        and _address_matches(source, address, doubt)
+    )
+
+
+def _address_matches(source: Source, address: str | None, doubt: bool) -> bool:
+    if not source.ip_blocks and not source.not_ip_blocks:
+        return True
+    if address is None:
+        return doubt
+    return (not source.ip_blocks or in_blocks(address, source.ip_blocks)) and not in_blocks(
+        address, source.not_ip_blocks
     )
 
 

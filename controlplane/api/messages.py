@@ -8,11 +8,14 @@ import zlib
 import msgspec
 
 from controlplane.api.authorization import Authorization
+from controlplane.api.network import NetworkPolicy
 
-#: 2: an Update may be packed.
-API_VERSION = 2
+#: 2: an Update may be packed. 3: addresses in authorization, NetworkPolicy.
+API_VERSION = 3
 #: Version from which on a client takes packed Updates.
 API_PACKED = 2
+#: Version from which on a client knows NetworkPolicy, and judges addresses.
+API_NETWORK = 3
 
 #: Bidirectional stream: the client sends Hello, then an Ack or Nack for each Update.
 METHOD_SUBSCRIBE = "/mycel.mesh.v1.Mesh/Subscribe"
@@ -48,9 +51,21 @@ class Workload(msgspec.Struct, frozen=True, tag="workload"):
     workload_name: str = "unknown"
     app: str = "unknown"
     version: str = "unknown"
+    #: False: connections with pods of its node are not spliced (``mycel.io/splice: disabled`` on pod or namespace)
+    splice: bool = True
+    #: True: its addresses are its node's; it is never in the mesh, and NetworkPolicy does not know it
+    host_network: bool = False
+    zone: str = ""  #: of its node (``topology.kubernetes.io/zone``)
+    groups: tuple[
+        str, ...
+    ] = ()  #: those of all NetworkPolicies' groups that it is in (``NetworkPeer.group``)
+    network_policies: tuple[str, ...] = ()  #: keys ``NAMESPACE/NAME`` of the NetworkPolicies that select it
+    #: (name, protocol, number) of its ports that some NetworkPolicy calls by name
+    named_ports: tuple[tuple[str, str, int], ...] = ()
 
 
-class Endpoint(msgspec.Struct, frozen=True):
+# Of these there are a hundred thousand: what is as always is not written.
+class Endpoint(msgspec.Struct, frozen=True, omit_defaults=True):
     """A backend of one service port that takes new connections. ``uid`` is empty where no pod of the mesh stands behind it.
 
     A service port without any ready endpoint has those that are terminating and still serve, as kube-proxy does.
@@ -61,15 +76,19 @@ class Endpoint(msgspec.Struct, frozen=True):
     port: int
     node: str
     terminating: bool = False  #: serves while it ends; only where nothing else is ready
+    weight: int = 1  #: its share of new connections among the port's endpoints; 0 takes none
 
 
 class ServicePort(msgspec.Struct, frozen=True):
+    """A port of a service. TCP and UDP may have the same number."""
+
     port: int
     name: str = ""
-    protocol: str = "TCP"
+    protocol: str = "TCP"  #: ``TCP``, ``UDP`` or ``SCTP``
     #: True: connections of enrolled pods to this port go to the L7 proxy.
     l7: bool = False
     endpoints: tuple[Endpoint, ...] = ()
+    node_port: int = 0  #: the port on every node's addresses; 0: none
 
 
 class Service(msgspec.Struct, frozen=True, tag="service"):
@@ -81,6 +100,16 @@ class Service(msgspec.Struct, frozen=True, tag="service"):
     session_affinity: int = 0  #: seconds for which a client's address keeps its endpoint; 0 is none
     #: ``internalTrafficPolicy: Local``: only endpoints of the client's own node, refused when there is none.
     internal_local: bool = False
+    #: addresses beside the cluster's own: ``externalIPs``, and those of a load balancer
+    external_addresses: tuple[str, ...] = ()
+
+
+class NodeInfo(msgspec.Struct, frozen=True):
+    """A node as its Node object has it."""
+
+    name: str
+    addresses: tuple[str, ...] = ()  #: InternalIP and ExternalIP, canonical text
+    zone: str = ""
 
 
 class MeshConfig(msgspec.Struct, frozen=True, tag="mesh"):
@@ -91,9 +120,10 @@ class MeshConfig(msgspec.Struct, frozen=True, tag="mesh"):
     roots: str = ""
     #: Namespaces that do not ask for the mesh, in order: a node whose agent is away lets their pods start.
     outside_namespaces: tuple[str, ...] = ()
+    nodes: tuple[NodeInfo, ...] = ()  #: by name
 
 
-Resource = Workload | Service | Authorization | MeshConfig
+Resource = Workload | Service | Authorization | NetworkPolicy | MeshConfig
 
 
 def resource_key(resource: Resource) -> str:
@@ -105,6 +135,8 @@ def resource_key(resource: Resource) -> str:
             return f"service/{resource.namespace}/{resource.name}"
         case Authorization():
             return f"authorization/{resource.namespace}/{resource.name}"
+        case NetworkPolicy():
+            return f"network/{resource.namespace}/{resource.name}"
         case MeshConfig():
             return "mesh"
 

@@ -12,7 +12,15 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
 
-from controlplane.api import Authorization, MeshConfig, Resource, Service, Workload, resource_key
+from controlplane.api import (
+    Authorization,
+    MeshConfig,
+    NetworkPolicy,
+    Resource,
+    Service,
+    Workload,
+    resource_key,
+)
 from controlplane.model.findings import Finding, in_order
 from controlplane.model.routing import Cluster, RouteTable
 
@@ -152,16 +160,20 @@ class Assembly:
         resources = self._resources
         if not isinstance(resources.get("mesh"), MeshConfig):
             raise SnapshotError("no mesh configuration in the snapshot")
-        policies_gone = any(isinstance(c.before, Authorization) and c.now is None for c in changes.resources)
+        policies_gone = any(
+            isinstance(c.before, Authorization | NetworkPolicy) and c.now is None for c in changes.resources
+        )
         suspects: Iterable[Resource | None] = (
             resources.values() if policies_gone else (c.now for c in changes.resources)
         )
         for suspect in suspects:
             if isinstance(suspect, Workload):
-                for policy in suspect.policies:
-                    if f"authorization/{policy}" not in resources:
+                named = [f"authorization/{p}" for p in suspect.policies]
+                named += [f"network/{p}" for p in suspect.network_policies]
+                for policy in named:
+                    if policy not in resources:
                         key = resource_key(suspect)
-                        raise SnapshotError(f"{key} has policy {policy}, which is not in the snapshot")
+                        raise SnapshotError(f"{key} has {policy}, which is not in the snapshot")
         self._check_l7(changes)
 
     def _check_l7(self, changes: Changes) -> None:

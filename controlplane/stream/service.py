@@ -64,7 +64,7 @@ class MeshService:
     async def _updates(
         self, requests: AsyncIterator[bytes], hello: api.Hello, client: Client, log: logs.Logger
     ) -> AsyncIterator[bytes]:
-        session = Session(hello.version, self._shared)
+        session = Session(hello.version, self._shared, hello.api)
         wake = asyncio.Event()
         wake.set()
         answers: asyncio.Queue[bytes] = asyncio.Queue(_ANSWERS)

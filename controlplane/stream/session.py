@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from controlplane.api import Ack, Nack, Resource, Update, pack
+from controlplane.api import API_NETWORK, API_VERSION, Ack, Nack, Resource, Update, pack, resource_key
 from controlplane.model.snapshot import Snapshot
+from controlplane.stream import older
 
 _encoder = msgspec.msgpack.Encoder()
 _NOTHING = msgspec.Raw(_encoder.encode(()))
@@ -43,24 +44,31 @@ class Updates:
 
     def __init__(self) -> None:
         self._target = ""
-        self._deltas: dict[str, Delta] = {}
-        self._whole: tuple[Resource, ...] = ()
+        self._deltas: dict[tuple[str, bool], Delta] = {}
+        self._whole: dict[bool, tuple[Resource, ...]] = {}
         self._encoded: dict[int, tuple[tuple[Resource, ...], msgspec.Raw]] = {}
         self._packed: dict[int, bytes] = {}
         self._messages: dict[tuple[int, int, bool], bytes] = {}
 
-    def between(self, old: Snapshot, new: Snapshot) -> Delta:
+    def between(self, old: Snapshot, new: Snapshot, network: bool = True) -> Delta:
+        """``network``: for a client that knows :data:`controlplane.api.API_NETWORK`."""
         self._aim(new)
-        found = self._deltas.get(old.version)
+        found = self._deltas.get((old.version, network))
         if found is None:
-            found = self._deltas[old.version] = difference(old.resources, new.resources)
+            found = difference(old.resources, new.resources)
+            if not network:
+                found = Delta(older.resources(found.upserts), older.keys(found.removes))
+            self._deltas[old.version, network] = found
         return found
 
-    def whole(self, snapshot: Snapshot) -> tuple[Resource, ...]:
+    def whole(self, snapshot: Snapshot, network: bool = True) -> tuple[Resource, ...]:
+        """``network``: as of :meth:`between`."""
         self._aim(snapshot)
-        if not self._whole:
-            self._whole = tuple(snapshot.resources.values())
-        return self._whole
+        found = self._whole.get(network)
+        if found is None:
+            found = tuple(snapshot.resources.values())
+            found = self._whole[network] = found if network else older.resources(found)
+        return found
 
     def encode(self, update: Update, packed: bool = False) -> bytes:
         """The update's bytes; ``packed`` if that may be. Upserts that are sent to many are encoded for the first of them."""
@@ -95,14 +103,18 @@ class Updates:
             self._encoded.clear()
             self._packed.clear()
             self._messages.clear()
-            self._whole = ()
+            self._whole.clear()
 
 
 class Session:
-    """``held`` is the version that the client says it still has in full; ``updates`` may be shared with other sessions."""
+    """``held`` is the version that the client says it still has in full; ``updates`` may be shared with other sessions.
 
-    def __init__(self, held: str = "", updates: Updates | None = None) -> None:
+    ``api`` is the client's version of the protocol.
+    """
+
+    def __init__(self, held: str = "", updates: Updates | None = None, api: int = API_VERSION) -> None:
         self._held = held
+        self._network = api >= API_NETWORK
         self._updates = updates or Updates()
         self._sent: Snapshot | None = None  # None: nothing sent on this stream yet
         self._refused: set[str] = set()  # of these the client has some version, or none
@@ -118,10 +130,13 @@ class Session:
             update = Update(self._nonce, snapshot.version)
         elif self._sent is None:
             update = Update(
-                self._nonce, snapshot.version, complete=True, upserts=self._updates.whole(snapshot)
+                self._nonce,
+                snapshot.version,
+                complete=True,
+                upserts=self._updates.whole(snapshot, self._network),
             )
         else:
-            upserts, removes = self._updates.between(self._sent, snapshot)
+            upserts, removes = self._updates.between(self._sent, snapshot, self._network)
             if self._refused:
                 upserts, removes = self._with_refused(snapshot, upserts, removes)
             update = Update(self._nonce, snapshot.version, upserts=upserts, removes=removes)
@@ -146,9 +161,10 @@ class Session:
     ) -> Delta:
         there = snapshot.resources
         again = [there[key] for key in sorted(self._refused) if key in there]
+        again = again if self._network else list(older.resources(again))
         gone = [key for key in sorted(self._refused) if key not in there and key not in removes]
-        known = {id(r) for r in upserts}
-        return Delta((*upserts, *(r for r in again if id(r) not in known)), (*removes, *gone))
+        known = {resource_key(r) for r in upserts}
+        return Delta((*upserts, *(r for r in again if resource_key(r) not in known)), (*removes, *gone))
 
 
 def difference(old: Mapping[str, Resource], new: Mapping[str, Resource]) -> Delta:

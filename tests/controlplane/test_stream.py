@@ -22,10 +22,10 @@ from common import logs
 from controlplane import api
 from controlplane.clients import Clients
 from controlplane.credentials import Caller, FolderCredentials, Gate
-from controlplane.model.snapshot import Snapshot
+from controlplane.model.snapshot import Snapshot, build
 from controlplane.publisher import Publisher
 from controlplane.stream.service import MeshService
-from controlplane.stream.session import Session
+from controlplane.stream.session import Session, Updates
 from controlplane.xds.service import DiscoveryService
 from controlplane.xds.types import Type
 from tests.controlplane.support import (
@@ -146,6 +146,78 @@ def test_answers_to_nothing_are_ignored() -> None:
     assert not session.answer(api.Ack(first.nonce + 1, first.version))
     ack(session, first)
     assert not session.answer(api.Ack(first.nonce, first.version))
+
+
+def _with_addresses() -> Snapshot:
+    """Objects of the model itself: what clients of different versions are sent of them."""
+    blocked = api.Source(("a",), ip_blocks=("10.0.0.0/8",))
+    return build(
+        [
+            api.MeshConfig(),
+            api.NetworkPolicy("default", "n", (), None),
+            api.Authorization(
+                "default",
+                "allow",
+                api.Action.ALLOW,
+                (
+                    api.Rule((blocked,)),
+                    api.Rule((blocked, api.Source(("b",)))),
+                    api.Rule(operations=(api.Operation((80,)),)),
+                ),
+            ),
+            api.Authorization("default", "deny", api.Action.DENY, (api.Rule((blocked,)),)),
+        ],
+        (),
+        (),
+    )
+
+
+def test_a_client_that_knows_no_addresses_is_told_nothing_that_it_would_take_for_more() -> None:
+    updates, full = Updates(), _with_addresses()
+    new, old = Session("", updates), Session("", updates, api=2)
+    first_new, first = new.next_update(full), old.next_update(full)
+    assert first_new is not None
+    assert first is not None
+    assert {api.resource_key(r): r for r in first_new.upserts} == full.resources
+    assert updates.encode(first) != updates.encode(first_new)
+    sent = {api.resource_key(r): r for r in api.decode_update(updates.encode(first, packed=True)).upserts}
+    assert set(sent) == {"mesh", "authorization/default/allow", "authorization/default/deny"}
+    allow = sent["authorization/default/allow"]
+    assert isinstance(allow, api.Authorization)
+    assert allow.rules == (
+        api.Rule((api.Source(("b",)),)),
+        api.Rule(operations=(api.Operation((80,)),)),
+    ), "the rule of which nothing is left allows nobody"
+    assert sent["authorization/default/deny"] == full.resources["authorization/default/deny"]
+    old.answer(
+        api.Nack(first.nonce, first.version, (api.ResourceError("authorization/default/allow", "no"),))
+    )
+    ack(new, first_new)
+    empty = build([api.MeshConfig()], (), ())
+    later, all_gone = old.next_update(empty), new.next_update(empty)
+    assert later is not None
+    assert all_gone is not None
+    assert set(later.removes) == {"authorization/default/allow", "authorization/default/deny"}
+    assert set(all_gone.removes) == {*later.removes, "network/default/n"}
+    ack(old, later)
+    back = old.next_update(full)
+    assert back is not None
+    assert {api.resource_key(r) for r in back.upserts} == set(sent) - {"mesh"}
+    assert allow in back.upserts
+
+
+def test_what_an_older_client_refused_goes_along_again_as_it_knows_it() -> None:
+    full, session = _with_addresses(), Session("", api=2)
+    first = session.next_update(full)
+    assert first is not None
+    key = "authorization/default/allow"
+    session.answer(api.Nack(first.nonce, first.version, (api.ResourceError(key, "no room"),)))
+    more = build([*full.resources.values(), api.Service("default", "s", "h")], (), ())
+    second = session.next_update(more)
+    assert second is not None
+    again = next(r for r in second.upserts if api.resource_key(r) == key)
+    assert isinstance(again, api.Authorization)
+    assert not any(s.ip_blocks for r in again.rules for s in r.sources)
 
 
 _SNAPSHOTS = [
