@@ -45,6 +45,10 @@ _TEXT = "text/plain; charset=utf-8"
 _JSON = "application/json"
 
 
+class BadQueryError(ValueError):
+    """A page's parameters are not to be understood; the message says why, and is the answer (400)."""
+
+
 class Answer(NamedTuple):
     """What goes back to the client."""
 
@@ -64,17 +68,20 @@ class AdminServer:
         registry: CollectorRegistry,
         ready: Callable[[], bool | str],
         json: Mapping[str, Callable[[], object]] | None = None,
+        queries: Mapping[str, Callable[[Mapping[str, str]], object]] | None = None,
     ) -> None:
         """Bind ``address`` (IPv4 or IPv6) and ``port`` (0 for any free one).
 
         ``ready`` returns True, or False or the reason why not. ``json`` holds further pages by path; what a function
-        returns is encoded by msgspec, and unknown types by their ``str``.
+        returns is encoded by msgspec, and unknown types by their ``str``. A page that is in ``queries`` too is answered from there when
+        it is asked with parameters (each name once); those functions may raise BadQueryError.
 
         :raises OSError: the address cannot be bound.
         """
         self._registry = registry
         self._ready = ready
         self._json = dict(json or {})
+        self._queries = dict(queries or {})
         self._server = _Server(address, port, self)
         self._thread = threading.Thread(target=self._server.serve, name="admin", daemon=True)
 
@@ -125,6 +132,15 @@ class AdminServer:
                 return _text(HTTPStatus.SERVICE_UNAVAILABLE, ready or "not ready")
             case "/logging":
                 return _as_json(logs.levels())
+            case path if url.query and path in self._queries:
+                given = parse_qs(url.query, keep_blank_values=True)
+                if twice := [name for name, values in given.items() if len(values) > 1]:
+                    return _text(HTTPStatus.BAD_REQUEST, f"{twice[0]}: given more than once")
+                try:
+                    found = self._queries[path]({name: values[0] for name, values in given.items()})
+                except BadQueryError as error:
+                    return _text(HTTPStatus.BAD_REQUEST, str(error))
+                return _as_json(found)
             case path if path in self._json:
                 return _as_json(self._json[path]())
             case _:

@@ -11,7 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter
 
 from common import logs
-from common.admin import _MAX_REQUESTS, AdminServer
+from common.admin import _MAX_REQUESTS, AdminServer, BadQueryError
 
 
 class Process:
@@ -29,7 +29,13 @@ class Process:
             registry=self.registry,
             ready=lambda: self.ready,
             json={"/debug/pods": lambda: {"pods": [Pod("a", 1)]}, "/debug/broken": lambda: 1 // 0},
+            queries={"/debug/pods": self.query},
         )
+
+    def query(self, parameters):
+        if "uid" not in parameters:
+            raise BadQueryError("there is uid")
+        return parameters
 
 
 @dataclass
@@ -99,6 +105,14 @@ def test_json_pages(server: AdminServer) -> None:
     status, content_type, body = ask(server, "GET", "/debug/pods")
     assert (status, content_type) == (200, "application/json")
     assert json.loads(body) == {"pods": [{"uid": "a", "connections": 1}]}
+
+
+def test_a_page_with_parameters(server: AdminServer) -> None:
+    status, content_type, body = ask(server, "GET", "/debug/pods?uid=a%20b")
+    assert (status, content_type) == (200, "application/json")
+    assert json.loads(body) == {"uid": "a b"}
+    assert ask(server, "GET", "/debug/pods?name=a")[::2] == (400, "there is uid\n")
+    assert ask(server, "GET", "/debug/pods?uid=a&uid=b")[::2] == (400, "uid: given more than once\n")
 
 
 def test_a_page_that_fails_says_so_and_the_server_lives_on(server: AdminServer) -> None:
