@@ -1,7 +1,7 @@
 """Numbers for identities: kernel maps hold a u32 where everybody else holds names.
 
-Owns the numbering of one node: a number means the same distinct (SPIFFE ID, workload name, app, version) for as long as
-the node's state lives, across restarts of the agent, because open connections and counters in the kernel carry it. A number
+Owns the numbering of one node, of identities and of zones: a number means the same distinct (SPIFFE ID, workload name, app,
+version), or zone, for as long as the node's state lives, across restarts of the agent, because open connections and counters in the kernel carry it. A number
 is never used again for another. Writing the file is the caller's: before a new number reaches the kernel.
 """
 
@@ -16,6 +16,7 @@ from controlplane.api import Workload
 
 _SCHEME = "spiffe://"
 _LAST = 2**32 - 1
+_LAST_ZONE = 2**16 - 1
 
 
 class Label(msgspec.Struct, frozen=True):
@@ -44,6 +45,8 @@ class IdentitiesError(Exception):
 class _File(msgspec.Struct):
     next: int
     numbers: list[tuple[int, Label]]
+    next_zone: int = 1
+    zones: list[tuple[int, str]] = []
 
 
 class Identities:
@@ -53,6 +56,10 @@ class Identities:
         self._next = first
         self._numbers: dict[Label, int] = {}
         self._labels: dict[int, Label] = {}
+        # Where numbers of identities were lost, those of zones were too, and accounts in the kernel may still have them.
+        self._next_zone = 1 if first == IDENTITY_FIRST else 1 + first % 2**15
+        self._zones: dict[str, int] = {}
+        self._zone_names: dict[int, str] = {}
         self.dirty = False
 
     def __len__(self) -> int:
@@ -74,6 +81,23 @@ class Identities:
             self.dirty = True
         return number
 
+    def zone(self, name: str) -> int:
+        """The number of a zone; a new one if it has none. 0 for "", and for what comes after 65,535 of them."""
+        if not name:
+            return 0
+        number = self._zones.get(name, 0)
+        if number == 0 and self._next_zone <= _LAST_ZONE:
+            number = self._next_zone
+            self._next_zone += 1
+            self._zones[name] = number
+            self._zone_names[number] = name
+            self.dirty = True
+        return number
+
+    def zone_name(self, number: int) -> str:
+        """The zone of a number, "unknown" if it is nobody's."""
+        return self._zone_names.get(number, "unknown")
+
     def find(self, workload: Workload) -> int | None:
         """A workload's number, if it has one."""
         return self._numbers.get(label_of(workload))
@@ -87,7 +111,10 @@ class Identities:
         return {n: label.principal for n, label in self._labels.items() if label.identity in identities}
 
     def dump(self) -> bytes:
-        return msgspec.json.encode(_File(self._next, sorted(self._labels.items(), key=lambda item: item[0])))
+        labels = sorted(self._labels.items(), key=lambda item: item[0])
+        return msgspec.json.encode(
+            _File(self._next, labels, self._next_zone, sorted(self._zone_names.items()))
+        )
 
     @classmethod
     def load(cls, data: bytes) -> Identities:
@@ -102,6 +129,12 @@ class Identities:
                 raise IdentitiesError(f"number {number} is out of place")
             self._numbers[label] = number
             self._labels[number] = label
+        self._next_zone = max(file.next_zone, 1)
+        for number, name in file.zones:
+            if not 1 <= number < self._next_zone or number in self._zone_names or name in self._zones:
+                raise IdentitiesError(f"zone number {number} is out of place")
+            self._zones[name] = number
+            self._zone_names[number] = name
         return self
 
 
