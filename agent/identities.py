@@ -1,8 +1,9 @@
 """Numbers for identities: kernel maps hold a u32 where everybody else holds names.
 
 Owns the numbering of one node, of identities and of zones: a number means the same distinct (SPIFFE ID, workload name, app,
-version), or zone, for as long as the node's state lives, across restarts of the agent, because open connections and counters in the kernel carry it. A number
-is never used again for another. Writing the file is the caller's: before a new number reaches the kernel.
+version), or zone, for as long as the node's state lives, across restarts of the agent, because open connections and counters
+in the kernel carry it. A number is never used again for another. Writing the file is the caller's: before a new number
+reaches the kernel.
 """
 
 from __future__ import annotations

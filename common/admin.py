@@ -73,8 +73,8 @@ class AdminServer:
         """Bind ``address`` (IPv4 or IPv6) and ``port`` (0 for any free one).
 
         ``ready`` returns True, or False or the reason why not. ``json`` holds further pages by path; what a function
-        returns is encoded by msgspec, and unknown types by their ``str``. A page that is in ``queries`` too is answered from there when
-        it is asked with parameters (each name once); those functions may raise BadQueryError.
+        returns is encoded by msgspec, and unknown types by their ``str``. A page that is in ``queries`` too is answered from
+        there when it is asked with parameters (each name once); those functions may raise BadQueryError.
 
         :raises OSError: the address cannot be bound.
         """
