@@ -39,7 +39,7 @@ class PodSpec(NamedTuple):
 
     uid: str
     netns_cookie: int
-    address: str
+    addresses: tuple[str, ...]
     identity: int
     stage: Stage = Stage.ENROLLED
     #: It is on its way out: its verdicts stay as they are.
@@ -49,7 +49,7 @@ class PodSpec(NamedTuple):
     def pod(self) -> facade.Pod:
         return facade.Pod(
             self.netns_cookie,
-            self.address,
+            self.addresses,
             self.identity,
             passing=self.stage is Stage.PREPARED,
             open=self.stage is not Stage.ENROLLED,
@@ -92,7 +92,7 @@ class Programmer:
         for cookie in self._pods:
             if (policy := kernel.policy(cookie)) is not None:
                 self._policies[cookie] = _Policy(*policy)
-        of_pods = {pod.address for pod in self._pods.values()}
+        of_pods = {address for pod in self._pods.values() for address in pod.addresses}
         self._peers = {a: peer for a, peer in kernel.peers().items() if a not in of_pods}
         self._services = {
             key: found._replace(backends=tuple(sorted(found.backends)))
@@ -151,7 +151,8 @@ class Programmer:
             )
         )
         # Before pods and services that lead to them: who has an address decides between capture and plain text.
-        addresses = {spec.address for spec in specs.values()} | {p.address for p in self._pods.values()}
+        addresses = {address for spec in specs.values() for address in spec.addresses}
+        addresses |= {address for pod in self._pods.values() for address in pod.addresses}
         peers = {a: peer for a, peer in tables.peers.items() if a not in addresses}
         for address, peer in peers.items():
             told = facade.Peer(peer.local, peer.enrolled, peer.identity, peer.uid in joining)
@@ -245,7 +246,8 @@ class Programmer:
                     if first is not None:
                         self._policies[cookie] = first
                     self._pods[cookie] = pod
-                    self._peers.pop(pod.address, None)
+                    for address in pod.addresses:
+                        self._peers.pop(address, None)
                 if not spec.leaving:
                     await self._set_policy(cookie, table, outcome)
         except (KernelError, OSError, ValueError, KeyError) as error:

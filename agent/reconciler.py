@@ -191,7 +191,7 @@ class Reconciler:
                 stage = self.passages.leave(cookie, now)
             if stage is not None:
                 number = tables.identities.get(sandbox.uid, 0)
-                specs[cookie] = PodSpec(sandbox.uid, cookie, address, number, stage, leaving=not enrolled)
+                specs[cookie] = PodSpec(sandbox.uid, cookie, (address,), number, stage, leaving=not enrolled)
         return specs
 
     def _plan(self, leaving: Collection[int]) -> None:

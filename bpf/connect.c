@@ -3,6 +3,7 @@
  * connect() and getpeername() of enrolled pods: where a connection goes. The address is rewritten to an endpoint, or to
  * a listener of ours in the pod's own namespace; getpeername() goes on to answer what the application dialled.
  */
+#include "lib/address.h"
 #include "lib/helpers.h"
 #include "lib/policy.h"
 #include "lib/refusal.h"
@@ -12,9 +13,8 @@
 
 /* The way of one dial, as decided. */
 struct dial {
-	__be32 address; /* what connect() said */
-	__be16 port;
-	__be32 to_address; /* what it is turned to */
+	struct endpoint said;	   /* what connect() said */
+	struct address to_address; /* what it is turned to */
 	__be16 to_port;
 	bool rewrite;
 };
@@ -71,14 +71,12 @@ inline_always bool keeps(u64 netns, struct service *service, struct endpoint *ke
 	struct member_key member = {
 		.service = service->id,
 		.generation = service->generation,
-		.address = last->address,
-		.port = last->port,
+		.endpoint = last->endpoint,
 	};
 
 	if (!map_lookup(MAP(MEMBERS), &member))
 		return false;
-	kept->address = member.address;
-	kept->port = member.port;
+	*kept = member.endpoint;
 	last->used = now;
 	return true;
 }
@@ -86,7 +84,7 @@ inline_always bool keeps(u64 netns, struct service *service, struct endpoint *ke
 inline_always void keep(u64 netns, struct service *service, struct endpoint *drawn)
 {
 	struct affinity_key key = { .netns = netns, .service = service->id };
-	struct affinity value = { .address = drawn->address, .port = drawn->port, .used = now_ns() };
+	struct affinity value = { .endpoint = *drawn, .used = now_ns() };
 
 	map_update(MAP(AFFINITY), &key, &value, BPF_ANY);
 }
@@ -104,32 +102,44 @@ inline_always bool choose(u64 netns, struct endpoint *key, struct service *servi
 	return true;
 }
 
+/* To a listener of ours in the pod's own namespace. */
+inline_always int capture(struct dial *dial, const struct address *own, u16 port, struct socket_state *state)
+{
+	dial->to_address = *own;
+	dial->to_port = bpf_htons(port);
+	dial->rewrite = true;
+	state->kind = VIA_CAPTURED;
+	return PASS;
+}
+
 /* The whole decision. Fills state and dial; PASS without SOCKET_* or kind means that we have nothing to do with it. */
 inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct dial *dial,
 			 struct socket_state *state)
 {
-	struct endpoint key = { .address = dial->address, .port = dial->port };
+	struct endpoint key = dial->said;
 	struct peer *peer;
 
-	if (is_loopback(dial->address))
+	if (is_loopback(&key.address))
 		return PASS;
-	/* This host: 127.0.0.1, or the address that the socket is bound to, the pod's. */
-	if (dial->address == 0) {
-		if (!pod || role != ROLE_NONE || !is_own_port(dial->port))
+	/* This host: ::1, or 127.0.0.1 for a socket that is bound to an IPv4 address. */
+	if (is_none(&key.address))
+		return PASS;
+	/* The same in IPv4: 127.0.0.1, or the address that the socket is bound to, the pod's. */
+	if (is_ipv4(&key.address) && key.address.word[3] == 0) {
+		if (!pod || role != ROLE_NONE || !is_own_port(key.port))
 			return PASS;
-		refuse_dial(netns, pod->address, REASON_OWN_PORT, pod->identity, pod->identity, pod->address,
-			    dial->port, DIRECTION_OUTBOUND);
+		refuse_dial(netns, &pod->address4, REASON_OWN_PORT, pod->identity, pod->identity,
+			    &pod->address4, key.port, DIRECTION_OUTBOUND);
 		return refuse(ECONNREFUSED);
 	}
 	peer = map_lookup(MAP(PEERS), &key.address);
 	if (role == ROLE_ENVOY) {
+		struct address loopback;
+
 		if (!peer)
 			return PASS;
-		state->kind = VIA_CAPTURED;
-		dial->to_address = bpf_htonl(0x7f000001);
-		dial->to_port = bpf_htons(PORT_OUTBOUND);
-		dial->rewrite = true;
-		return PASS;
+		set_ipv4(&loopback, bpf_htonl(0x7f000001));
+		return capture(dial, &loopback, PORT_OUTBOUND, state);
 	}
 	if (role == ROLE_PROBER) {
 		state->kind = VIA_PROBE;
@@ -140,17 +150,20 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 	}
 	if (!pod)
 		return PASS;
+
+	const struct address *own = own_address(pod, &key.address);
+
 	state->identity = pod->identity;
-	state->source_address = pod->address;
+	state->source_address = *own;
 	if (role == ROLE_AGENT || role == ROLE_NODEPROXY || role == ROLE_L7PROXY) {
 		if (!peer || !(peer->flags & PEER_LOCAL) || !(peer->flags & PEER_ENROLLED))
 			return PASS;
 		state->flags |= SOCKET_RECORD;
-		if (role == ROLE_NODEPROXY && dial->address == pod->address) {
+		if (role == ROLE_NODEPROXY && is_same_address(&key.address, own)) {
 			/* A delivery: from the client's own address, judged by the node proxy. */
 			state->kind = VIA_TUNNEL;
 			state->identity = IDENTITY_TUNNEL;
-			state->source_address = 0;
+			set_ipv6(&state->source_address, 0, 0, 0, 0);
 			return PASS;
 		}
 		state->kind = VIA_DIRECT;
@@ -158,30 +171,25 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 	}
 
 	/* An application. */
-	if (is_own_port(dial->port) && peer && (peer->flags & PEER_ENROLLED)) {
-		refuse_dial(netns, pod->address, REASON_OWN_PORT, pod->identity, peer->identity,
-			    dial->address, dial->port, DIRECTION_OUTBOUND);
+	if (is_own_port(key.port) && peer && (peer->flags & PEER_ENROLLED)) {
+		refuse_dial(netns, own, REASON_OWN_PORT, pod->identity, peer->identity, &key.address,
+			    key.port, DIRECTION_OUTBOUND);
 		return refuse(ECONNREFUSED);
 	}
 	struct service *service = map_lookup(MAP(SERVICES), &key);
 
-	if (service && (service->flags & SERVICE_L7)) {
-		dial->to_address = pod->address;
-		dial->to_port = bpf_htons(PORT_OUTBOUND_L7);
-		dial->rewrite = true;
-		state->kind = VIA_CAPTURED;
-		return PASS;
-	}
+	if (service && (service->flags & SERVICE_L7))
+		return capture(dial, own, PORT_OUTBOUND_L7, state);
 	if (service) {
 		struct endpoint drawn = {};
 
-		if (!choose(netns, &key, service, &drawn)) {
-			refuse_dial(netns, pod->address, REASON_NO_BACKEND, pod->identity, 0, dial->address,
-				    dial->port, DIRECTION_OUTBOUND);
+		if (!choose(netns, &key, service, &drawn) ||
+		    is_ipv4(&drawn.address) != is_ipv4(&key.address)) {
+			refuse_dial(netns, own, REASON_NO_BACKEND, pod->identity, 0, &key.address, key.port,
+				    DIRECTION_OUTBOUND);
 			return refuse(ECONNREFUSED);
 		}
-		key.address = drawn.address;
-		key.port = drawn.port;
+		key = drawn;
 		peer = map_lookup(MAP(PEERS), &key.address);
 		dial->to_address = drawn.address;
 		dial->to_port = drawn.port;
@@ -193,7 +201,7 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 	state->flow.destination = peer ? peer->identity : 0;
 	state->flow.port = key.port;
 	state->flow.direction = DIRECTION_OUTBOUND;
-	if (key.address == pod->address) {
+	if (is_same_address(&key.address, own)) {
 		state->kind = VIA_SELF;
 		state->flags |= SOCKET_RECORD | SOCKET_COUNTED;
 		return PASS;
@@ -203,13 +211,8 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 		state->flags |= SOCKET_COUNTED;
 		return PASS;
 	}
-	if (!(peer->flags & PEER_LOCAL)) {
-		dial->to_address = pod->address;
-		dial->to_port = bpf_htons(PORT_OUTBOUND);
-		dial->rewrite = true;
-		state->kind = VIA_CAPTURED;
-		return PASS;
-	}
+	if (!(peer->flags & PEER_LOCAL))
+		return capture(dial, own, PORT_OUTBOUND, state);
 	state->kind = VIA_DIRECT;
 	state->flags |= SOCKET_RECORD | SOCKET_COUNTED;
 
@@ -222,8 +225,8 @@ judge_local:;
 
 	reason = judge(peer->netns, state->identity, key.port, &generation);
 	if (reason) {
-		refuse_dial(netns, pod->address, reason, state->identity, peer->identity, key.address,
-			    key.port, DIRECTION_INBOUND);
+		refuse_dial(netns, own, reason, state->identity, peer->identity, &key.address, key.port,
+			    DIRECTION_INBOUND);
 		return refuse(EPERM);
 	}
 	return PASS;
@@ -234,10 +237,10 @@ inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod,
 	struct bpf_sock *sk = ctx->sk;
 	struct socket_state state = {
 		.netns = netns,
-		.destination_address = dial->address,
-		.destination_port = dial->port,
-		.service_address = dial->address,
-		.service_port = dial->port,
+		.destination_address = dial->said.address,
+		.destination_port = dial->said.port,
+		.service_address = dial->said.address,
+		.service_port = dial->said.port,
 		.flags = SOCKET_ACTIVE,
 	};
 	struct socket_state *stored;
@@ -248,9 +251,9 @@ inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod,
 	storage_delete(MAP(SOCKETS), sk);
 	if (ctx->protocol != IPPROTO_TCP) {
 		if (pod && role == ROLE_NONE && ctx->protocol == IPPROTO_MPTCP &&
-		    !is_loopback(dial->address)) {
-			refuse_dial(netns, pod->address, REASON_MPTCP, pod->identity, 0, dial->address,
-				    dial->port, DIRECTION_OUTBOUND);
+		    !is_loopback(&dial->said.address)) {
+			refuse_dial(netns, own_address(pod, &dial->said.address), REASON_MPTCP, pod->identity,
+				    0, &dial->said.address, dial->said.port, DIRECTION_OUTBOUND);
 			return refuse(EPROTONOSUPPORT);
 		}
 		return PASS;
@@ -264,8 +267,8 @@ inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod,
 	stored = storage_get(MAP(SOCKETS), sk, &state, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!stored) {
 		count(COUNTER_FULL_SOCKETS);
-		refuse_dial(netns, pod ? pod->address : 0, REASON_MAP_FULL, state.identity, 0, dial->address,
-			    dial->port, DIRECTION_OUTBOUND);
+		refuse_dial(netns, &state.source_address, REASON_MAP_FULL, state.identity, 0,
+			    &dial->said.address, dial->said.port, DIRECTION_OUTBOUND);
 		return refuse(ENOMEM);
 	}
 	return PASS;
@@ -303,12 +306,13 @@ int connect4(struct bpf_sock_addr *ctx)
 		return PASS;
 	if (passes(ctx, pod, role))
 		return PASS;
-	dial.address = ctx->user_ip4;
-	dial.port = ctx->user_port;
+	set_ipv4(&dial.said.address, ctx->user_ip4);
+	dial.said.port = ctx->user_port;
+	dial.said.protocol = IPPROTO_TCP;
 	if (dialled(ctx, netns, pod, role, &dial) == REFUSE)
 		return REFUSE;
 	if (dial.rewrite) {
-		ctx->user_ip4 = dial.to_address;
+		ctx->user_ip4 = dial.to_address.word[3];
 		ctx->user_port = dial.to_port;
 	}
 	return PASS;
@@ -331,12 +335,13 @@ int connect6(struct bpf_sock_addr *ctx)
 	a2 = ctx->user_ip6[2];
 	a3 = ctx->user_ip6[3];
 	if (a0 == 0 && a1 == 0 && a2 == bpf_htonl(0xffff)) {
-		dial.address = a3;
-		dial.port = ctx->user_port;
+		set_ipv4(&dial.said.address, a3);
+		dial.said.port = ctx->user_port;
+		dial.said.protocol = IPPROTO_TCP;
 		if (dialled(ctx, netns, pod, role, &dial) == REFUSE)
 			return REFUSE;
 		if (dial.rewrite) {
-			ctx->user_ip6[3] = dial.to_address;
+			ctx->user_ip6[3] = dial.to_address.word[3];
 			ctx->user_port = dial.to_port;
 		}
 		return PASS;
@@ -350,31 +355,9 @@ int connect6(struct bpf_sock_addr *ctx)
 	if (!pod || role != ROLE_NONE || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))
 		return PASS;
 
-	struct event event = {
-		.netns = netns,
-		.reason = REASON_IPV6,
-		.source = pod->identity,
-		.client_address = pod->address,
-	};
-	struct refusal refusal = {
-		.tuple = {
-			.client_address = pod->address,
-			.server_address = a0 ^ a1 ^ a2 ^ a3,
-			.server_port = ctx->user_port,
-		},
-		.reason = REASON_IPV6,
-	};
-	struct flow_key flow = { .source = pod->identity, .port = ctx->user_port };
-
-	event.server_port = ctx->user_port;
-	__builtin_memcpy(event.server6, &a0, 4);
-	__builtin_memcpy(event.server6 + 4, &a1, 4);
-	__builtin_memcpy(event.server6 + 8, &a2, 4);
-	__builtin_memcpy(event.server6 + 12, &a3, 4);
-	count(REASON_IPV6);
-	count_refused(&flow);
-	if (!was_told(&refusal, DIAL_NS))
-		tell(&event);
+	set_ipv6(&dial.said.address, a0, a1, a2, a3);
+	refuse_dial(netns, &pod->address4, REASON_IPV6, pod->identity, 0, &dial.said.address, ctx->user_port,
+		    DIRECTION_OUTBOUND);
 	return refuse(ENETUNREACH);
 }
 
@@ -384,7 +367,7 @@ int getpeername4(struct bpf_sock_addr *ctx)
 	struct socket_state *state = sk ? storage_get(MAP(SOCKETS), sk, 0, 0) : 0;
 
 	if (state && (state->flags & SOCKET_REWRITTEN)) {
-		ctx->user_ip4 = state->service_address;
+		ctx->user_ip4 = state->service_address.word[3];
 		ctx->user_port = state->service_port;
 	}
 	return PASS;
@@ -396,7 +379,7 @@ int getpeername6(struct bpf_sock_addr *ctx)
 	struct socket_state *state = sk ? storage_get(MAP(SOCKETS), sk, 0, 0) : 0;
 
 	if (state && (state->flags & SOCKET_REWRITTEN)) {
-		ctx->user_ip6[3] = state->service_address; /* ::ffff: stays */
+		ctx->user_ip6[3] = state->service_address.word[3]; /* ::ffff: stays */
 		ctx->user_port = state->service_port;
 	}
 	return PASS;

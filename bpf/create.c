@@ -19,9 +19,9 @@ int sock_create(struct bpf_sock *ctx)
 		.netns = netns,
 		.reason = REASON_MPTCP,
 		.source = pod->identity,
-		.client_address = pod->address,
+		.client_address = pod->address4,
 	};
-	struct refusal refusal = { .tuple = { .client_address = pod->address }, .reason = REASON_MPTCP };
+	struct refusal refusal = { .tuple = { .client_address = pod->address4 }, .reason = REASON_MPTCP };
 
 	count(REASON_MPTCP);
 	if (!was_told(&refusal, DIAL_NS))

@@ -3,6 +3,7 @@
  * What arrives in an enrolled pod's namespace and belongs to no connection yet: mostly SYNs, some of them repeated, and
  * with SYN cookies the first ACK. So nothing is consumed here, only judged.
  */
+#include "lib/address.h"
 #include "lib/helpers.h"
 #include "lib/policy.h"
 #include "lib/refusal.h"
@@ -11,7 +12,11 @@
 
 inline_always int to_listener(struct bpf_sk_lookup *ctx, struct tuple *tuple, u32 identity, u32 destination)
 {
-	struct endpoint key = { .address = tuple->server_address, .port = tuple->server_port };
+	struct endpoint key = {
+		.address = tuple->server_address,
+		.port = tuple->server_port,
+		.protocol = IPPROTO_TCP,
+	};
 	void *listener = map_lookup(MAP(LISTENERS), &key);
 	long error;
 
@@ -42,11 +47,11 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
 		count(REASON_IPV6);
 		return SK_DROP;
 	}
-	tuple.client_address = ctx->remote_ip4;
-	tuple.server_address = ctx->local_ip4;
+	set_ipv4(&tuple.client_address, ctx->remote_ip4);
+	set_ipv4(&tuple.server_address, ctx->local_ip4);
 	tuple.client_port = ctx->remote_port;
 	tuple.server_port = bpf_htons((u16)ctx->local_port);
-	if (is_loopback(tuple.server_address) && ctx->ingress_ifindex == IFINDEX_LOOPBACK)
+	if (is_loopback(&tuple.server_address) && ctx->ingress_ifindex == IFINDEX_LOOPBACK)
 		return SK_PASS;
 
 	peer = map_lookup(MAP(PEERS), &tuple.server_address);

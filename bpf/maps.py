@@ -178,7 +178,8 @@ class Map:
             os.close(fd)
             self.fd = -1
             raise
-        self.name = self.info.name
+        #: Without the count of its forms, see :class:`bpf.schema.MapSpec`.
+        self.name = self.info.name.partition(".")[0]
         self.key_size = self.info.key_size
         self.value_size = self.info.value_size
         self._value = ctypes.create_string_buffer(self.value_size)

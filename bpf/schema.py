@@ -29,7 +29,7 @@ class MapSpec(NamedTuple):
 
     def has_form_of(self, one: maps.Map) -> bool:
         """Whether the elements of a map of any version mean the same."""
-        found = (one.name, one.info.type, one.key_size, one.value_size)
+        found = (one.info.name, one.info.type, one.key_size, one.value_size)
         return found == (self.kernel_name, self.type, self.key_size, self.value_size)
 
 
@@ -39,10 +39,16 @@ INNER_POLICY = MapSpec("policy", maps.HASH, wire.PolicyKey.LAYOUT.size, 4, 64, m
 # Elements are allocated when they come (NO_PREALLOC): a map that is large enough costs nothing while it is empty.
 MAPS = (
     MapSpec("roles", maps.HASH, 8, 4, 256, maps.F_NO_PREALLOC),
-    MapSpec("pods", maps.HASH, 8, wire.Pod.LAYOUT.size, 1024, maps.F_NO_PREALLOC),
-    MapSpec("peers", maps.HASH, 4, wire.Peer.LAYOUT.size, 262144, maps.F_NO_PREALLOC),
+    MapSpec("pods", maps.HASH, 8, wire.Pod.LAYOUT.size, 1024, maps.F_NO_PREALLOC, 2),
+    MapSpec("peers", maps.HASH, wire.ADDRESS.size, wire.Peer.LAYOUT.size, 262144, maps.F_NO_PREALLOC, 2),
     MapSpec(
-        "services", maps.HASH, wire.Endpoint.LAYOUT.size, wire.Service.LAYOUT.size, 65536, maps.F_NO_PREALLOC
+        "services",
+        maps.HASH,
+        wire.Endpoint.LAYOUT.size,
+        wire.Service.LAYOUT.size,
+        65536,
+        maps.F_NO_PREALLOC,
+        2,
     ),
     MapSpec(
         "backends",
@@ -51,11 +57,14 @@ MAPS = (
         wire.Endpoint.LAYOUT.size,
         524288,
         maps.F_NO_PREALLOC,
+        2,
     ),
-    MapSpec("members", maps.HASH, wire.MemberKey.LAYOUT.size, 4, 524288, maps.F_NO_PREALLOC),
-    MapSpec("affinity", maps.LRU_HASH, wire.AffinityKey.LAYOUT.size, wire.Affinity.LAYOUT.size, 65536),
+    MapSpec("members", maps.HASH, wire.MemberKey.LAYOUT.size, 4, 524288, maps.F_NO_PREALLOC, 2),
+    MapSpec("affinity", maps.LRU_HASH, wire.AffinityKey.LAYOUT.size, wire.Affinity.LAYOUT.size, 65536, 0, 2),
     MapSpec("policies", maps.HASH_OF_MAPS, 8, 4, 1024, maps.F_NO_PREALLOC),
-    MapSpec("connecting", maps.HASH, wire.Tuple.LAYOUT.size, wire.Who.LAYOUT.size, 65536, maps.F_NO_PREALLOC),
+    MapSpec(
+        "connecting", maps.HASH, wire.Tuple.LAYOUT.size, wire.Who.LAYOUT.size, 65536, maps.F_NO_PREALLOC, 2
+    ),
     MapSpec(
         "captured",
         maps.HASH,
@@ -63,14 +72,15 @@ MAPS = (
         wire.Captured.LAYOUT.size,
         262144,
         maps.F_NO_PREALLOC,
+        2,
     ),
-    MapSpec("listeners", maps.SOCKHASH, wire.Endpoint.LAYOUT.size, 8, 4096),
+    MapSpec("listeners", maps.SOCKHASH, wire.Endpoint.LAYOUT.size, 8, 4096, 0, 2),
     MapSpec("flows", maps.HASH, wire.FlowKey.LAYOUT.size, wire.Flow.LAYOUT.size, 131072, maps.F_NO_PREALLOC),
     MapSpec("refused", maps.HASH, wire.FlowKey.LAYOUT.size, 8, 16384, maps.F_NO_PREALLOC),
-    MapSpec("recent", maps.LRU_HASH, wire.Refusal.LAYOUT.size, 8, 8192),
+    MapSpec("recent", maps.LRU_HASH, wire.Refusal.LAYOUT.size, 8, 8192, 0, 2),
     MapSpec("counters", maps.ARRAY, 4, 8, wire.COUNTERS),
-    MapSpec("events", maps.RINGBUF, 0, 0, 1 << 18),
-    MapSpec("sockets", maps.SK_STORAGE, 4, wire.SOCKET_STATE_SIZE, 0, maps.F_NO_PREALLOC),
+    MapSpec("events", maps.RINGBUF, 0, 0, 1 << 18, 0, 2),
+    MapSpec("sockets", maps.SK_STORAGE, 4, wire.SOCKET_STATE_SIZE, 0, maps.F_NO_PREALLOC, 2),
 )
 
 #: Accounts of what has no room in ``flows`` and ``refused`` (identity 0 to identity 0, port 0): always there.

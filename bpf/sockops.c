@@ -4,6 +4,7 @@
  * is established, and every counted end is opened and closed in the accounts.
  */
 #include "lib/account.h"
+#include "lib/address.h"
 #include "lib/helpers.h"
 #include "lib/policy.h"
 #include "lib/refusal.h"
@@ -27,8 +28,8 @@ inline_always bool tuple_of(struct bpf_sock_ops *ctx, bool active, struct tuple 
 	/* On little-endian machines the kernel shifts it up. */
 	__be16 remote = bpf_htons((u16)bpf_ntohl(remote_port));
 
-	tuple->client_address = active ? local_address : remote_address;
-	tuple->server_address = active ? remote_address : local_address;
+	set_ipv4(&tuple->client_address, active ? local_address : remote_address);
+	set_ipv4(&tuple->server_address, active ? remote_address : local_address);
 	tuple->client_port = active ? local : remote;
 	tuple->server_port = active ? remote : local;
 	return true;
@@ -59,7 +60,8 @@ inline_always void dialling(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	if (state->kind != VIA_CAPTURED && !(state->flags & SOCKET_RECORD))
 		return;
 	/* Whoever dials from an address that is not the pod's stays unnamed: plain, and refused where that counts. */
-	if (state->source_address && state->source_address != tuple.client_address)
+	if (!is_none(&state->source_address) &&
+	    !is_same_address(&state->source_address, &tuple.client_address))
 		return;
 	struct who who = { .netns = state->netns, .identity = state->identity, .kind = state->kind };
 
@@ -119,7 +121,7 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 
 	if (!pod || !tuple_of(ctx, false, &tuple))
 		return;
-	if (is_loopback(tuple.server_address))
+	if (is_loopback(&tuple.server_address))
 		return;
 	state.kind = VIA_PLAIN;
 	state.identity = IDENTITY_PLAIN;
@@ -137,7 +139,8 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 			state.identity = peer->identity;
 		}
 	}
-	if (tuple.server_address == pod->address && is_own_port(tuple.server_port)) {
+	if (is_same_address(&tuple.server_address, own_address(pod, &tuple.server_address)) &&
+	    is_own_port(tuple.server_port)) {
 		if (state.kind == VIA_CAPTURED)
 			keep_captured(ctx, sk, netns, &tuple);
 		return;
@@ -207,8 +210,9 @@ inline_always void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u32 old
 		return;
 	struct tuple tuple = state->tuple;
 
-	if (state->kind == VIA_CAPTURED && (!(state->flags & SOCKET_ACTIVE) || !state->source_address ||
-					    map_lookup(MAP(CONNECTING), &tuple)))
+	if (state->kind == VIA_CAPTURED &&
+	    (!(state->flags & SOCKET_ACTIVE) || is_none(&state->source_address) ||
+	     map_lookup(MAP(CONNECTING), &tuple)))
 		forget_captured(state->netns, &tuple);
 	if ((state->flags & SOCKET_ACTIVE) && (state->kind == VIA_CAPTURED || (state->flags & SOCKET_RECORD)))
 		map_delete(MAP(CONNECTING), &tuple);

@@ -6,6 +6,7 @@
 #include "lib/helpers.h"
 
 struct wire_types {
+	struct address address;
 	struct pod pod;
 	struct peer peer;
 	struct endpoint endpoint;

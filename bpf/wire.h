@@ -10,7 +10,7 @@
 #ifndef MYCEL_WIRE_H
 #define MYCEL_WIRE_H
 
-#define MYCEL_ABI 2
+#define MYCEL_ABI 3
 
 #define PORT_OUTBOUND 15001
 #define PORT_OUTBOUND_L7 15002
@@ -76,6 +76,11 @@ enum counter {
 	COUNTER_COUNT,
 };
 
+/* An address of either family; IPv4 is ::ffff:a.b.c.d. All zero: none. */
+struct address {
+	__be32 word[4];
+};
+
 /*
  * pods: netns -> pod. A namespace that is in it is in the mesh. The flags are for a pod that joins or leaves as it runs; those
  * of both are PEER_JOINING too.
@@ -83,7 +88,8 @@ enum counter {
 #define POD_PASSING 1 /* its applications' dials pass as without a mesh */
 #define POD_OPEN 2    /* plain text that arrives is not judged: no sk_lookup there */
 struct pod {
-	__be32 address;
+	struct address address4; /* none: it has no address of that family */
+	struct address address6;
 	__u32 identity;
 	__u32 flags;
 };
@@ -100,9 +106,10 @@ struct peer {
 
 /* Key of services and listeners, value of backends. */
 struct endpoint {
-	__be32 address;
+	struct address address;
 	__be16 port;
-	__u16 pad;
+	__u8 protocol; /* IPPROTO_TCP or IPPROTO_UDP */
+	__u8 pad;
 };
 
 /* services: endpoint -> service. Its backends are those of (id, generation), all there before this names them. */
@@ -127,9 +134,7 @@ struct backend_key {
 struct member_key {
 	__u32 service;
 	__u32 generation;
-	__be32 address;
-	__be16 port;
-	__u16 pad;
+	struct endpoint endpoint;
 };
 
 /* affinity: affinity_key -> affinity. The backend that a client had last; forgotten when there is no room. */
@@ -140,9 +145,8 @@ struct affinity_key {
 };
 
 struct affinity {
-	__be32 address;
-	__be16 port;
-	__u16 pad;
+	struct endpoint endpoint;
+	__u32 filler;
 	__u64 used; /* nanoseconds, of the kernel's monotonic clock */
 };
 
@@ -159,8 +163,8 @@ struct policy_key {
 
 /* connecting: tuple -> who. From the client's SYN until the server's end is established, or the client closes. */
 struct tuple {
-	__be32 client_address;
-	__be32 server_address;
+	struct address client_address;
+	struct address server_address;
 	__be16 client_port;
 	__be16 server_port;
 };
@@ -180,14 +184,16 @@ struct who {
  */
 struct captured_key {
 	__u64 netns;
-	__be32 client_address;
+	struct address client_address;
 	__be16 client_port;
 	__be16 listener_port;
+	__u32 pad;
 };
 
 struct captured {
-	__be32 destination_address; /* the endpoint that was chosen; the service's own for PORT_OUTBOUND_L7 */
-	__be32 service_address;	    /* what the application dialled */
+	struct address
+		destination_address; /* the endpoint that was chosen; the service's own for PORT_OUTBOUND_L7 */
+	struct address service_address; /* what the application dialled */
 	__be16 destination_port;
 	__be16 service_port;
 	__u32 identity; /* the client's, of this node */
@@ -222,10 +228,10 @@ struct socket_state {
 	__u64 sent;	/* already in the flow; ACCOUNT_CLOSED when that is all */
 	__u64 received; /* the same */
 	struct tuple tuple;
-	__u32 identity;	       /* the source's */
-	__be32 source_address; /* that it has to dial from, or 0 */
-	__be32 destination_address;
-	__be32 service_address;
+	__u32 identity;		       /* the source's */
+	struct address source_address; /* that it has to dial from, or none */
+	struct address destination_address;
+	struct address service_address;
 	__be16 destination_port;
 	__be16 service_port;
 	struct flow_key flow;
@@ -254,11 +260,10 @@ struct event {
 	__u32 reason;
 	__u32 source;
 	__u32 destination;
-	__be32 client_address;
-	__be32 server_address;
+	struct address client_address;
+	struct address server_address;
 	__be16 client_port;
 	__be16 server_port;
-	__u8 server6[16]; /* for REASON_IPV6 */
 };
 
 /* recent: refusal -> when it was told last, nanoseconds (clients repeat their SYNs); reason 0: when it was closed. */

@@ -4,8 +4,8 @@ A leaf: standard library only. Each :class:`Record` says its C layout once, in `
 it, and a test compares it with the BTF of the loaded programs, field by field. Any change of a layout raises
 :data:`ABI`.
 
-Addresses are dotted IPv4 text and ports are host integers on this side; on the wire both are in network byte
-order.
+Addresses are canonical text of either family (:func:`canonical`) and ports are host integers on this side; on the wire an
+address has 16 bytes, IPv4 as ``::ffff:a.b.c.d``, and both are in network byte order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-ABI = 2
+ABI = 3
 
 #: Flags of :class:`Peer`.
 PEER_LOCAL = 1
@@ -111,19 +111,37 @@ U8 = Kind("B")
 BOOL = Kind("B", int, bool)
 
 
-def ipv4(text: str) -> bytes:
-    """An address as it stands on the wire.
+_MAPPED = bytes(10) + b"\xff\xff"
+#: How :class:`Pod` says that there is no address of a family.
+_NONE = bytes(16)
 
-    :raises ValueError: it is not four decimal numbers with dots (``inet_aton`` would take much more).
+
+def pack_address(text: str) -> bytes:
+    """The 16 bytes of an address as it stands on the wire; an IPv4-mapped address is the IPv4 address.
+
+    :raises ValueError: it is no address (``inet_aton`` would take much more), or one with a zone.
     """
     try:
-        return socket.inet_pton(socket.AF_INET, text)
+        if ":" in text:
+            return socket.inet_pton(socket.AF_INET6, text)
+        return _MAPPED + socket.inet_pton(socket.AF_INET, text)
     except OSError:
-        raise ValueError(f"{text!r} is no IPv4 address") from None
+        raise ValueError(f"{text!r} is no IP address") from None
 
 
-def ipv4_text(data: bytes) -> str:
-    return socket.inet_ntoa(data)
+def unpack_address(data: bytes) -> str:
+    """The canonical text (RFC 5952); dotted for IPv4."""
+    if data.startswith(_MAPPED):
+        return socket.inet_ntoa(data[12:])
+    return socket.inet_ntop(socket.AF_INET6, data)
+
+
+def canonical(text: str) -> str:
+    """The one text that an address has on this side: dotted for an IPv4-mapped one.
+
+    :raises ValueError: it is no address.
+    """
+    return unpack_address(pack_address(text))
 
 
 def _port(number: int) -> bytes:
@@ -132,13 +150,13 @@ def _port(number: int) -> bytes:
     return number.to_bytes(2, "big")
 
 
-#: ``__be32``, dotted text here
-ADDRESS = Kind("4s", ipv4, ipv4_text)
-#: ``__u8[16]``, text here
-ADDRESS6 = Kind(
+#: ``struct address``, text here
+ADDRESS = Kind("16s", pack_address, unpack_address)
+#: The same, or none: the empty text
+ADDRESS_OR_NONE = Kind(
     "16s",
-    lambda text: socket.inet_pton(socket.AF_INET6, text),
-    lambda data: socket.inet_ntop(socket.AF_INET6, data),
+    lambda text: pack_address(text) if text else _NONE,
+    lambda data: unpack_address(data) if data != _NONE else "",
 )
 #: ``__be16``, an integer here
 PORT = Kind("2s", _port, lambda data: int.from_bytes(data, "big"))
@@ -180,7 +198,7 @@ class Record:
     def pack(self) -> bytes:
         """The bytes on the wire.
 
-        :raises ValueError: an address is no IPv4 address, a port no port.
+        :raises ValueError: an address is no IP address, a port no port.
         :raises struct.error: a number does not fit its member.
         """
         return self.LAYOUT.pack(self)
@@ -195,11 +213,14 @@ class Record:
 class CapturedKey(Record):
     """An accepted connection's ``getpeername()``, with the listener's port and its namespace's cookie."""
 
-    LAYOUT = Layout("captured_key", netns=U64, client_address=ADDRESS, client_port=PORT, listener_port=PORT)
+    LAYOUT = Layout(
+        "captured_key", netns=U64, client_address=ADDRESS, client_port=PORT, listener_port=PORT, pad=U32
+    )
     netns: int
     client_address: str
     client_port: int
     listener_port: int
+    pad: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +244,11 @@ class Captured(Record):
 
 @dataclass(frozen=True, slots=True)
 class Pod(Record):
-    """Value of ``pods``, whose key is the netns cookie."""
+    """Value of ``pods``, whose key is the netns cookie. Of a family that it has no address of: the empty text."""
 
-    LAYOUT = Layout("pod", address=ADDRESS, identity=U32, flags=U32)
-    address: str
+    LAYOUT = Layout("pod", address4=ADDRESS_OR_NONE, address6=ADDRESS_OR_NONE, identity=U32, flags=U32)
+    address4: str
+    address6: str
     identity: int
     flags: int = 0
 
@@ -245,9 +267,10 @@ class Peer(Record):
 class Endpoint(Record):
     """Key of ``services`` and ``listeners``, value of ``backends``."""
 
-    LAYOUT = Layout("endpoint", address=ADDRESS, port=PORT, pad=U16)
+    LAYOUT = Layout("endpoint", address=ADDRESS, port=PORT, protocol=U8, pad=U8)
     address: str
     port: int
+    protocol: int = socket.IPPROTO_TCP
     pad: int = 0
 
 
@@ -264,11 +287,14 @@ class Service(Record):
 
 @dataclass(frozen=True, slots=True)
 class MemberKey(Record):
-    LAYOUT = Layout("member_key", service=U32, generation=U32, address=ADDRESS, port=PORT, pad=U16)
+    LAYOUT = Layout(
+        "member_key", service=U32, generation=U32, address=ADDRESS, port=PORT, protocol=U8, pad=U8
+    )
     service: int
     generation: int
     address: str
     port: int
+    protocol: int = socket.IPPROTO_TCP
     pad: int = 0
 
 
@@ -284,10 +310,12 @@ class AffinityKey(Record):
 class Affinity(Record):
     """Value of ``affinity``; ``used`` in nanoseconds of CLOCK_MONOTONIC."""
 
-    LAYOUT = Layout("affinity", address=ADDRESS, port=PORT, pad=U16, used=U64)
+    LAYOUT = Layout("affinity", address=ADDRESS, port=PORT, protocol=U8, pad=U8, filler=U32, used=U64)
     address: str
     port: int
+    protocol: int
     pad: int
+    filler: int
     used: int
 
 
@@ -405,7 +433,6 @@ class Event(Record):
         server_address=ADDRESS,
         client_port=PORT,
         server_port=PORT,
-        server6=ADDRESS6,
     )
     netns: int
     reason: int
@@ -415,7 +442,6 @@ class Event(Record):
     server_address: str
     client_port: int
     server_port: int
-    server6: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,7 +464,7 @@ class Refusal(Record):
 
 
 #: Bytes of ``struct socket_state``, which only the programs look into.
-SOCKET_STATE_SIZE = 88
+SOCKET_STATE_SIZE = 144
 
 #: Slots of the map ``counters``: refusals by :class:`Reason`, then these.
 COUNTER_FULL = {

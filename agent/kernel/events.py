@@ -15,13 +15,11 @@ def read_events(ring: RingReader) -> list[Event]:
 
 def _event(data: bytes) -> Event:
     raw = wire.Event.unpack(data)
-    reason = wire.Reason(raw.reason)
-    server = raw.server6 if reason is wire.Reason.IPV6 else raw.server_address
     return Event(
-        reason,
+        wire.Reason(raw.reason),
         raw.netns,
         raw.source,
         raw.destination,
         (raw.client_address, raw.client_port),
-        (server, raw.server_port),
+        (raw.server_address, raw.server_port),
     )

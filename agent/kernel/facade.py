@@ -114,7 +114,7 @@ class Kernel:
         connections back. Called again with another address or identity it changes those. An address that another
         pod had belongs to this one from now on.
         """
-        with naming(f"pod {pod.netns_cookie} ({pod.address})"):
+        with naming(f"pod {pod.netns_cookie} ({', '.join(pod.addresses)})"):
             if policy is not None:
                 # Not under the lock, as in set_policy.
                 generation, table = policy

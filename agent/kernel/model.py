@@ -25,7 +25,7 @@ class Pod(NamedTuple):
     """A pod of this node that is in the mesh. The cookie of its network namespace is its key in the kernel."""
 
     netns_cookie: int
-    address: str  #: IPv4, dotted
+    addresses: tuple[str, ...]  #: canonical, at most one of each family
     identity: int  #: from IDENTITY_FIRST on
     #: It joins or leaves as it runs: what its applications dial passes as without a mesh.
     passing: bool = False
@@ -113,4 +113,4 @@ class Event(NamedTuple):
     source: int  #: identity
     destination: int  #: identity
     client: tuple[str, int]  #: port 0 when it had none yet
-    server: tuple[str, int]  #: IPv6 text for Reason.IPV6
+    server: tuple[str, int]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from agent.kernel import namespace
@@ -17,6 +17,7 @@ from agent.kernel.model import Peer, Pod
 from bpf import links, wire
 from bpf.maps import Map
 
+_TUPLE_SIZE = wire.Tuple.LAYOUT.size
 _LISTENER_PORTS = (wire.PORT_OUTBOUND, wire.PORT_OUTBOUND_L7, wire.PORT_HBONE)
 
 
@@ -25,8 +26,25 @@ def netns_key(cookie: int) -> bytes:
 
 
 def address_key(address: str) -> bytes:
-    """:raises ValueError: no dotted IPv4 address."""
-    return wire.ipv4(address)
+    """:raises ValueError: no IP address."""
+    return wire.pack_address(address)
+
+
+def by_family(addresses: tuple[str, ...]) -> tuple[str, str]:
+    """The IPv4 and the IPv6 address of a pod; empty where it has none.
+
+    :raises ValueError: none at all, two of one family, or no address.
+    """
+    found = {4: "", 6: ""}
+    for address in addresses:
+        text = wire.canonical(address)
+        family = 6 if ":" in text else 4
+        if found[family]:
+            raise ValueError(f"two addresses of one family: {found[family]} and {text}")
+        found[family] = text
+    if not addresses:
+        raise ValueError("no address")
+    return found[4], found[6]
 
 
 class Pods:
@@ -59,14 +77,14 @@ class Pods:
 
     def add(self, pod: Pod, netns: int) -> None:
         """:raises OSError: nothing of it is left then, unless the pod was there before."""
-        address = address_key(pod.address)
+        address4, address6 = by_family(pod.addresses)
         if not wire.IDENTITY_FIRST <= pod.identity < wire.POLICY_GENERATION:
             raise ValueError(f"pod {pod.netns_cookie}: identity {pod.identity} is no workload's")
         if (found := namespace.cookie(netns)) != pod.netns_cookie:
             raise KernelError(f"the namespace has the cookie {found}, not {pod.netns_cookie}")
         known = self.get(pod.netns_cookie)
-        if known is not None and known.address != pod.address:
-            self._release(known)
+        if known is not None:
+            self._release(pod.netns_cookie, set(known.addresses) - {address4, address6})
         try:
             namespace.prepare(netns)
             if known is None and not pod.open:
@@ -76,8 +94,13 @@ class Pods:
             if pod.passing or pod.open:
                 peer_flags |= wire.PEER_JOINING
             flags = (wire.POD_PASSING if pod.passing else 0) | (wire.POD_OPEN if pod.open else 0)
-            self._peers.update(address, wire.Peer(pod.netns_cookie, pod.identity, peer_flags).pack())
-            self._pods.update(netns_key(pod.netns_cookie), wire.Pod(pod.address, pod.identity, flags).pack())
+            for address in filter(None, (address4, address6)):
+                self._peers.update(
+                    address_key(address), wire.Peer(pod.netns_cookie, pod.identity, peer_flags).pack()
+                )
+            self._pods.update(
+                netns_key(pod.netns_cookie), wire.Pod(address4, address6, pod.identity, flags).pack()
+            )
             if pod.open:
                 (self._links / str(pod.netns_cookie)).unlink(missing_ok=True)
             else:
@@ -85,7 +108,7 @@ class Pods:
                 self._guard(pod.netns_cookie, netns)
         except OSError:
             if known is None:
-                self.remove(pod.netns_cookie, pod.address)
+                self.remove(pod.netns_cookie, pod.addresses)
                 namespace.restore(netns)
             raise
 
@@ -109,34 +132,37 @@ class Pods:
         finally:
             os.close(link)
 
-    def remove(self, cookie: int, address: str = "") -> None:
-        """Forget it: ``address`` is known only when it was being added."""
+    def remove(self, cookie: int, addresses: tuple[str, ...] = ()) -> None:
+        """Forget it: ``addresses`` are known only when it was being added."""
         known = self.get(cookie)
         self._pods.delete(netns_key(cookie))
         (self._links / str(cookie)).unlink(missing_ok=True)
         # The address before the verdicts: whoever dials it from here while it runs on is never refused for their lack.
-        if known is not None:
-            self._release(known)
-        elif address:
-            self._release(Pod(cookie, address, 0))
+        self._release(cookie, known.addresses if known is not None else addresses)
         self._policies.delete(netns_key(cookie))
         _purge(self._captured, lambda key: wire.CapturedKey.unpack(key).netns == cookie)
         for key, value in self._connecting.items():
             if wire.Who.unpack(value).netns == cookie:
                 self._connecting.delete(key)
 
-    def _release(self, pod: Pod) -> None:
-        """The address is nobody's any more, unless somebody else has it by now."""
-        key = address_key(pod.address)
-        value = self._peers.lookup(key)
-        if value is None or wire.Peer.unpack(value).netns != pod.netns_cookie:
+    def _release(self, cookie: int, addresses: Iterable[str]) -> None:
+        """The addresses are nobody's any more, unless somebody else has them by now."""
+        released: set[str] = set()
+        for address in addresses:
+            key = address_key(address)
+            value = self._peers.lookup(key)
+            if value is None or wire.Peer.unpack(value).netns != cookie:
+                continue
+            self._peers.delete(key)
+            for port in _LISTENER_PORTS:
+                self._listeners.delete(wire.Endpoint(address, port).pack())
+            released.add(wire.canonical(address))
+        if not released:
             return
-        self._peers.delete(key)
-        for port in _LISTENER_PORTS:
-            self._listeners.delete(wire.Endpoint(pod.address, port).pack())
 
         def about(key: bytes) -> bool:
-            return pod.address in (wire.Tuple.unpack(key[:12]).client_address, _server(key))
+            ends = wire.Tuple.unpack(key[:_TUPLE_SIZE])
+            return ends.client_address in released or ends.server_address in released
 
         _purge(self._connecting, about)
         _purge(self._recent, about)
@@ -147,9 +173,10 @@ class Pods:
         if pod is None:
             return ["the pod is not in the kernel's tables"]
         found: list[str] = []
-        value = self._peers.lookup(address_key(pod.address))
-        if value is None or wire.Peer.unpack(value).netns != cookie:
-            found.append(f"address {pod.address} is not the pod's in the kernel's tables")
+        for address in pod.addresses:
+            value = self._peers.lookup(address_key(address))
+            if value is None or wire.Peer.unpack(value).netns != cookie:
+                found.append(f"address {address} is not the pod's in the kernel's tables")
         if self._policies.lookup(netns_key(cookie)) is None:
             found.append("no policy")
         if pod.open:
@@ -210,7 +237,7 @@ class Pods:
         found: dict[str, Peer] = {}
         for key, value in self._peers.items():
             peer = wire.Peer.unpack(value)
-            found[wire.ipv4_text(key)] = Peer(
+            found[wire.unpack_address(key)] = Peer(
                 bool(peer.flags & wire.PEER_LOCAL),
                 bool(peer.flags & wire.PEER_ENROLLED),
                 peer.identity,
@@ -221,11 +248,8 @@ class Pods:
 
 def _pod(cookie: int, pod: wire.Pod) -> Pod:
     passing, is_open = bool(pod.flags & wire.POD_PASSING), bool(pod.flags & wire.POD_OPEN)
-    return Pod(cookie, pod.address, pod.identity, passing, is_open)
-
-
-def _server(key: bytes) -> str:
-    return wire.Tuple.unpack(key[:12]).server_address
+    addresses = tuple(filter(None, (pod.address4, pod.address6)))
+    return Pod(cookie, addresses, pod.identity, passing, is_open)
 
 
 def _purge(table: Map, about: Callable[[bytes], bool]) -> None:

@@ -49,7 +49,7 @@ class Services:
 
         :param affinity: seconds for which a client keeps its backend after it dialled last; 0 is not at all.
         :raises MapFullError: no room.
-        :raises ValueError: a backend is no IPv4 address with a port, or ``affinity`` no number of seconds.
+        :raises ValueError: a backend is no IP address with a port, or ``affinity`` no number of seconds.
         """
         wanted = tuple(backends)
         if not 0 <= affinity <= _U32 >> wire.SERVICE_AFFINITY_SHIFT:

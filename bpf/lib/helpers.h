@@ -55,11 +55,6 @@ static long (*seq_write)(void *seq, const void *data, u32 size) = (void *)BPF_FU
 		loaded;                                                                         \
 	})
 
-inline_always bool is_loopback(__be32 address)
-{
-	return (address & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
-}
-
 inline_always bool is_own_port(__be16 port)
 {
 	return port == bpf_htons(PORT_OUTBOUND) || port == bpf_htons(PORT_OUTBOUND_L7) ||

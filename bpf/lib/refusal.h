@@ -63,14 +63,14 @@ inline_always bool was_told(struct refusal *refusal, u64 period)
 }
 
 /* Refused at connect(): each attempt is counted. The client is the pod's address; it has no port yet. */
-inline_always void refuse_dial(u64 netns, __be32 client, u32 reason, u32 source, u32 destination,
-			       __be32 address, __be16 port, u32 direction)
+inline_always void refuse_dial(u64 netns, const struct address *client, u32 reason, u32 source,
+			       u32 destination, const struct address *address, __be16 port, u32 direction)
 {
 	struct flow_key flow = {
 		.source = source, .destination = destination, .port = port, .direction = direction
 	};
 	struct refusal refusal = {
-		.tuple = { .client_address = client, .server_address = address, .server_port = port },
+		.tuple = { .client_address = *client, .server_address = *address, .server_port = port },
 		.reason = reason,
 	};
 	struct event event = {
@@ -78,8 +78,8 @@ inline_always void refuse_dial(u64 netns, __be32 client, u32 reason, u32 source,
 		.reason = reason,
 		.source = source,
 		.destination = destination,
-		.client_address = client,
-		.server_address = address,
+		.client_address = *client,
+		.server_address = *address,
 		.server_port = port,
 	};
 

@@ -80,7 +80,9 @@ class FakeKernel(Kernel):
     ) -> None:
         os.fstat(netns)
         judged = f" judged by {policy[0]}" if policy is not None else ""
-        self._write(f"add pod {pod.netns_cookie} {pod.address} {pod.identity}{judged}", pod.netns_cookie)
+        self._write(
+            f"add pod {pod.netns_cookie} {','.join(pod.addresses)} {pod.identity}{judged}", pod.netns_cookie
+        )
         self.fake_pods[pod.netns_cookie] = pod
         if policy is not None:
             self.fake_policies[pod.netns_cookie] = (policy[0], dict(policy[1]))
@@ -133,18 +135,20 @@ class FakeKernel(Kernel):
         return self.fake_policies.get(netns_cookie)
 
     def set_peer(self, address: str, peer: Peer) -> None:
-        if address not in {pod.address for pod in self.fake_pods.values()}:
+        if address not in {a for pod in self.fake_pods.values() for a in pod.addresses}:
             self._write(f"peer {address} {'enrolled' if peer.enrolled else 'plain'}", address)
             self.fake_peers[address] = peer
 
     def remove_peer(self, address: str) -> None:
-        if address not in {pod.address for pod in self.fake_pods.values()}:
+        if address not in {a for pod in self.fake_pods.values() for a in pod.addresses}:
             self._write(f"no peer {address}", address)
             self.fake_peers.pop(address, None)
 
     def peers(self) -> dict[str, Peer]:
         return self.fake_peers | {
-            pod.address: Peer(True, True, pod.identity) for pod in self.fake_pods.values()
+            address: Peer(True, True, pod.identity)
+            for pod in self.fake_pods.values()
+            for address in pod.addresses
         }
 
     def set_service(

@@ -117,6 +117,38 @@ class Worker:
         sock.settimeout(5)
         return sock
 
+    def datagrams(
+        self,
+        address: tuple[str, int] | None = None,
+        *,
+        family: int = socket.AF_INET,
+        bind: tuple[str, int] | None = None,
+        options: tuple[tuple[int, int, int], ...] = (),
+    ) -> socket.socket:
+        """A UDP socket of this process, connected when there is an address."""
+        sock = self._call("datagrams", address=address, family=family, bind=bind, options=options)
+        assert sock is not None
+        sock.settimeout(3)
+        return sock
+
+    def send(self, sock: socket.socket, data: str, address: tuple[str, int] | None = None) -> None:
+        """What it sends itself, the kernel sees as sent by this process."""
+        self._call("send", data=data, address=address, fds=(sock.fileno(),))
+
+    def reconnect(self, sock: socket.socket, address: tuple[str, int]) -> None:
+        self._call("reconnect", address=address, fds=(sock.fileno(),))
+
+    def spread(
+        self,
+        address: tuple[str, int],
+        count: int,
+        *,
+        family: int = socket.AF_INET,
+        connecting: bool = False,
+    ) -> None:
+        """A datagram from each of so many sockets."""
+        self._call("spread", address=address, count=count, family=family, connecting=connecting)
+
     def dial_with(
         self, fd: int, address: tuple[str, int], bind: tuple[str, int] | None = None, timeout: float = 3.0
     ) -> socket.socket:
@@ -182,7 +214,7 @@ class TestPod:
         return worker
 
     def enrol(self, table: dict[tuple[int, int], bool] | None = None, generation: int = 1) -> Self:
-        self.node.kernel.add_pod(Pod(self.cookie, self.address, self.identity), self.netns)
+        self.node.kernel.add_pod(Pod(self.cookie, (self.address,), self.identity), self.netns)
         if table is not None:
             self.node.kernel.set_policy(self.cookie, table, generation)
         return self

@@ -67,7 +67,7 @@ def test_strict_refuses_plain_on_every_port_but_the_exception(node, server, host
 
 def test_no_policy_refuses(node, make_pod, host):
     client, server = make_pod().enrol({}), make_pod()
-    node.kernel.add_pod(Pod(server.cookie, server.address, server.identity), server.netns)
+    node.kernel.add_pod(Pod(server.cookie, (server.address,), server.identity), server.netns)
     with server.app.listen(("0.0.0.0", PORT)):
         with pytest.raises(ConnectionRefusedError):
             host.connect((server.address, PORT))
@@ -376,7 +376,7 @@ def test_identity_of_a_pod_changes(node, make_pod, server):
     client = make_pod().enrol({})
     node.kernel.set_policy(server.cookie, {(client.identity, 0): True}, 2)
     client.app.connect((server.address, PORT)).close()
-    node.kernel.add_pod(Pod(client.cookie, client.address, client.identity + 5000), client.netns)
+    node.kernel.add_pod(Pod(client.cookie, (client.address,), client.identity + 5000), client.netns)
     with pytest.raises(PermissionError):
         client.app.connect((server.address, PORT))
 
@@ -503,7 +503,7 @@ def test_pod_that_comes_and_goes_as_it_runs_is_never_without_verdicts(node, make
     dialler = threading.Thread(target=dial)
     dialler.start()
     try:
-        pod = Pod(server.cookie, server.address, server.identity, passing=True, open=True)
+        pod = Pod(server.cookie, (server.address,), server.identity, passing=True, open=True)
         for generation in range(1, 30):
             node.kernel.add_pod(pod, server.netns, (generation, {(client.identity, 0): True}))
             assert node.kernel.policy(server.cookie) == (generation, {(client.identity, 0): True})
@@ -515,7 +515,7 @@ def test_pod_that_comes_and_goes_as_it_runs_is_never_without_verdicts(node, make
     assert len(outcomes) > 30
     assert set(outcomes) == {"ok"}
     with pytest.raises(ValueError, match="identity 1 is no workload's"):
-        node.kernel.add_pod(Pod(server.cookie, server.address, 1, open=True), server.netns, (1, {}))
+        node.kernel.add_pod(Pod(server.cookie, (server.address,), 1, open=True), server.netns, (1, {}))
     assert node.kernel.policy(server.cookie) is None
 
 

@@ -130,7 +130,7 @@ def test_loader_again_under_traffic(node, make_pod):
     assert done["refused"] > 20
     # A new agent: another facade over the same pins.
     with Kernel(node.pins) as successor:
-        assert successor.pods()[server.cookie] == Pod(server.cookie, server.address, server.identity)
+        assert successor.pods()[server.cookie] == Pod(server.cookie, (server.address,), server.identity)
         assert successor.policy(server.cookie) == (1, {(client.identity, 0): True})
         assert successor.services()["10.96.9.1", 80] == (False, (Backend(server.address, PORT),), 0)
         key = FlowKey(client.identity, server.identity, PORT, Direction.OUTBOUND)
@@ -309,7 +309,7 @@ def test_nothing_of_ours_keeps_a_namespace_alive(node):
         timeout=10,
     )
     run(netns, "sh", "-c", "ip addr add 10.77.200.1/16 dev eth0 && ip link set eth0 up && ip link set lo up")
-    node.kernel.add_pod(Pod(cookie, "10.77.200.1", 9000), netns)
+    node.kernel.add_pod(Pod(cookie, ("10.77.200.1",), 9000), netns)
     node.kernel.set_policy(cookie, {}, 1)
     fds = [node.kernel.create_listener(netns, "10.77.200.1", wire.PORT_HBONE)]
     fds += node.kernel.create_outbound(netns, 3) + node.kernel.create_delivery(netns, 3)
@@ -332,7 +332,7 @@ def test_pod_can_be_removed_after_its_namespace(node):
     netns = new_namespace()
     cookie = namespace.cookie(netns)
     run(netns, "ip", "link", "set", "lo", "up")
-    node.kernel.add_pod(Pod(cookie, "10.77.200.2", 9001), netns)
+    node.kernel.add_pod(Pod(cookie, ("10.77.200.2",), 9001), netns)
     os.close(netns)
     time.sleep(0.3)
     node.load()  # drops links of namespaces that are gone
@@ -360,12 +360,12 @@ def test_missing_says_what_is_missing(node, make_pod):
 def test_wrong_namespace_is_not_enrolled(node, make_pod):
     pod = make_pod()
     with pytest.raises(KernelError, match="cookie"):
-        node.kernel.add_pod(Pod(pod.cookie + 1, pod.address, pod.identity), pod.netns)
+        node.kernel.add_pod(Pod(pod.cookie + 1, (pod.address,), pod.identity), pod.netns)
     assert node.kernel.pods().get(pod.cookie + 1) is None
     with pytest.raises(ValueError, match="identity 1"):
-        node.kernel.add_pod(Pod(pod.cookie, pod.address, 1), pod.netns)
+        node.kernel.add_pod(Pod(pod.cookie, (pod.address,), 1), pod.netns)
     with pytest.raises(ValueError, match=r"10\.77"):
-        node.kernel.add_pod(Pod(pod.cookie, "10.77", pod.identity), pod.netns)
+        node.kernel.add_pod(Pod(pod.cookie, ("10.77",), pod.identity), pod.netns)
     assert pod.cookie not in node.kernel.pods()
     assert "fwmark" not in run(pod.netns, "ip", "rule")
     with pytest.raises(KernelError, match="no such pod"):

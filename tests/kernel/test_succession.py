@@ -176,10 +176,10 @@ def test_what_cannot_be_carried_over_is_refused(own_node, later):
     client, stranger, server = pods_of(node)
     before = in_force(node, wire.ABI)
     peers = "wire.Peer.LAYOUT.size, 262144, maps.F_NO_PREALLOC"
-    edit(later / "bpf/schema.py", peers, f"{peers}, 2")
+    edit(later / "bpf/schema.py", f"{peers}, 2", f"{peers}, 3")
     told = load(node, later)
     assert told.returncode == 1
-    assert "peers: its elements have another form than peers.2" in told.stderr
+    assert "peers: its elements have another form than peers.3" in told.stderr
     assert in_force(node, wire.ABI) == before
     with server.app.listen(("0.0.0.0", PORT)):
         client.app.connect((server.address, PORT)).close()
