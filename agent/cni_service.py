@@ -22,7 +22,7 @@ _log = logs.get(__name__)
 #: Seconds for the whole of one request, below the plugin's own :data:`cni.protocol.REPLY_TIMEOUT`.
 REQUEST_TIMEOUT = 13.0
 #: Seconds between looks at the notes (the start and every ADD look too).
-NOTES_INTERVAL = 5.0
+NOTES_INTERVAL = 2.0
 
 
 class Target(Protocol):
@@ -54,6 +54,9 @@ class CniService:
         try:
             request = protocol.decode(data)
             command = str(request.get("command", ""))
+            if command == "ADD" and connection.ended:
+                # We were stopped, or had too much to do, and its runtime has been told so.
+                raise Refusal(protocol.ERR_TRY_AGAIN, "the plugin has given up waiting")
             async with asyncio.timeout(REQUEST_TIMEOUT):
                 await self._do(command, request, fds)
         except protocol.ProtocolError as error:

@@ -81,6 +81,16 @@ class Connection:
             except BlockingIOError:
                 await self._ready(self._loop.add_writer, self._loop.remove_writer)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the other end has closed, and said no more than was received."""
+        try:
+            return not self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
     def abort(self) -> None:
         """End it from either side; whoever waits in :meth:`receive` sees the end."""
         with contextlib.suppress(OSError):

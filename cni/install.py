@@ -34,7 +34,7 @@ _OUTDATED = ".outdated"
 #: (whose timeout is at most 60 s).
 KEEP = 300.0
 #: The plugin's modules, in the bundle's library.
-_MODULES = ("__init__", "plugin", "protocol")
+_MODULES = ("__init__", "fastjson", "plugin", "protocol")
 
 _LAUNCHER = """\
 #!{interpreter} -ISE

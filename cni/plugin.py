@@ -13,11 +13,12 @@ Keys of its own in the configuration:
 ``outsideNamespaces``  namespaces of Kubernetes whose pods are never in the mesh: they pass without asking anybody
 ``nodeStatus``         what STATUS says: ``agent`` (default) whether the agent could serve ADD; ``ready`` that it could, always
 ``unknownPods``        ``refuse`` (default) or ``pass``: a pod without K8S_POD_UID, as podman's are, cannot be in the mesh
-``timeout``            seconds to wait for the agent, 0.1 to 60 (default 15)
+``timeout``            seconds that a call waits for the agent in all, 0.1 to 60 (default 15); some wait less
 ``logLevel``           ``debug``, ``info``, ``warning`` (default) or ``error``, on standard error
 
 With the agent away, ADD waits for it until the timeout, because an upgrade is over by then, and is refused with "try again"
-after that: a pod of the mesh never starts unnoticed. Pods of namespaces that the agent left word of as outside pass at once.
+after that: a pod of the mesh never starts unnoticed. Pods of namespaces that the agent left word of as outside pass at once
+when nobody is there, and after the timeout when whoever is there does not answer: it may just have heard otherwise.
 """
 
 from __future__ import annotations
@@ -25,12 +26,11 @@ from __future__ import annotations
 # The C module under ``socket``: the wrapper alone costs 2 ms of start-up (enum, selectors).
 import _socket
 import fcntl
-import json
 import os
 import sys
 import time
 
-from cni import protocol
+from cni import fastjson, protocol
 
 TYPE_CHECKING = False  # typing itself is not imported: 3 ms
 if TYPE_CHECKING:
@@ -121,8 +121,13 @@ class Attachment:
         if REQUIRED[command]:
             _check_container_id(self.container_id)
             _check_ifname(self.ifname)
-        # A pod must be removable whatever its arguments are, and DEL does not need them.
-        arguments = {} if command == "DEL" else _arguments(environment.get("CNI_ARGS", ""))
+        try:
+            arguments = _arguments(environment.get("CNI_ARGS", ""))
+        except CniError:
+            # A pod must be removable whatever its arguments are, and DEL does not need them.
+            if command != "DEL":
+                raise
+            arguments = {}
         self.pod_uid = arguments.get("K8S_POD_UID", "")
         self.pod_namespace = arguments.get("K8S_POD_NAMESPACE", "")
         self.pod_name = arguments.get("K8S_POD_NAME", "")
@@ -198,7 +203,7 @@ def _add_by_agent(
     deadline = time.monotonic() + settings.timeout
     while True:
         try:
-            _require(_ask("ADD", settings, attachment, config, addresses, netns))
+            _require(_ask("ADD", settings, attachment, config, deadline, addresses, netns))
             return
         except AgentAway as error:
             if attachment.pod_namespace in protocol.read_outside(settings.run_dir):
@@ -219,14 +224,17 @@ def _check(settings: Settings, attachment: Attachment, config: dict[str, Any], v
         if attachment.pod_namespace not in settings.outside and (
             attachment.pod_uid or settings.unknown_pods == "refuse"
         ):
-            _require(_ask("CHECK", settings, attachment, config, addresses, netns))
+            deadline = time.monotonic() + settings.timeout
+            _require(_ask("CHECK", settings, attachment, config, deadline, addresses, netns))
     finally:
         os.close(netns)
 
 
 def _del(settings: Settings, attachment: Attachment, config: dict[str, Any], version: str) -> None:
+    outside = attachment.pod_namespace in settings.outside
+    wait = min(settings.timeout, protocol.BRIEF_TIMEOUT if outside else protocol.DEL_TIMEOUT)
     try:
-        answer = _ask("DEL", settings, attachment, config)
+        answer = _ask("DEL", settings, attachment, config, time.monotonic() + wait)
         failed = str(answer.get("message") or answer["code"]) if answer["code"] else ""
     except AgentAway as error:
         failed = str(error)
@@ -263,8 +271,11 @@ def _status(settings: Settings, attachment: Attachment, config: dict[str, Any], 
 
 
 def _status_of_agent(settings: Settings, attachment: Attachment, config: dict[str, Any]) -> None:
+    wait = settings.timeout
+    if settings.node_status == "ready":
+        wait = min(wait, protocol.BRIEF_TIMEOUT)
     try:
-        _require(_ask("STATUS", settings, attachment, config))
+        _require(_ask("STATUS", settings, attachment, config, time.monotonic() + wait))
     except AgentAway as error:
         try:
             pinned = bool(os.listdir(settings.pin_dir))
@@ -294,7 +305,7 @@ def _gc(settings: Settings, attachment: Attachment, config: dict[str, Any], vers
                 protocol.ERR_INVALID_CONFIG, f"{key}[{index}]: needs containerID and ifname", repr(item)
             )
         valid.append([container, ifname])
-    _require(_ask("GC", settings, attachment, config, valid=valid))
+    _require(_ask("GC", settings, attachment, config, time.monotonic() + settings.timeout, valid=valid))
 
 
 _COMMANDS = {"ADD": _add, "DEL": _del, "CHECK": _check, "STATUS": _status, "GC": _gc}
@@ -305,14 +316,16 @@ def _ask(
     settings: Settings,
     attachment: Attachment,
     config: dict[str, Any],
+    deadline: float,
     addresses: list[str] | None = None,
     netns: int = -1,
     valid: list[list[str]] | None = None,
 ) -> dict[str, Any]:
-    """Send the request and wait for the reply.
+    """Send the request and wait for the reply until ``deadline`` (of :func:`time.monotonic`).
 
-    :raises AgentAway: no reply within the timeout, whatever the reason.
+    :raises AgentAway: no reply until then, whatever the reason.
     """
+    begin = time.monotonic()
     message = protocol.request(
         command,
         container_id=attachment.container_id,
@@ -330,15 +343,16 @@ def _ask(
     try:
         # One option for all: the larger of our own requests fits (see common.seqpacket.prepare).
         sock.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, 4 * _MAX_REPLY)
-        sock.settimeout(settings.timeout)
+        sock.settimeout(_left(deadline))
         sock.connect(path)
         rights = (
             [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, netns.to_bytes(4, sys.byteorder))] if netns >= 0 else []
         )
         sock.sendmsg([message], rights)
+        sock.settimeout(_left(deadline))
         data = sock.recv(_MAX_REPLY)
     except TimeoutError:
-        raise AgentAway(f"{path}: no reply within {settings.timeout:g} s") from None
+        raise AgentAway(f"{path}: no reply within {max(0.0, deadline - begin):.1f} s") from None
     except OSError as error:
         raise AgentAway(f"{path}: {error.strerror or error}") from None
     finally:
@@ -353,6 +367,14 @@ def _ask(
     if isinstance(code, bool) or not isinstance(code, int):
         raise AgentConfused(f"{path}: reply without a code")
     return answer
+
+
+def _left(deadline: float) -> float:
+    """:raises TimeoutError: it is over."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 def _require(answer: dict[str, Any]) -> None:
@@ -373,7 +395,7 @@ def _read_config(stdin: int) -> dict[str, Any]:
     if not chunks:
         raise CniError(protocol.ERR_IO, "standard input is empty")
     try:
-        config = json.loads(b"".join(chunks))
+        config = fastjson.loads(b"".join(chunks))
     except ValueError as error:
         raise CniError(protocol.ERR_DECODE, "configuration is no JSON", str(error)) from None
     except RecursionError:
@@ -518,7 +540,7 @@ def _error(version: str, error: CniError) -> dict[str, Any]:
 def main() -> NoReturn:
     status, output = run(dict(os.environ), 0)
     if output is not None:
-        sys.stdout.write(json.dumps(output) + "\n")
+        sys.stdout.write(fastjson.dumps(output) + "\n")
         sys.stdout.flush()
     raise SystemExit(status)
 

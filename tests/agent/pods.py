@@ -23,11 +23,11 @@ class Netns:
 
     def __enter__(self) -> Netns:
         ip("netns", "add", self.name)
-        ip("-n", self.name, "link", "set", "lo", "up")
+        lines = ["link set lo up"]
         for number, interface in enumerate(self._interfaces):
-            ip("-n", self.name, "link", "add", interface, "type", "veth", "peer", "name", f"peer{number}")
-            ip("-n", self.name, "link", "set", f"peer{number}", "up")
-            ip("-n", self.name, "link", "set", interface, "up")
+            lines.append(f"link add {interface} type veth peer name peer{number}")
+            lines += [f"link set peer{number} up", f"link set {interface} up"]
+        ip("-n", self.name, "-batch", "-", input="\n".join(lines) + "\n")
         return self
 
     def add_address(self, address: str, interface: str = "eth0") -> None:
@@ -41,9 +41,10 @@ class Netns:
         self.remove()
 
 
-def ip(*arguments: str) -> str:
+def ip(*arguments: str, input: str = "") -> str:
     """:raises CalledProcessError: with ip's own words on standard error."""
-    return subprocess.run(["ip", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+    done = subprocess.run(["ip", *arguments], check=True, input=input, stdout=subprocess.PIPE, text=True)
+    return done.stdout
 
 
 def workload(name: str, *, node: str = "n1", enrolled: bool = True, **more) -> Workload:

@@ -12,14 +12,11 @@ from cni.install import install, launcher
 
 #: Every module that may be loaded when the plugin has done its work. Longer is slower: about 0.2 ms each.
 ALLOWED = {
-    "__future__", "__main__", "_abc", "_codecs", "_collections", "_collections_abc", "_frozen_importlib",
-    "_frozen_importlib_external", "_functools", "_imp", "_io", "_json", "_operator", "_signal", "_socket",
-    "_sre", "_stat", "_thread", "_warnings", "_weakref", "abc", "builtins", "cni", "cni.plugin",
-    "cni.protocol", "codecs", "collections", "copyreg", "encodings", "encodings.aliases", "encodings.utf_8",
-    "enum", "fcntl", "functools", "genericpath", "io", "itertools", "json", "json.decoder", "json.encoder",
-    "json.scanner", "keyword", "marshal", "operator", "os", "os.path", "posix", "posixpath", "re",
-    "re._casefix", "re._compiler", "re._constants", "re._parser", "reprlib", "stat", "sys", "time", "types",
-    "winreg", "zipimport",
+    "__future__", "__main__", "_abc", "_codecs", "_collections_abc", "_frozen_importlib",
+    "_frozen_importlib_external", "_imp", "_io", "_json", "_signal", "_socket", "_stat", "_thread", "_warnings",
+    "_weakref", "abc", "builtins", "cni", "cni.fastjson", "cni.plugin", "cni.protocol", "codecs", "encodings",
+    "encodings.aliases", "encodings.utf_8", "fcntl", "genericpath", "io", "marshal", "os", "os.path", "posix",
+    "posixpath", "stat", "sys", "time", "winreg", "zipimport",
 }  # fmt: skip
 
 
@@ -61,7 +58,7 @@ def test_the_environment_changes_nothing(tmp_path):
 
 
 def test_it_starts_fast(tmp_path):
-    """Compared with the bare interpreter on the same busy machine; about 16 ms against 6 on an idle one."""
+    """Compared with the bare interpreter on the same busy machine; about 9 ms against 7 on an idle one."""
     plugin = install(tmp_path)
     interpreter = os.path.realpath(sys.executable)
 
@@ -78,7 +75,7 @@ def test_it_starts_fast(tmp_path):
     bare = median([interpreter, "-ISE", "-c", ""], b"")
     ours = median([plugin], b"{}")
     print(f"plugin {ours * 1000:.1f} ms, bare interpreter {bare * 1000:.1f} ms")
-    assert ours < max(0.020, bare * 4)
+    assert ours < max(0.015, bare * 2.5)
 
 
 @pytest.mark.parametrize("path", ["relative/python", "/with space/python", "/" + "x" * 130])
