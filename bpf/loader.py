@@ -31,6 +31,11 @@ _SOURCES = ("connect.c", "create.c", "sockops.c", "lookup.c", "iterators.c", "ty
 _BPFFS_MAGIC = 0xCAFE4A11
 _ITERATOR = "bpf_sk_storage_map"
 
+#: What one pod may have of a map that all write into: a part of it. More open connections to one listener of ours than that of
+#: ``captured`` a pod has no ports for.
+_SHARES = {"connecting": 16, "captured": 8}
+_LEAST_SHARE = 16
+
 
 class _Attachment(NamedTuple):
     function: str
@@ -230,6 +235,10 @@ def _compile(
         "-Wno-everything",
         *(f"-DMAP_{name.upper()}={one.fd}" for name, one in opened.items()),
         *(f"-D{name}={value}" for name, value in macros.items()),
+        *(
+            f"-DSHARE_{name.upper()}={max(_LEAST_SHARE, opened[name].info.max_entries // parts)}"
+            for name, parts in _SHARES.items()
+        ),
     ]
     # bcc gives only functions of its main text a section of their own: the entry files are one text, headers included.
     text = "\n".join(f'#line 1 "{name}"\n{(_HERE / name).read_text()}' for name in _SOURCES)

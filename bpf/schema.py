@@ -74,6 +74,7 @@ MAPS = (
         maps.F_NO_PREALLOC,
         2,
     ),
+    MapSpec("shares", maps.HASH, 8, wire.Share.LAYOUT.size, 1024, maps.F_NO_PREALLOC),
     MapSpec("listeners", maps.SOCKHASH, wire.Endpoint.LAYOUT.size, 8, 4096, 0, 2),
     MapSpec("flows", maps.HASH, wire.FlowKey.LAYOUT.size, wire.Flow.LAYOUT.size, 131072, maps.F_NO_PREALLOC),
     MapSpec("refused", maps.HASH, wire.FlowKey.LAYOUT.size, 8, 16384, maps.F_NO_PREALLOC),

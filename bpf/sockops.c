@@ -5,6 +5,7 @@
  */
 #include "lib/account.h"
 #include "lib/address.h"
+#include "lib/connecting.h"
 #include "lib/helpers.h"
 #include "lib/policy.h"
 #include "lib/refusal.h"
@@ -44,7 +45,7 @@ inline_always void forget_captured(u64 netns, struct tuple *tuple)
 		.listener_port = tuple->server_port,
 	};
 
-	map_delete(MAP(CAPTURED), &key);
+	drop_captured(&key);
 }
 
 /* SYN goes out: the client's port is known now. */
@@ -80,16 +81,11 @@ inline_always void dialling(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 			.identity = state->identity,
 		};
 
-		if (map_update(MAP(CAPTURED), &key, &value, BPF_ANY) < 0) {
-			count(COUNTER_FULL_CAPTURED);
+		if (!put_captured(&key, &value))
 			return; /* and so without a record: the listener will not be given it */
-		}
 	}
-	if (map_update(MAP(CONNECTING), &tuple, &who, BPF_ANY) < 0) {
-		count(COUNTER_FULL_CONNECTING);
-		if (state->kind == VIA_CAPTURED)
-			forget_captured(state->netns, &tuple);
-	}
+	if (!put_connecting(&tuple, &who) && state->kind == VIA_CAPTURED)
+		forget_captured(state->netns, &tuple);
 }
 
 /*
@@ -129,7 +125,7 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	if (who) {
 		state.kind = who->kind;
 		state.identity = who->identity;
-		map_delete(MAP(CONNECTING), &tuple);
+		drop_connecting(who->netns, &tuple);
 	} else {
 		/* A client that dialled, was admitted and has already gone took its record along: it was this one. */
 		peer = map_lookup(MAP(PEERS), &tuple.client_address);
@@ -215,7 +211,7 @@ inline_always void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u32 old
 	     map_lookup(MAP(CONNECTING), &tuple)))
 		forget_captured(state->netns, &tuple);
 	if ((state->flags & SOCKET_ACTIVE) && (state->kind == VIA_CAPTURED || (state->flags & SOCKET_RECORD)))
-		map_delete(MAP(CONNECTING), &tuple);
+		drop_connecting(state->netns, &tuple);
 	if ((state->flags & SOCKET_COUNTED) && (state->flags & SOCKET_OPEN)) {
 		void *tcp = to_tcp_sock(sk);
 

@@ -18,6 +18,7 @@ struct wire_types {
 	struct policy_key policy_key;
 	struct tuple tuple;
 	struct who who;
+	struct share share;
 	struct captured_key captured_key;
 	struct captured captured;
 	struct flow_key flow_key;

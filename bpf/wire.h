@@ -73,6 +73,8 @@ enum counter {
 	COUNTER_FULL_REFUSED,
 	COUNTER_FULL_SOCKETS,
 	COUNTER_FULL_EVENTS,
+	COUNTER_SHARE_CONNECTING, /* a pod has used its own share up */
+	COUNTER_SHARE_CAPTURED,
 	COUNTER_COUNT,
 };
 
@@ -167,6 +169,12 @@ struct tuple {
 	struct address server_address;
 	__be16 client_port;
 	__be16 server_port;
+};
+
+/* shares: netns -> share. What a pod has in connecting and captured; a moment may be below nothing. */
+struct share {
+	__s64 connecting;
+	__s64 captured;
 };
 
 struct who {

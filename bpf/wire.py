@@ -105,6 +105,7 @@ class Kind:
 
 
 U64 = Kind("Q")
+S64 = Kind("q")
 U32 = Kind("I")
 U16 = Kind("H")
 U8 = Kind("B")
@@ -363,6 +364,15 @@ class Who(Record):
 
 
 @dataclass(frozen=True, slots=True)
+class Share(Record):
+    """Value of ``shares``, whose key is the netns cookie: elements that a pod has in two maps (below 0: none)."""
+
+    LAYOUT = Layout("share", connecting=S64, captured=S64)
+    connecting: int = 0
+    captured: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class FlowKey(Record):
     """Key of ``flows`` and ``refused``."""
 
@@ -475,4 +485,6 @@ COUNTER_FULL = {
     "sockets": 20,
     "events": 21,
 }
-COUNTERS = 22
+#: And refusals because a pod had used its own share of a map up.
+COUNTER_SHARE = {"connecting": 22, "captured": 23}
+COUNTERS = 24

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -28,11 +29,17 @@ from agent.kernel.model import (
 from agent.kernel.pods import Pods
 from agent.kernel.ring import RingReader
 from agent.kernel.services import Services
-from bpf import schema, wire
+from bpf import schema, usage, wire
+from bpf.limits import UNSIZED
 from bpf.maps import Map, MapFullError
+from bpf.usage import Usage
 from bpf.wire import Role
 
 __all__ = ["Kernel", "KernelError", "MapFullError"]
+
+
+#: Seconds between two walks over a map whose elements cannot be counted otherwise.
+_COUNT_EVERY = 30.0
 
 
 class Kernel:
@@ -65,6 +72,13 @@ class Kernel:
             self._events = RingReader(maps["events"])
             stack.callback(self._events.close)
             self._maps = maps
+            self._usage = {
+                spec.name: Usage(maps[spec.name])
+                for spec in schema.MAPS
+                if spec.key_size and spec.name not in UNSIZED
+            }
+            #: By map that has to be walked: when that was done last, and what came of it.
+            self._counted: dict[str, tuple[float, int]] = {}
             self._pods = Pods(self._folder, maps)
             self._services = Services(maps["services"], maps["backends"], maps["members"])
             self._closing = stack.pop_all()
@@ -303,14 +317,32 @@ class Kernel:
             found: dict[str, Pressure] = {}
             for spec in schema.MAPS:
                 table = self._maps[spec.name]
-                slot = wire.COUNTER_FULL.get(spec.name)
-                refused = self._counter(slot) if slot is not None else 0
-                countable = spec.key_size and spec.name not in ("sockets", "counters")
-                if countable or refused:
-                    found[spec.name] = Pressure(
-                        len(table) if countable else 0, table.info.max_entries, refused
-                    )
+                found[spec.name] = Pressure(
+                    self._used(spec.name),
+                    table.info.max_entries,
+                    self._counter(wire.COUNTER_FULL.get(spec.name, -1)),
+                    self._counter(wire.COUNTER_SHARE.get(spec.name, -1)),
+                    usage.memory(table),
+                )
             return found
+
+    def _used(self, name: str) -> int:
+        counter = self._usage.get(name)
+        if counter is None:
+            return self._events.pending() if name == "events" else 0
+        if counter.is_cheap:
+            return counter.count()
+        now = time.monotonic()
+        when, used = self._counted.get(name, (-_COUNT_EVERY, 0))
+        if now - when >= _COUNT_EVERY:
+            used = counter.count()
+            self._counted[name] = (now, used)
+        return used
+
+    def count_shares(self) -> int:
+        """Set right what each pod has of the maps that have shares; how many were wrong. Walks those maps."""
+        with self._lock, naming("shares"):
+            return self._pods.count_shares()
 
     def events_fd(self) -> int:
         """Readable when there are events (for an event loop); stays ours."""
@@ -327,5 +359,7 @@ class Kernel:
             return {reason: count for reason in wire.Reason if (count := self._counter(reason))}
 
     def _counter(self, slot: int) -> int:
+        if slot < 0:
+            return 0
         value = self._maps["counters"].lookup(struct.pack("=I", slot))
         return int(struct.unpack("=Q", value)[0]) if value else 0

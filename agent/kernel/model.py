@@ -100,6 +100,14 @@ class Pressure(NamedTuple):
     used: int
     size: int
     refused: int
+    #: Refused because one pod had used its own share up.
+    over_share: int = 0
+    #: Bytes that the kernel has allocated for it.
+    memory: int = 0
+
+    @property
+    def ratio(self) -> float:
+        return self.used / self.size if self.size else 0.0
 
 
 class Event(NamedTuple):

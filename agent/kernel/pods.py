@@ -60,6 +60,7 @@ class Pods:
         self._connecting = tables["connecting"]
         self._captured = tables["captured"]
         self._recent = tables["recent"]
+        self._shares = tables["shares"]
 
     def all(self) -> dict[int, Pod]:
         found: dict[int, Pod] = {}
@@ -89,6 +90,8 @@ class Pods:
             namespace.prepare(netns)
             if known is None and not pod.open:
                 self._guard(pod.netns_cookie, netns)
+            if self._shares.lookup(netns_key(pod.netns_cookie)) is None:
+                self._shares.update(netns_key(pod.netns_cookie), wire.Share().pack())
             # First it can be reached (by nobody, until it has a policy), then it is captured.
             peer_flags = wire.PEER_LOCAL | wire.PEER_ENROLLED
             if pod.passing or pod.open:
@@ -144,6 +147,26 @@ class Pods:
         for key, value in self._connecting.items():
             if wire.Who.unpack(value).netns == cookie:
                 self._connecting.delete(key)
+        self._shares.delete(netns_key(cookie))
+
+    def count_shares(self) -> int:
+        """Set right what each pod has of the maps that have shares; how many were wrong.
+
+        Entries that are removed from here are in no count. What comes and goes meanwhile may be off by one.
+        """
+        have: dict[int, list[int]] = {}
+        for _, value in self._connecting.items():
+            have.setdefault(wire.Who.unpack(value).netns, [0, 0])[0] += 1
+        for key, _ in self._captured.items():
+            have.setdefault(wire.CapturedKey.unpack(key).netns, [0, 0])[1] += 1
+        wrong = 0
+        for key, value in self._shares.items():
+            (cookie,) = struct.unpack("=Q", key)
+            right = wire.Share(*have.get(cookie, (0, 0)))
+            if wire.Share.unpack(value) != right:
+                self._shares.update(key, right.pack())
+                wrong += 1
+        return wrong
 
     def _release(self, cookie: int, addresses: Iterable[str]) -> None:
         """The addresses are nobody's any more, unless somebody else has them by now."""

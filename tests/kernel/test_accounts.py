@@ -319,7 +319,7 @@ def test_accounts_without_room(tmp_path):
         assert flows[FlowKey(0, 0, 0, Direction.INBOUND)].refused == 2
         pressure = node.kernel.pressure()
         assert pressure["flows"].used == 3 and pressure["flows"].refused > 0
-        assert pressure["refused"] == (3, 3, 2)
+        assert pressure["refused"][:3] == (3, 3, 2)
         client.close()
         server.close()
     finally:

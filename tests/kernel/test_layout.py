@@ -124,6 +124,7 @@ def test_private_layout_and_constants(programs_btf):
     names = re.findall(r"COUNTER_(\w+)", counters[1])
     [reason_count] = map(int, re.findall(r"REASON_COUNT = (\d+)", header))
     expected = {f"FULL_{name.upper()}": slot for name, slot in wire.COUNTER_FULL.items()}
+    expected |= {f"SHARE_{name.upper()}": slot for name, slot in wire.COUNTER_SHARE.items()}
     expected["COUNT"] = wire.COUNTERS
     assert {name: reason_count + index for index, name in enumerate(names)} == expected
 
