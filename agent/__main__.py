@@ -12,6 +12,7 @@ from pathlib import Path
 from agent import host
 from agent.cni_node import BUNDLE
 from agent.daemon import Options, StartError, leave_node, run
+from agent.flowlog import KEEP, RATE
 from common import logs
 
 
@@ -91,8 +92,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="NAMESPACE,...",
         help="namespaces that are never in the mesh",
     )
+    parser.add_argument(
+        "--flow-log",
+        default="",
+        metavar="FILE|-",
+        help="write a JSON line for each connection that ended or was refused",
+    )
+    parser.add_argument(
+        "--flow-log-rate", type=_count, default=RATE, metavar="N", help="lines per second at most"
+    )
+    parser.add_argument(
+        "--flow-records", type=_count, default=KEEP, metavar="N", help="flow records kept in memory"
+    )
     logs.add_arguments(parser)
     return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1000000")
+    return int(text)
 
 
 def _namespaced(text: str) -> str:

@@ -24,6 +24,8 @@ from agent.cni_node import Settings as CniSettings
 from agent.cni_service import CniService
 from agent.debug import pages
 from agent.enrolment import EnrolmentFile
+from agent.flow_metrics import Records
+from agent.flowlog import KEEP, RATE, FlowLog, Names, Sink
 from agent.kernel import Kernel, KernelError
 from agent.leave import leave
 from agent.live import Live
@@ -68,7 +70,8 @@ class Options:
     """The command line. ``admin`` is (address, port).
 
     Without ``cni_bin`` and ``cni_conf`` the node's CNI configuration is somebody else's; ``daemonset`` is the one that runs this
-    agent, ``outside`` are namespaces whose pods are never in the mesh.
+    agent, ``outside`` are namespaces whose pods are never in the mesh. ``flow_log`` is a file or ``-``, with that many
+    lines per second at most; ``flow_records`` are kept in memory.
     """
 
     node: str
@@ -90,6 +93,9 @@ class Options:
     cni_bundle: Path = BUNDLE
     daemonset: str = ""
     outside: tuple[str, ...] = ()
+    flow_log: str = ""
+    flow_log_rate: int = RATE
+    flow_records: int = KEEP
 
 
 async def run(options: Options) -> None:
@@ -257,8 +263,10 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
             proxies=proxies.connected(),
             connected=stream.connected,
             destroyed=sweeper.destroyed,
+            records=Records(flow_log.counts, kernel.records_lost()),
         )
 
+    flow_log = _flow_log(options, kernel, node)
     serving = asyncio.Event()
     plugin = _plugin(options)
     registry = CollectorRegistry()
@@ -277,6 +285,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
                 or "not serving plugins and proxies yet"
             ),
             json=pages(node, kernel, proxies, stream),
+            queries={"/debug/flows": flow_log.newest},
         )
     except OSError as error:
         raise StartError(f"admin address {options.admin[0]}:{options.admin[1]}: {error.strerror}") from None
@@ -301,6 +310,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
             server.start()
         serving.set()
         tasks.start(sweeper.run(), name="sweep of late connections")
+        tasks.start(flow_log.run(), name="flow records")
         tasks.start(cni.watch_notes(), name="notes")
         tasks.start(proxies.watch(), name="return of proxies")
         if options.prober == "auto":
@@ -330,6 +340,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
             await server.close()
         await tasks.cancel()
         await node.stop()
+    flow_log.close()
     asyncio.get_running_loop().remove_reader(kernel.events_fd())
     if failed:
         raise StartError(f"a task of the agent failed: {failed[0]!r}")
@@ -380,14 +391,31 @@ def _roles(options: Options, kernel: Kernel) -> Roles:
     return roles
 
 
+def _pod_name(node: Node, cookie: int) -> str:
+    if cookie == 0:
+        return ""
+    sandbox = node.pods.sandboxes().get(cookie)
+    return f"{sandbox.namespace}/{sandbox.name}" if sandbox is not None else f"namespace {cookie}"
+
+
+def _flow_log(options: Options, kernel: Kernel, node: Node) -> FlowLog:
+    def principal(number: int) -> str:
+        label = node.numbers.label(number)
+        return label.identity if label is not None else ""
+
+    names = Names(
+        name=lambda number: name_of(number, node.numbers),
+        principal=principal,
+        zone=lambda number: node.numbers.zone_name(number),
+        pod=lambda cookie: _pod_name(node, cookie),
+    )
+    sink = Sink(options.flow_log, rate=options.flow_log_rate) if options.flow_log else None
+    return FlowLog(kernel, names, keep=options.flow_records, sink=sink)
+
+
 def _watch_refusals(kernel: Kernel, node: Node, sweeper: Sweeper) -> None:
     loop = asyncio.get_running_loop()
-
-    def pod(cookie: int) -> str:
-        sandbox = node.pods.sandboxes().get(cookie)
-        return f"{sandbox.namespace}/{sandbox.name}" if sandbox is not None else f"namespace {cookie}"
-
-    refusals = Refusals(lambda number: name_of(number, node.numbers), pod)
+    refusals = Refusals(lambda number: name_of(number, node.numbers), lambda cookie: _pod_name(node, cookie))
 
     def read() -> None:
         events = kernel.read_events()

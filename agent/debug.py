@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from agent.kernel import Kernel
+from agent.flowlog import protocol_name, reason_name
+from agent.kernel import FlowCounters, FlowKey, Kernel
 from agent.metrics import name_of
 from agent.node import Node
 from agent.proxies import Proxies
 from agent.stream import Stream
+from bpf.wire import PROTOCOL_UDP
 
 
 def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mapping[str, Callable[[], object]]:
@@ -70,13 +72,19 @@ def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mappi
             {
                 "source": name(key.source),
                 "destination": name(key.destination),
+                "source_zone": node.numbers.zone_name(key.source_zone),
+                "destination_zone": node.numbers.zone_name(key.destination_zone),
+                "protocol": protocol_name(key.protocol),
                 "port": key.port,
                 "direction": key.direction.name.lower(),
+                "verdict": "refused" if key.verdict else "allowed",
+                "reason": reason_name(key.verdict),
                 "opened": counters.opened,
                 "closed": counters.closed,
                 "refused": counters.refused,
                 "sent": counters.sent,
                 "received": counters.received,
+                **_more(key, counters),
                 "measured_in": "kernel",
             }
             for key, counters in sorted(kernel.flows().items())
@@ -93,6 +101,8 @@ def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mappi
                 "generation": c.generation,
                 "sent": c.sent,
                 "received": c.received,
+                "rtt_us": c.rtt_us,
+                "retransmits": c.retransmits,
             }
             for c in kernel.connections()
         ]
@@ -121,3 +131,15 @@ def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mappi
         "/debug/connections": connections,
         "/debug/tables": tables,
     }
+
+
+def _more(key: FlowKey, counters: FlowCounters) -> dict[str, Any]:
+    """What only one of the protocols has."""
+    if key.protocol == PROTOCOL_UDP:
+        return {
+            "sent_datagrams": counters.sent_datagrams,
+            "received_datagrams": counters.received_datagrams,
+            "refused_bytes": counters.refused_bytes,
+        }
+    rtt = round(counters.rtt_us / counters.rtt_samples) if counters.rtt_samples else 0
+    return {"retransmits": counters.retransmits, "mean_rtt_us": rtt}

@@ -9,15 +9,17 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from agent.flow_metrics import MEASURED_IN, Records, Series, as_server_sees, flow_metrics, record_metrics
+from agent.flowlog import Counts
 from agent.identities import Identities, Label
 from agent.kernel import Direction, FlowCounters, FlowKey, Pressure
 from agent.mesh import Mesh
-from bpf.wire import IDENTITY_PLAIN, IDENTITY_PROBE, IDENTITY_TUNNEL
+from bpf.wire import IDENTITY_PLAIN, IDENTITY_PROBE, IDENTITY_TUNNEL, PROTOCOL_TCP
 
 LABELS = (
     "reporter", "source_workload", "source_workload_namespace", "source_principal", "source_app", "source_version",
@@ -27,12 +29,13 @@ LABELS = (
     "destination_service", "destination_service_name", "destination_service_namespace",
     "request_protocol", "response_flags", "connection_security_policy", "measured_in",
 )  # fmt: skip
-MEASURED_IN = "kernel"
 
 #: Envoy's flag for "denied by policy" in TCP (RBAC access denied).
 _REFUSED_FLAG = "UAEX"
 _CNI_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _UNKNOWN = "unknown"
+#: Labels that name nobody: the series of what has none of its own keeps them.
+_NOBODYS = ("reporter", "request_protocol", "response_flags", "connection_security_policy", "measured_in")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class View:
     proxies: Mapping[str, int]
     connected: bool
     destroyed: int
+    records: Records = field(default=Records(Counts(0, 0, 0, 0), 0))
 
 
 class CniLatencies:
@@ -89,13 +93,21 @@ class Collector:
     def __init__(self, look: Callable[[], View], latencies: CniLatencies) -> None:
         self._look = look
         self._latencies = latencies
+        # Scrapes may be several at one time.
+        self._lock = threading.Lock()
+        self._series = Series()
+        self._flow_series = Series()
 
     def describe(self) -> Iterable[Metric]:
         return ()
 
     def collect(self) -> Iterator[Metric]:
         view = self._look()
-        yield from tcp_metrics(view)
+        services = services_by_identity(view.mesh, view.numbers)
+        with self._lock:
+            yield from tcp_metrics(view, services, self._series)
+            yield from flow_metrics(view.flows, view.numbers, services, self._flow_series)
+        yield from record_metrics(view.records)
         used = GaugeMetricFamily("mycel_map_used_elements", "Elements in a kernel map.", labels=("map",))
         size = GaugeMetricFamily("mycel_map_size_elements", "Elements that it has room for.", labels=("map",))
         full = CounterMetricFamily("mycel_map_full", "Elements that found no room.", labels=("map",))
@@ -125,7 +137,7 @@ class Collector:
         yield self._latencies.family()
 
 
-def tcp_metrics(view: View) -> Iterator[Metric]:
+def tcp_metrics(view: View, services: Mapping[tuple[int, int], str], series: Series) -> Iterator[Metric]:
     """The ``istio_tcp_*`` families, and the connections that the kernel refused."""
     sent = CounterMetricFamily("istio_tcp_sent_bytes", "Bytes sent by the server.", labels=LABELS)
     received = CounterMetricFamily(
@@ -136,8 +148,8 @@ def tcp_metrics(view: View) -> Iterator[Metric]:
     refused = CounterMetricFamily(
         "mycel_tcp_connections_refused", "Connections that the kernel refused.", labels=LABELS
     )
-    services = services_by_identity(view.mesh, view.numbers)
-    for labels, counters in _summed(view, services).items():
+    kept = [LABELS.index(name) for name in _NOBODYS]
+    for labels, counters in series.bounded(_summed(view, services), kept).items():
         opened.add_metric(labels, counters.opened)
         closed.add_metric(labels, counters.closed)
         sent.add_metric(labels, counters.sent)
@@ -149,20 +161,15 @@ def tcp_metrics(view: View) -> Iterator[Metric]:
 
 
 def _summed(view: View, services: Mapping[tuple[int, int], str]) -> dict[tuple[str, ...], FlowCounters]:
-    """By labels: several ports of one workload may share them.
-
-    Istio counts from the server's side, whoever reports: ``sent`` is what the server sent. The kernel counts what the
-    application at that end wrote, so the client's end is turned round.
-    """
+    """By labels: several ports, zones and verdicts of one workload may share them."""
     sums: dict[tuple[str, ...], FlowCounters] = {}
     for key, counters in view.flows.items():
-        if key.direction is Direction.OUTBOUND:
-            counters = counters._replace(sent=counters.received, received=counters.sent)
+        if key.protocol != PROTOCOL_TCP:
+            continue
+        counters = as_server_sees(key, counters)
         labels = labels_of(key, view.numbers, services)
         before = sums.get(labels)
-        if before is not None:
-            counters = FlowCounters(*(a + b for a, b in zip(before, counters, strict=True)))
-        sums[labels] = counters
+        sums[labels] = counters if before is None else before + counters
     return sums
 
 

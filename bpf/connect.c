@@ -199,6 +199,9 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 	}
 	state->flow.source = pod->identity;
 	state->flow.destination = peer ? peer->identity : 0;
+	state->flow.source_zone = pod->zone;
+	state->flow.destination_zone = peer ? peer->zone : 0;
+	state->flow.protocol = IPPROTO_TCP;
 	state->flow.port = key.port;
 	state->flow.direction = DIRECTION_OUTBOUND;
 	if (is_same_address(&key.address, own)) {

@@ -31,6 +31,7 @@ int bpf_iter__bpf_sk_storage_map__accounts(void *ctx)
 		return 0;
 	u64 sent_before = *(volatile u64 *)&state->sent;
 	u64 received_before = *(volatile u64 *)&state->received;
+	u64 retransmits_before = *(volatile u64 *)&state->retransmits;
 	u32 flags = state->flags;
 
 	if ((flags & (SOCKET_OPEN | SOCKET_COUNTED)) != (SOCKET_OPEN | SOCKET_COUNTED))
@@ -41,6 +42,7 @@ int bpf_iter__bpf_sk_storage_map__accounts(void *ctx)
 		return 0;
 	u64 sent = bytes_written(tcp, LOAD(u8, tcp, SOCK_STATE), flags & SOCKET_ACTIVE);
 	u64 received = bytes_read(tcp);
+	u64 retransmits = LOAD(u32, tcp, TCP_SOCK_TOTAL_RETRANS);
 	struct flow_key key = state->flow;
 	struct flow *flow = flow_of(&key);
 
@@ -48,6 +50,8 @@ int bpf_iter__bpf_sk_storage_map__accounts(void *ctx)
 		return 0;
 	bring_up(&state->sent, sent, sent_before, &flow->sent);
 	bring_up(&state->received, received, received_before, &flow->received);
+	bring_up(&state->retransmits, retransmits, retransmits_before, &flow->retransmits);
+	add_rtt(flow, smoothed_rtt(tcp));
 	return 0;
 }
 
@@ -88,6 +92,8 @@ inline_always int write_connection(void *ctx, bool refused_only)
 		return 0;
 	row.sent = bytes_written(tcp, LOAD(u8, tcp, SOCK_STATE), false);
 	row.received = bytes_read(tcp);
+	row.rtt_us = smoothed_rtt(tcp);
+	row.retransmits = LOAD(u32, tcp, TCP_SOCK_TOTAL_RETRANS);
 	void *seq = LOAD_POINTER(meta, 0);
 
 	/* When the reader's buffer is full the kernel comes back to this one. */
@@ -103,4 +109,52 @@ int bpf_iter__bpf_sk_storage_map__connections(void *ctx)
 int bpf_iter__bpf_sk_storage_map__refused(void *ctx)
 {
 	return write_connection(ctx, true);
+}
+
+/* struct bpf_iter__bpf_map_elem of the kernel: four pointers. */
+#define ELEMENT_KEY 16
+#define ELEMENT_VALUE 24
+
+/* Ends the conversations that have fallen silent. Whoever deletes one counts its end. */
+int bpf_iter__bpf_map_elem__silent(void *ctx)
+{
+	struct conversation_key *at = LOAD_POINTER(ctx, ELEMENT_KEY);
+	struct conversation *conversation = LOAD_POINTER(ctx, ELEMENT_VALUE);
+
+	if (!at || !conversation)
+		return 0;
+	u64 last = *(volatile u64 *)&conversation->last;
+
+	if (now_ns() - last < CONVERSATION_IDLE_NS)
+		return 0;
+	struct conversation_key key = *at;
+	struct conversation ended = *conversation;
+
+	if (map_delete(MAP(CONVERSATIONS), &key))
+		return 0;
+	struct flow *flow = flow_of(&ended.flow);
+
+	if (flow)
+		__sync_fetch_and_add(&flow->closed, 1);
+	struct flow_record *record = new_record();
+
+	if (!record)
+		return 0;
+	bool outbound = ended.flow.direction == DIRECTION_OUTBOUND;
+
+	__builtin_memset(record, 0, sizeof(*record));
+	record->netns = key.netns;
+	record->started = ended.opened;
+	record->ended = ended.last;
+	record->sent = ended.sent;
+	record->received = ended.received;
+	record->sent_datagrams = ended.sent_datagrams;
+	record->received_datagrams = ended.received_datagrams;
+	record->tuple.client_address = outbound ? key.pod_address : key.peer_address;
+	record->tuple.server_address = outbound ? key.peer_address : key.pod_address;
+	record->tuple.client_port = outbound ? key.pod_port : key.peer_port;
+	record->tuple.server_port = outbound ? key.peer_port : key.pod_port;
+	record->flow = ended.flow;
+	submit_record(record);
+	return 0;
 }

@@ -7,7 +7,7 @@ the verifier. If the programs in force are the very ones that it would bring (:m
 once.
 
 Under ``PINS/v<ABI>/``: maps by their names, ``link_*`` of the cgroup, ``program_sk_lookup`` for the agent to attach in pods'
-namespaces, ``netns/COOKIE`` its links there, ``accounts``, ``connections`` and ``refused_now`` (iterators).
+namespaces, ``netns/COOKIE`` its links there, ``accounts``, ``connections``, ``refused_now`` and ``silent`` (iterators).
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from bpf.btf import Btf, BtfError
 _HERE = Path(__file__).parent
 _SOURCES = ("connect.c", "create.c", "sockops.c", "lookup.c", "iterators.c", "types.c")
 _BPFFS_MAGIC = 0xCAFE4A11
-_ITERATOR = "bpf_sk_storage_map"
 
 #: What one pod may have of a map that all write into: a part of it. More open connections to one listener of ours than that of
 #: ``captured`` a pod has no ports for.
@@ -57,10 +56,21 @@ _CGROUP = (
     _Attachment("connect6", links.PROG_CGROUP_SOCK_ADDR, links.CGROUP_INET6_CONNECT, "link_connect6"),
     _Attachment("sock_create", links.PROG_CGROUP_SOCK, links.CGROUP_INET_SOCK_CREATE, "link_sock_create"),
 )
+
+
+class _Iterator(NamedTuple):
+    function: str
+    target: str
+    table: str
+    pin: str
+
+
+_OF_SOCKETS = ("bpf_sk_storage_map", "sockets")
 _ITERATORS = (
-    ("bpf_iter__bpf_sk_storage_map__accounts", "accounts"),
-    ("bpf_iter__bpf_sk_storage_map__connections", "connections"),
-    ("bpf_iter__bpf_sk_storage_map__refused", "refused_now"),
+    _Iterator("bpf_iter__bpf_sk_storage_map__accounts", *_OF_SOCKETS, "accounts"),
+    _Iterator("bpf_iter__bpf_sk_storage_map__connections", *_OF_SOCKETS, "connections"),
+    _Iterator("bpf_iter__bpf_sk_storage_map__refused", *_OF_SOCKETS, "refused_now"),
+    _Iterator("bpf_iter__bpf_map_elem__silent", "bpf_map_elem", "conversations", "silent"),
 )
 
 
@@ -95,6 +105,10 @@ def kernel_macros(btf: Btf) -> dict[str, int]:
         "TCP_SOCK_SND_UNA": btf.offset("tcp_sock", "snd_una"),
         "TCP_SOCK_RCV_NXT": btf.offset("tcp_sock", "rcv_nxt"),
         "TCP_SOCK_COPIED_SEQ": btf.offset("tcp_sock", "copied_seq"),
+        "TCP_SOCK_URG_DATA": btf.offset("tcp_sock", "urg_data"),
+        "TCP_SOCK_URG_SEQ": btf.offset("tcp_sock", "urg_seq"),
+        "TCP_SOCK_SRTT_US": btf.offset("tcp_sock", "srtt_us"),
+        "TCP_SOCK_TOTAL_RETRANS": btf.offset("tcp_sock", "total_retrans"),
         # A socket's address is that of its tcp_sock, so these count from there too.
         "SOCK_FLAGS": btf.offset("sock_common", "skc_flags"),
         "SOCK_STATE": btf.offset("sock_common", "skc_state"),
@@ -133,15 +147,15 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = Fal
                 [(name, one.info.id) for name, one in sorted(opened.items())],
             )
             _drop_links_of_the_gone(folder)
-            pinned = {a.link: os.fstat(target).st_ino for a in _CGROUP} | {name: 0 for _, name in _ITERATORS}
+            pinned = {a.link: os.fstat(target).st_ino for a in _CGROUP} | {i.pin: 0 for i in _ITERATORS}
             if not replace and not others and seal.holds(folder, sealed, pinned):
                 return {"maps_made": [], "versions_replaced": [], "programs_replaced": [], "namespaces": 0}
             programs, iterators = _compile(opened, macros, stack)
             succession.take_links(folder, others, [attachment.link for attachment in _CGROUP])
             replaced = [name for name in _CGROUP if _attach(folder, name, programs[name.function], target)]
             namespaces = _attach_namespaces(folder, programs["sk_lookup"])
-            for name, program in iterators.items():
-                _attach_iterator(folder / name, program, opened["sockets"].fd)
+            for iterator in _ITERATORS:
+                _attach_iterator(folder / iterator.pin, iterators[iterator.pin], opened[iterator.table].fd)
             seal.put(folder, sealed, pinned)
             for other in others:
                 succession.remove(other)
@@ -189,8 +203,8 @@ def _open_maps(
             one.pin(str(path))
             made.append(spec.name)
         opened[spec.name] = one
-    for key in schema.OVERFLOW_KEYS:
-        for name in ("flows", "refused"):
+    for name, keys in schema.OVERFLOW_KEYS.items():
+        for key in keys:
             if opened[name].lookup(key.pack()) is None:
                 opened[name].update(key.pack(), bytes(opened[name].value_size))
     return opened, made
@@ -257,9 +271,9 @@ def _compile(
         except Exception as error:
             raise LoadError(f"program {function}: {error}") from None
     iterators: dict[str, int] = {}
-    for function, name in _ITERATORS:
-        iterators[name] = links.load_iterator(name, _ITERATOR, module.dump_func(function))
-        stack.callback(os.close, iterators[name])
+    for one in _ITERATORS:
+        iterators[one.pin] = links.load_iterator(one.pin, one.target, module.dump_func(one.function))
+        stack.callback(os.close, iterators[one.pin])
     # Its descriptors are closed with the module.
     stack.callback(module.cleanup)
     return programs, iterators
@@ -311,8 +325,8 @@ def _drop_links_of_the_gone(folder: Path) -> None:
             os.close(link)
 
 
-def _attach_iterator(path: Path, program: int, sockets: int) -> None:
-    link = links.attach_iterator(program, sockets)
+def _attach_iterator(path: Path, program: int, table: int) -> None:
+    link = links.attach_iterator(program, table)
     try:
         links.pin(link, str(path))
     finally:

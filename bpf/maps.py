@@ -12,7 +12,7 @@ import ctypes
 import errno
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -182,6 +182,8 @@ class Map:
         self.name = self.info.name.partition(".")[0]
         self.key_size = self.info.key_size
         self.value_size = self.info.value_size
+        #: Called for each element that finds no room.
+        self.on_full: Callable[[], None] | None = None
         self._value = ctypes.create_string_buffer(self.value_size)
         self._value_address = ctypes.addressof(self._value)
 
@@ -269,7 +271,10 @@ class Map:
             wrong = f"{len(key)} + {len(value)} bytes, not {self.key_size} + {self.value_size}"
             raise ValueError(f"map {self.name}: element of {wrong}")
         if _update(self.fd, key, value, flags) < 0:
-            raise _error(f"map {self.name}: update")
+            error = _error(f"map {self.name}: update")
+            if self.on_full is not None and isinstance(error, MapFullError):
+                self.on_full()
+            raise error
 
     def delete(self, key: bytes) -> bool:
         """Whether it was there.

@@ -76,13 +76,39 @@ MAPS = (
     ),
     MapSpec("shares", maps.HASH, 8, wire.Share.LAYOUT.size, 1024, maps.F_NO_PREALLOC),
     MapSpec("listeners", maps.SOCKHASH, wire.Endpoint.LAYOUT.size, 8, 4096, 0, 2),
-    MapSpec("flows", maps.HASH, wire.FlowKey.LAYOUT.size, wire.Flow.LAYOUT.size, 131072, maps.F_NO_PREALLOC),
-    MapSpec("refused", maps.HASH, wire.FlowKey.LAYOUT.size, 8, 16384, maps.F_NO_PREALLOC),
+    MapSpec(
+        "flows", maps.HASH, wire.FlowKey.LAYOUT.size, wire.Flow.LAYOUT.size, 131072, maps.F_NO_PREALLOC, 2
+    ),
+    MapSpec(
+        "refused",
+        maps.HASH,
+        wire.FlowKey.LAYOUT.size,
+        wire.Refusals.LAYOUT.size,
+        16384,
+        maps.F_NO_PREALLOC,
+        2,
+    ),
+    MapSpec(
+        "conversations",
+        maps.HASH,
+        wire.ConversationKey.LAYOUT.size,
+        wire.Conversation.LAYOUT.size,
+        65536,
+        maps.F_NO_PREALLOC,
+    ),
+    MapSpec("records", maps.RINGBUF, 0, 0, 1 << 20),
     MapSpec("recent", maps.LRU_HASH, wire.Refusal.LAYOUT.size, 8, 8192, 0, 2),
-    MapSpec("counters", maps.ARRAY, 4, 8, wire.COUNTERS),
+    MapSpec("counters", maps.ARRAY, 4, 8, wire.COUNTERS, 0, 2),
     MapSpec("events", maps.RINGBUF, 0, 0, 1 << 18, 0, 2),
     MapSpec("sockets", maps.SK_STORAGE, 4, wire.SOCKET_STATE_SIZE, 0, maps.F_NO_PREALLOC, 2),
 )
 
-#: Accounts of what has no room in ``flows`` and ``refused`` (identity 0 to identity 0, port 0): always there.
-OVERFLOW_KEYS = tuple(wire.FlowKey(0, 0, 0, direction) for direction in wire.Direction)
+#: Accounts of what has no room in ``flows`` and ``refused``: always there, by protocol and direction.
+OVERFLOW_KEYS = {
+    table: tuple(
+        wire.FlowKey(0, 0, 0, 0, 0, verdict, protocol, direction, 0)
+        for protocol in (wire.PROTOCOL_TCP, wire.PROTOCOL_UDP)
+        for direction in wire.Direction
+    )
+    for table, verdict in (("flows", wire.VERDICT_ALLOWED), ("refused", wire.VERDICT_SEVERAL))
+}

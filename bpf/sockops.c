@@ -149,13 +149,18 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	state.tuple = tuple;
 	state.flow.source = state.identity;
 	state.flow.destination = pod->identity;
+	state.flow.source_zone = zone_of(&tuple.client_address);
+	state.flow.destination_zone = pod->zone;
 	state.flow.port = tuple.server_port;
+	state.flow.protocol = IPPROTO_TCP;
 	state.flow.direction = DIRECTION_INBOUND;
 	if (state.kind != VIA_TUNNEL)
 		state.flags |= SOCKET_COUNTED;
 	reason = judge_via(state.kind, netns, state.identity, tuple.server_port, &state.generation);
-	if (reason)
+	if (reason) {
 		state.flags |= SOCKET_REVOKED;
+		state.flow.verdict = REASON_REVOKED;
+	}
 	set_cb_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
 
 	struct socket_state *stored = storage_get(MAP(SOCKETS), sk, &state, BPF_SK_STORAGE_GET_F_CREATE);

@@ -23,6 +23,10 @@ struct wire_types {
 	struct captured captured;
 	struct flow_key flow_key;
 	struct flow flow;
+	struct refusals refusals;
+	struct conversation_key conversation_key;
+	struct conversation conversation;
+	struct flow_record flow_record;
 	struct socket_state socket_state;
 	struct connection connection;
 	struct event event;

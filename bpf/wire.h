@@ -75,6 +75,17 @@ enum counter {
 	COUNTER_FULL_EVENTS,
 	COUNTER_SHARE_CONNECTING, /* a pod has used its own share up */
 	COUNTER_SHARE_CAPTURED,
+	COUNTER_FULL_RECORDS,
+	COUNTER_FULL_CONVERSATIONS,
+	/* Maps that only the agent writes: it counts too. */
+	COUNTER_FULL_ROLES,
+	COUNTER_FULL_PODS,
+	COUNTER_FULL_PEERS,
+	COUNTER_FULL_SERVICES,
+	COUNTER_FULL_BACKENDS,
+	COUNTER_FULL_MEMBERS,
+	COUNTER_FULL_POLICIES,
+	COUNTER_FULL_LISTENERS,
 	COUNTER_COUNT,
 };
 
@@ -93,7 +104,8 @@ struct pod {
 	struct address address4; /* none: it has no address of that family */
 	struct address address6;
 	__u32 identity;
-	__u32 flags;
+	__u16 flags;
+	__u16 zone; /* a number of this node's; 0 is unknown */
 };
 
 /* peers: address -> peer. */
@@ -103,7 +115,8 @@ struct pod {
 struct peer {
 	__u64 netns; /* of a pod of this node, else 0 */
 	__u32 identity;
-	__u32 flags;
+	__u16 flags;
+	__u16 zone;
 };
 
 /* Key of services and listeners, value of backends. */
@@ -207,19 +220,83 @@ struct captured {
 	__u32 identity; /* the client's, of this node */
 };
 
-/* flows: flow_key -> flow; refused: flow_key -> __u64. Bytes are what the application at that end wrote and read. */
+/*
+ * flows: flow_key -> flow; refused: flow_key -> refusals. Bytes are what the application at that end wrote and read (UDP: what
+ * passed the pod's veth). An account whose sender and receiver are 0 and port 0 is of what has no room, with VERDICT_SEVERAL in
+ * refused; with FLOW_FORGOTTEN too it has the sums of accounts that were dropped, and only the agent writes it.
+ */
+#define VERDICT_ALLOWED 0
+#define VERDICT_SEVERAL 0xffff
+#define FLOW_FORGOTTEN 1
 struct flow_key {
 	__u32 source;
 	__u32 destination;
-	__be16 port; /* the destination's own */
-	__u16 direction;
+	__u16 source_zone;
+	__u16 destination_zone;
+	__be16 port;	/* the destination's own */
+	__u16 verdict;	/* VERDICT_ALLOWED, else enum reason */
+	__u8 protocol;	/* IPPROTO_TCP, IPPROTO_UDP, or what else was refused */
+	__u8 direction; /* enum direction */
+	__u16 flags;
 };
 
 struct flow {
-	__u64 opened;
+	__u64 opened; /* connections, conversations */
 	__u64 closed;
 	__u64 sent;
 	__u64 received;
+	__u64 sent_datagrams;
+	__u64 received_datagrams;
+	__u64 retransmits;
+	__u64 rtt_us; /* sum of rtt_samples smoothed round trip times: at each close, and whenever the accounts are read */
+	__u64 rtt_samples;
+};
+
+struct refusals {
+	__u64 count; /* of connections, of datagrams */
+	__u64 bytes; /* of datagrams */
+};
+
+/*
+ * conversations: conversation_key -> conversation. UDP between a pod and somebody, begun by the first datagram that was allowed,
+ * ended by silence: the iterator "silent", which the agent runs, removes it.
+ */
+#define CONVERSATION_IDLE_NS 30000000000ULL
+struct conversation_key {
+	__u64 netns;
+	struct address pod_address;
+	struct address peer_address;
+	__be16 pod_port;
+	__be16 peer_port;
+	__u32 pad;
+};
+
+struct conversation {
+	__u64 opened; /* nanoseconds, of the kernel's monotonic clock */
+	__u64 last;
+	__u64 sent; /* by the pod */
+	__u64 received;
+	__u64 sent_datagrams;
+	__u64 received_datagrams;
+	struct flow_key flow;
+	__u32 pad;
+};
+
+/* records (ring buffer): an end of a connection has closed, a conversation has fallen silent, something was refused. */
+struct flow_record {
+	__u64 netns;   /* of the pod whose end it is; 0 for what was refused on arrival */
+	__u64 started; /* nanoseconds, of the kernel's monotonic clock */
+	__u64 ended;
+	__u64 sent;
+	__u64 received;
+	__u64 sent_datagrams;
+	__u64 received_datagrams;
+	struct tuple tuple;
+	struct flow_key flow;
+	__u32 rtt_us; /* smoothed; 0 is unknown */
+	__u32 retransmits;
+	__u32 kind; /* enum via, of TCP */
+	__u32 pad;
 };
 
 /* sockets: storage of each TCP socket that we know something of (private to the programs). */
@@ -235,6 +312,8 @@ struct socket_state {
 	__u64 cookie;	/* the socket's, of a server's end */
 	__u64 sent;	/* already in the flow; ACCOUNT_CLOSED when that is all */
 	__u64 received; /* the same */
+	__u64 retransmits;
+	__u64 opened; /* nanoseconds, of the kernel's monotonic clock */
 	struct tuple tuple;
 	__u32 identity;		       /* the source's */
 	struct address source_address; /* that it has to dial from, or none */
@@ -260,6 +339,8 @@ struct connection {
 	__u32 flags; /* SOCKET_REVOKED */
 	__u64 sent;
 	__u64 received;
+	__u32 rtt_us; /* smoothed; 0 is unknown */
+	__u32 retransmits;
 };
 
 /* events (ring buffer): a connection was refused. */

@@ -39,6 +39,14 @@ PORT_OUTBOUND = 15001
 PORT_OUTBOUND_L7 = 15002
 PORT_HBONE = 15008
 
+PROTOCOL_TCP = 6
+PROTOCOL_UDP = 17
+
+#: Of :class:`FlowKey`: a verdict is one of these or a :class:`Reason`.
+VERDICT_ALLOWED = 0
+VERDICT_SEVERAL = 0xFFFF
+FLOW_FORGOTTEN = 1
+
 IDENTITY_PLAIN = 0
 IDENTITY_PROBE = 1
 IDENTITY_TUNNEL = 2
@@ -247,21 +255,25 @@ class Captured(Record):
 class Pod(Record):
     """Value of ``pods``, whose key is the netns cookie. Of a family that it has no address of: the empty text."""
 
-    LAYOUT = Layout("pod", address4=ADDRESS_OR_NONE, address6=ADDRESS_OR_NONE, identity=U32, flags=U32)
+    LAYOUT = Layout(
+        "pod", address4=ADDRESS_OR_NONE, address6=ADDRESS_OR_NONE, identity=U32, flags=U16, zone=U16
+    )
     address4: str
     address6: str
     identity: int
     flags: int = 0
+    zone: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Peer(Record):
     """Value of ``peers``, whose key is the address."""
 
-    LAYOUT = Layout("peer", netns=U64, identity=U32, flags=U32)
+    LAYOUT = Layout("peer", netns=U64, identity=U32, flags=U16, zone=U16)
     netns: int
     identity: int
     flags: int
+    zone: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,22 +388,170 @@ class Share(Record):
 class FlowKey(Record):
     """Key of ``flows`` and ``refused``."""
 
-    LAYOUT = Layout("flow_key", source=U32, destination=U32, port=PORT, direction=U16)
+    LAYOUT = Layout(
+        "flow_key",
+        source=U32,
+        destination=U32,
+        source_zone=U16,
+        destination_zone=U16,
+        port=PORT,
+        verdict=U16,
+        protocol=U8,
+        direction=U8,
+        flags=U16,
+    )
     source: int
     destination: int
+    source_zone: int
+    destination_zone: int
     port: int
+    verdict: int
+    protocol: int
     direction: int
+    flags: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Flow(Record):
     """Value of ``flows``."""
 
-    LAYOUT = Layout("flow", opened=U64, closed=U64, sent=U64, received=U64)
+    LAYOUT = Layout(
+        "flow",
+        opened=U64,
+        closed=U64,
+        sent=U64,
+        received=U64,
+        sent_datagrams=U64,
+        received_datagrams=U64,
+        retransmits=U64,
+        rtt_us=U64,
+        rtt_samples=U64,
+    )
     opened: int
     closed: int
     sent: int
     received: int
+    sent_datagrams: int
+    received_datagrams: int
+    retransmits: int
+    rtt_us: int
+    rtt_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refusals(Record):
+    """Value of ``refused``."""
+
+    LAYOUT = Layout("refusals", count=U64, bytes=U64)
+    count: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationKey(Record):
+    """Key of ``conversations``."""
+
+    LAYOUT = Layout(
+        "conversation_key",
+        netns=U64,
+        pod_address=ADDRESS,
+        peer_address=ADDRESS,
+        pod_port=PORT,
+        peer_port=PORT,
+        pad=U32,
+    )
+    netns: int
+    pod_address: str
+    peer_address: str
+    pod_port: int
+    peer_port: int
+    pad: int = 0
+
+
+#: Members of a structure ``flow_key`` within another.
+_FLOW = FlowKey.LAYOUT.members
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation(Record):
+    """Value of ``conversations``; times in nanoseconds of CLOCK_MONOTONIC."""
+
+    LAYOUT = Layout(
+        "conversation",
+        opened=U64,
+        last=U64,
+        sent=U64,
+        received=U64,
+        sent_datagrams=U64,
+        received_datagrams=U64,
+        **_FLOW,
+        pad=U32,
+    )
+    opened: int
+    last: int
+    sent: int
+    received: int
+    sent_datagrams: int
+    received_datagrams: int
+    source: int
+    destination: int
+    source_zone: int
+    destination_zone: int
+    port: int
+    verdict: int
+    protocol: int
+    direction: int
+    flags: int
+    pad: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FlowRecord(Record):
+    """What the ring buffer ``records`` holds; times in nanoseconds of CLOCK_MONOTONIC."""
+
+    LAYOUT = Layout(
+        "flow_record",
+        netns=U64,
+        started=U64,
+        ended=U64,
+        sent=U64,
+        received=U64,
+        sent_datagrams=U64,
+        received_datagrams=U64,
+        client_address=ADDRESS,
+        server_address=ADDRESS,
+        client_port=PORT,
+        server_port=PORT,
+        **_FLOW,
+        rtt_us=U32,
+        retransmits=U32,
+        kind=U32,
+        pad=U32,
+    )
+    netns: int
+    started: int
+    ended: int
+    sent: int
+    received: int
+    sent_datagrams: int
+    received_datagrams: int
+    client_address: str
+    server_address: str
+    client_port: int
+    server_port: int
+    source: int
+    destination: int
+    source_zone: int
+    destination_zone: int
+    port: int
+    verdict: int
+    protocol: int
+    direction: int
+    flags: int
+    rtt_us: int
+    retransmits: int
+    kind: int
+    pad: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,6 +573,8 @@ class Connection(Record):
         flags=U32,
         sent=U64,
         received=U64,
+        rtt_us=U32,
+        retransmits=U32,
     )
     netns: int
     cookie: int
@@ -427,6 +589,8 @@ class Connection(Record):
     flags: int
     sent: int
     received: int
+    rtt_us: int
+    retransmits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,7 +638,7 @@ class Refusal(Record):
 
 
 #: Bytes of ``struct socket_state``, which only the programs look into.
-SOCKET_STATE_SIZE = 144
+SOCKET_STATE_SIZE = 168
 
 #: Slots of the map ``counters``: refusals by :class:`Reason`, then these.
 COUNTER_FULL = {
@@ -484,7 +648,21 @@ COUNTER_FULL = {
     "refused": 19,
     "sockets": 20,
     "events": 21,
+    "records": 24,
+    "conversations": 25,
+    "roles": 26,
+    "pods": 27,
+    "peers": 28,
+    "services": 29,
+    "backends": 30,
+    "members": 31,
+    "policies": 32,
+    "listeners": 33,
 }
 #: And refusals because a pod had used its own share of a map up.
 COUNTER_SHARE = {"connecting": 22, "captured": 23}
-COUNTERS = 24
+COUNTERS = 34
+#: Maps that no program adds elements to.
+COUNTED_BY_AGENT = frozenset(
+    ("roles", "pods", "peers", "services", "backends", "members", "policies", "listeners")
+)

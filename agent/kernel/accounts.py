@@ -15,7 +15,8 @@ from bpf import schema, wire
 from bpf.maps import Map
 
 _SIZE = wire.Connection.LAYOUT.size
-_OVERFLOW = frozenset(key.pack() for key in schema.OVERFLOW_KEYS)
+_OVERFLOW = frozenset(key.pack() for keys in schema.OVERFLOW_KEYS.values() for key in keys)
+_NOTHING = FlowCounters()
 
 
 def connections(pin: Path) -> list[Connection]:
@@ -42,6 +43,8 @@ def _connection(row: wire.Connection) -> Connection:
         row.sent,
         row.received,
         row.cookie,
+        row.rtt_us,
+        row.retransmits,
     )
 
 
@@ -51,34 +54,89 @@ def flows(pin: Path, totals: Map, refused: Map) -> dict[FlowKey, FlowCounters]:
     :param pin: the iterator that brings open connections' bytes into ``totals``.
     """
     pin.read_bytes()
-    refusals = {key: struct.unpack("=Q", value)[0] for key, value in refused.items()}
     found: dict[FlowKey, FlowCounters] = {}
     for key, value in totals.items():
-        flow = wire.Flow.unpack(value)
-        found[_key(key)] = FlowCounters(
-            flow.opened, flow.closed, refusals.pop(key, 0), flow.sent, flow.received
-        )
-    for key, count in refusals.items():
-        found[_key(key)] = FlowCounters(0, 0, count, 0, 0)
+        _add(found, _key(key), _of_flow(value))
+    for key, value in refused.items():
+        _add(found, _key(key), _of_refusals(value))
     # What had no room is there only once there was something.
-    nothing = FlowCounters(0, 0, 0, 0, 0)
-    return {key: counters for key, counters in found.items() if counters != nothing}
+    return {key: counters for key, counters in found.items() if counters != _NOTHING}
+
+
+def _add(found: dict[FlowKey, FlowCounters], key: FlowKey, counters: FlowCounters) -> None:
+    # What was forgotten and what had no room are shown as one.
+    before = found.get(key)
+    found[key] = counters if before is None else before + counters
 
 
 def forget(totals: Map, refused: Map, keys: Iterable[FlowKey]) -> None:
-    """Drop accounts without open connections."""
+    """Drop accounts without open connections. Their sums go on, under nobody's name."""
     for key in keys:
-        packed = wire.FlowKey(key.source, key.destination, key.port, key.direction).pack()
+        packed = _packed(key)
         if packed in _OVERFLOW:
             continue
-        refused.delete(packed)
+        value = refused.lookup(packed)
+        if value is not None and refused.delete(packed):
+            _remember(refused, key._replace(verdict=wire.VERDICT_SEVERAL), value)
         value = totals.lookup(packed)
         if value is not None:
             flow = wire.Flow.unpack(value)
-            if flow.opened == flow.closed:
-                totals.delete(packed)
+            if flow.opened == flow.closed and totals.delete(packed):
+                _remember(totals, key._replace(verdict=wire.VERDICT_ALLOWED), value)
+
+
+def _remember(table: Map, key: FlowKey, value: bytes) -> None:
+    """Add to the account of what was forgotten, which nobody else writes; it has the room of one that was dropped."""
+    packed = _packed(FlowKey(0, 0, 0, key.direction, key.protocol, key.verdict), wire.FLOW_FORGOTTEN)
+    before = table.lookup(packed) or bytes(len(value))
+    layout = struct.Struct(f"={len(value) // 8}Q")
+    sums = (a + b for a, b in zip(layout.unpack(before), layout.unpack(value), strict=True))
+    table.update(packed, layout.pack(*sums))
+
+
+def _of_flow(value: bytes) -> FlowCounters:
+    flow = wire.Flow.unpack(value)
+    return FlowCounters(
+        opened=flow.opened,
+        closed=flow.closed,
+        sent=flow.sent,
+        received=flow.received,
+        sent_datagrams=flow.sent_datagrams,
+        received_datagrams=flow.received_datagrams,
+        retransmits=flow.retransmits,
+        rtt_us=flow.rtt_us,
+        rtt_samples=flow.rtt_samples,
+    )
+
+
+def _of_refusals(value: bytes) -> FlowCounters:
+    refusals = wire.Refusals.unpack(value)
+    return FlowCounters(refused=refusals.count, refused_bytes=refusals.bytes)
+
+
+def _packed(key: FlowKey, flags: int = 0) -> bytes:
+    return wire.FlowKey(
+        key.source,
+        key.destination,
+        key.source_zone,
+        key.destination_zone,
+        key.port,
+        key.verdict,
+        key.protocol,
+        key.direction,
+        flags,
+    ).pack()
 
 
 def _key(data: bytes) -> FlowKey:
     raw = wire.FlowKey.unpack(data)
-    return FlowKey(raw.source, raw.destination, raw.port, Direction(raw.direction))
+    return FlowKey(
+        raw.source,
+        raw.destination,
+        raw.port,
+        Direction(raw.direction),
+        raw.protocol,
+        raw.verdict,
+        raw.source_zone,
+        raw.destination_zone,
+    )

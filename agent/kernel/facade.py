@@ -6,8 +6,9 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -60,17 +61,28 @@ class Kernel:
         self._folder = pins / f"v{wire.ABI}"
         # Lookups share buffers, and some changes are of several maps.
         self._lock = threading.RLock()
+        # Accounts are many: whoever reads them keeps nobody from adding a pod.
+        self._accounts_lock = threading.Lock()
+        self._counters_lock = threading.Lock()
         self._closing = ExitStack()
         with naming(f"pins {self._folder}"), ExitStack() as stack:
             maps = {
                 spec.name: stack.enter_context(Map.open(str(self._folder / spec.name)))
                 for spec in schema.MAPS
             }
-            for name in ("program_sk_lookup", "accounts", "connections", "refused_now"):
+            for name in ("program_sk_lookup", "accounts", "connections", "refused_now", "silent"):
                 if not (self._folder / name).exists():
                     raise KernelError(f"pins {self._folder}: {name} is not there")
             self._events = RingReader(maps["events"])
             stack.callback(self._events.close)
+            self._records = RingReader(maps["records"])
+            stack.callback(self._records.close)
+            for name, table in maps.items():
+                if name in wire.COUNTED_BY_AGENT:
+                    table.on_full = partial(self._count, wire.COUNTER_FULL[name])
+            self._counters = stack.enter_context(Map.open(str(self._folder / "counters")))
+            self._flows = stack.enter_context(Map.open(str(self._folder / "flows")))
+            self._refused = stack.enter_context(Map.open(str(self._folder / "refused")))
             self._maps = maps
             self._usage = {
                 spec.name: Usage(maps[spec.name])
@@ -303,13 +315,36 @@ class Kernel:
 
     def flows(self) -> dict[FlowKey, FlowCounters]:
         """The accounts, exact at the moment of the call, open connections included."""
-        with self._lock, naming("flows"):
-            return accounts.flows(self._folder / "accounts", self._maps["flows"], self._maps["refused"])
+        with self._accounts_lock, naming("flows"):
+            return accounts.flows(self._folder / "accounts", self._flows, self._refused)
 
     def forget_flows(self, keys: Iterable[FlowKey]) -> None:
-        """Drop accounts (of identities that nobody has any more); those with open connections stay."""
-        with self._lock, naming("flows"):
-            accounts.forget(self._maps["flows"], self._maps["refused"], keys)
+        """Drop accounts (of identities that nobody has any more); those with open connections stay.
+
+        Their sums are added up in the account of what has no room, so that no total goes back.
+        """
+        with self._accounts_lock, naming("flows"):
+            accounts.forget(self._flows, self._refused, keys)
+
+    def end_silent_conversations(self) -> None:
+        """UDP conversations in which nobody has spoken for a while end: each is counted, and has a flow record."""
+        with naming("conversations"):
+            (self._folder / "silent").read_bytes()
+
+    def read_records(self, most: int) -> Iterator[bytes]:
+        """Flow records (:class:`bpf.wire.FlowRecord`), the oldest first; each is the kernel's until the next is asked for.
+
+        For one thread at a time.
+        """
+        return self._records.read(most)
+
+    def records_pending(self) -> int:
+        """Bytes of flow records that wait to be read."""
+        return self._records.pending()
+
+    def records_lost(self) -> int:
+        """Flow records that found no room, since the maps were made."""
+        return self._counter(wire.COUNTER_FULL["records"])
 
     def pressure(self) -> dict[str, Pressure]:
         """By map."""
@@ -329,7 +364,8 @@ class Kernel:
     def _used(self, name: str) -> int:
         counter = self._usage.get(name)
         if counter is None:
-            return self._events.pending() if name == "events" else 0
+            rings = {"events": self._events, "records": self._records}
+            return rings[name].pending() if name in rings else 0
         if counter.is_cheap:
             return counter.count()
         now = time.monotonic()
@@ -361,5 +397,14 @@ class Kernel:
     def _counter(self, slot: int) -> int:
         if slot < 0:
             return 0
-        value = self._maps["counters"].lookup(struct.pack("=I", slot))
+        with self._counters_lock:
+            value = self._counters.lookup(struct.pack("=I", slot))
         return int(struct.unpack("=Q", value)[0]) if value else 0
+
+    def _count(self, slot: int) -> None:
+        """One more, of what only this process counts. In the kernel, so that a successor goes on with it."""
+        with self._counters_lock:
+            key = struct.pack("=I", slot)
+            value = self._counters.lookup(key)
+            if value is not None:
+                self._counters.update(key, struct.pack("=Q", struct.unpack("=Q", value)[0] + 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bpf.wire import Direction, Reason, Via
+from bpf.wire import PROTOCOL_TCP, VERDICT_ALLOWED, Direction, Reason, Via
 
 __all__ = [
     "Backend",
@@ -31,6 +31,7 @@ class Pod(NamedTuple):
     passing: bool = False
     #: The same, for what arrives: plain text is not judged.
     open: bool = False
+    zone: int = 0  #: its number; 0 is unknown
 
 
 class Peer(NamedTuple):
@@ -40,6 +41,7 @@ class Peer(NamedTuple):
     enrolled: bool
     identity: int  #: 0 where there is none
     joining: bool = False  #: perhaps not captured yet: its plain text is judged as anybody's
+    zone: int = 0  #: its number; 0 is unknown
 
 
 class Backend(NamedTuple):
@@ -69,29 +71,52 @@ class Connection(NamedTuple):
     sent: int
     received: int
     cookie: int  #: the server's socket; names this connection and no later one of the same addresses
+    rtt_us: int = 0  #: smoothed, as the server's end measures it; 0 is unknown
+    retransmits: int = 0  #: segments that the server's end sent again
 
 
 class FlowKey(NamedTuple):
-    """What traffic is counted by. Identities are numbers of this node; ``port`` is the destination's own."""
+    """What traffic is counted by. Identities and zones are numbers of this node; ``port`` is the destination's own."""
 
     source: int
     destination: int
     port: int
     direction: Direction
+    protocol: int = PROTOCOL_TCP
+    verdict: int = VERDICT_ALLOWED  #: or a :class:`Reason`, or VERDICT_SEVERAL
+    source_zone: int = 0
+    destination_zone: int = 0
 
 
 class FlowCounters(NamedTuple):
     """Since the maps were made. ``opened - closed`` are open now, and their bytes are included.
 
     ``sent`` and ``received`` are what the application at that end wrote and read: at the client for OUTBOUND, at the
-    server for INBOUND.
+    server for INBOUND. Of UDP they are payload that passed that end's veth, and what is opened is a conversation.
     """
 
-    opened: int
-    closed: int
-    refused: int
-    sent: int
-    received: int
+    opened: int = 0
+    closed: int = 0
+    refused: int = 0  #: connections, datagrams
+    sent: int = 0
+    received: int = 0
+    sent_datagrams: int = 0
+    received_datagrams: int = 0
+    refused_bytes: int = 0  #: of refused datagrams
+    retransmits: int = 0
+    rtt_us: int = 0  #: sum of smoothed round trip times, of as many
+    rtt_samples: int = 0
+
+    @property
+    def totals(self) -> tuple[int, int, int, int, int]:
+        """(opened, closed, refused, sent, received)."""
+        return self[:5]
+
+    def __add__(self, other: object) -> FlowCounters:
+        """The sum, member by member."""
+        if not isinstance(other, FlowCounters):
+            return NotImplemented
+        return FlowCounters(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Pressure(NamedTuple):

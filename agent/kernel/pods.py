@@ -98,12 +98,10 @@ class Pods:
                 peer_flags |= wire.PEER_JOINING
             flags = (wire.POD_PASSING if pod.passing else 0) | (wire.POD_OPEN if pod.open else 0)
             for address in filter(None, (address4, address6)):
-                self._peers.update(
-                    address_key(address), wire.Peer(pod.netns_cookie, pod.identity, peer_flags).pack()
-                )
-            self._pods.update(
-                netns_key(pod.netns_cookie), wire.Pod(address4, address6, pod.identity, flags).pack()
-            )
+                peer = wire.Peer(pod.netns_cookie, pod.identity, peer_flags, pod.zone)
+                self._peers.update(address_key(address), peer.pack())
+            value = wire.Pod(address4, address6, pod.identity, flags, pod.zone)
+            self._pods.update(netns_key(pod.netns_cookie), value.pack())
             if pod.open:
                 (self._links / str(pod.netns_cookie)).unlink(missing_ok=True)
             else:
@@ -243,7 +241,7 @@ class Pods:
             | (wire.PEER_ENROLLED if peer.enrolled else 0)
             | (wire.PEER_JOINING if peer.joining else 0)
         )
-        value = wire.Peer(0, peer.identity, flags).pack()
+        value = wire.Peer(0, peer.identity, flags, peer.zone).pack()
         if self._peers.lookup(key) != value:
             self._peers.update(key, value)
 
@@ -265,6 +263,7 @@ class Pods:
                 bool(peer.flags & wire.PEER_ENROLLED),
                 peer.identity,
                 bool(peer.flags & wire.PEER_JOINING),
+                peer.zone,
             )
         return found
 
@@ -272,7 +271,7 @@ class Pods:
 def _pod(cookie: int, pod: wire.Pod) -> Pod:
     passing, is_open = bool(pod.flags & wire.POD_PASSING), bool(pod.flags & wire.POD_OPEN)
     addresses = tuple(filter(None, (pod.address4, pod.address6)))
-    return Pod(cookie, addresses, pod.identity, passing, is_open)
+    return Pod(cookie, addresses, pod.identity, passing, is_open, pod.zone)
 
 
 def _purge(table: Map, about: Callable[[bytes], bool]) -> None:

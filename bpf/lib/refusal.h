@@ -4,6 +4,7 @@
 #define MYCEL_REFUSAL_H
 
 #include "lib/helpers.h"
+#include "lib/record.h"
 
 #define SECOND_NS 1000000000ULL
 /* A client sends its SYN again for about two minutes; told once in that time. */
@@ -14,32 +15,31 @@
 /* An application that dials again and again is told of once in a while. */
 #define DIAL_NS (5 * SECOND_NS)
 
-inline_always void count(u32 counter)
+inline_always void count_refused(struct flow_key *flow, u64 number, u64 bytes)
 {
-	u64 *value = map_lookup(MAP(COUNTERS), &counter);
+	struct refusals *refusals = map_lookup(MAP(REFUSED), flow);
+	struct refusals none = {};
 
-	if (value)
-		__sync_fetch_and_add(value, 1);
-}
-
-inline_always void count_refused(struct flow_key *flow)
-{
-	u64 *value = map_lookup(MAP(REFUSED), flow);
-	u64 zero = 0;
-
-	if (!value) {
-		if (map_update(MAP(REFUSED), flow, &zero, BPF_NOEXIST) == -7 /* E2BIG */) {
+	if (!refusals) {
+		if (map_update(MAP(REFUSED), flow, &none, BPF_NOEXIST) == -7 /* E2BIG */) {
 			/* Somebody scans ports: the rest is counted under port 0, which the loader put there. */
 			count(COUNTER_FULL_REFUSED);
-			struct flow_key other = { .direction = flow->direction };
+			struct flow_key other = {
+				.verdict = VERDICT_SEVERAL,
+				.protocol = flow->protocol,
+				.direction = flow->direction,
+			};
 
-			value = map_lookup(MAP(REFUSED), &other);
+			refusals = map_lookup(MAP(REFUSED), &other);
 		} else {
-			value = map_lookup(MAP(REFUSED), flow);
+			refusals = map_lookup(MAP(REFUSED), flow);
 		}
 	}
-	if (value)
-		__sync_fetch_and_add(value, 1);
+	if (!refusals)
+		return;
+	__sync_fetch_and_add(&refusals->count, number);
+	if (bytes)
+		__sync_fetch_and_add(&refusals->bytes, bytes);
 }
 
 inline_always void tell(struct event *event)
@@ -67,7 +67,14 @@ inline_always void refuse_dial(u64 netns, const struct address *client, u32 reas
 			       u32 destination, const struct address *address, __be16 port, u32 direction)
 {
 	struct flow_key flow = {
-		.source = source, .destination = destination, .port = port, .direction = direction
+		.source = source,
+		.destination = destination,
+		.source_zone = zone_of(client),
+		.destination_zone = zone_of(address),
+		.port = port,
+		.verdict = reason,
+		.protocol = IPPROTO_TCP,
+		.direction = direction,
 	};
 	struct refusal refusal = {
 		.tuple = { .client_address = *client, .server_address = *address, .server_port = port },
@@ -84,7 +91,8 @@ inline_always void refuse_dial(u64 netns, const struct address *client, u32 reas
 	};
 
 	count(reason);
-	count_refused(&flow);
+	count_refused(&flow, 1, 0);
+	record_refused(netns, &refusal.tuple, &flow);
 	if (!was_told(&refusal, DIAL_NS))
 		tell(&event);
 }
@@ -131,7 +139,11 @@ inline_always void refuse_arrival(struct tuple *tuple, u32 reason, u32 source, u
 	struct flow_key flow = {
 		.source = source,
 		.destination = destination,
+		.source_zone = zone_of(&tuple->client_address),
+		.destination_zone = zone_of(&tuple->server_address),
 		.port = tuple->server_port,
+		.verdict = reason,
+		.protocol = IPPROTO_TCP,
 		.direction = DIRECTION_INBOUND,
 	};
 	struct event event = {
@@ -145,7 +157,8 @@ inline_always void refuse_arrival(struct tuple *tuple, u32 reason, u32 source, u
 	};
 
 	count(reason);
-	count_refused(&flow);
+	count_refused(&flow, 1, 0);
+	record_refused(0, tuple, &flow);
 	tell(&event);
 }
 

@@ -42,7 +42,7 @@ def test_proxies_read_captured_without_capabilities(node):
 
 
 #: What is a structure within a structure in C, and stands flat here.
-NESTED = re.compile(r"^tuple\.|^endpoint\.|\.word$")
+NESTED = re.compile(r"^tuple\.|^endpoint\.|^flow\.|\.word$")
 RECORDS = [value for value in vars(wire).values() if isinstance(value, type) and hasattr(value, "LAYOUT")]
 
 
@@ -99,6 +99,9 @@ def test_private_layout_and_constants(programs_btf):
         "POD_OPEN",
         "SERVICE_L7",
         "SOCKET_REVOKED",
+        "VERDICT_ALLOWED",
+        "VERDICT_SEVERAL",
+        "FLOW_FORGOTTEN",
         "POLICY_GENERATION",
         "IDENTITY_PLAIN",
         "IDENTITY_PROBE",
