@@ -8,20 +8,33 @@ from dataclasses import replace
 from typing import Any
 
 from controlplane import schema
-from controlplane.api import Endpoint, MeshConfig, Service, ServicePort, Workload
+from controlplane.api import Endpoint, MeshConfig, NodeInfo, Service, ServicePort, Workload
 from controlplane.istio import GROUP_NETWORKING, GROUP_SECURITY
 from controlplane.istio import validate as istio_validate
 from controlplane.istio.authorizationpolicy import authorization, policies_of
 from controlplane.istio.destinationrule import destination_rule_notes
 from controlplane.istio.peerauthentication import mtls_of, peer_authentications
-from controlplane.istio.routing import cluster, routing, virtual_service_notes
-from controlplane.model import checks
-from controlplane.model.endpoints import Backends, addresses, backends, older_claim, service
+from controlplane.istio.routing import cluster, routing, virtual_service_notes, weighted
+from controlplane.model import checks, networkpolicy
+from controlplane.model.endpoints import Backends, addresses, backends, external_claim, older_claim, service
 from controlplane.model.enrolment import Asked, asks, foreign_revision
 from controlplane.model.graph import Graph
-from controlplane.model.kubernetes import Pod, Port, ServiceView
+from controlplane.model.kubernetes import SPLICE, Pod, Port, ServiceView, canonical, said_of_splice, zone_of
+from controlplane.model.networkpolicy import groups_of, named_ports_of, network_policies_of, network_policy
 from controlplane.model.snapshot import Assembly, Change, Changes, Snapshot
-from controlplane.model.world import Settings, World, any_pod, identity, namespace, owner, pods_at, store
+from controlplane.model.world import (
+    SPLICE_VALUES,
+    Settings,
+    World,
+    any_pod,
+    identity,
+    namespace,
+    owner,
+    pods_at,
+    splices,
+    store,
+    zone,
+)
 from controlplane.source import Key, Object
 
 #: Kinds that have an effect today, or are only read for others.
@@ -30,13 +43,13 @@ _COMPILED = frozenset(
         ("", k)
         for k in ("Namespace", "Pod", "Service", "ServiceAccount", "Node", "Secret", "ConfigMap", "Endpoints")
     }
-    | {("discovery.k8s.io", "EndpointSlice")}
+    | {("discovery.k8s.io", "EndpointSlice"), (networkpolicy.GROUP, networkpolicy.KIND)}
     | {(GROUP_NETWORKING, k) for k in ("VirtualService", "DestinationRule")}
     | {(GROUP_SECURITY, k) for k in ("PeerAuthentication", "AuthorizationPolicy")}
 )
 #: Groups whose kinds are for a mesh to put in force; of others nothing is expected.
 _MESH_GROUPS = ("istio.io", "linkerd.io", "smi-spec.io", "gateway.networking.k8s.io", "mycel.io")
-_MESH_KINDS = frozenset({("networking.k8s.io", "NetworkPolicy")})
+_MESH_KINDS = frozenset({(networkpolicy.GROUP, networkpolicy.KIND)})
 
 
 def is_compiled(group: str, kind: str) -> bool:
@@ -107,9 +120,17 @@ class Compiler:
             elif cell is _outside:
                 self._asking_not.discard(before)
                 self._asking_not.update([now] if now else [])
+            elif cell is _node:
+                self._nodes.pop(key.name, None)
+                self._nodes.update({now.name: now} if now else {})
             else:
                 changes.resources.append(Change(before, now))
-        mesh = MeshConfig(self._settings.trust_domain, self._settings.roots, tuple(sorted(self._asking_not)))
+        mesh = MeshConfig(
+            self._settings.trust_domain,
+            self._settings.roots,
+            tuple(sorted(self._asking_not)),
+            tuple(node for _, node in sorted(self._nodes.items())),
+        )
         if mesh != self._mesh:
             changes.resources.append(Change(self._mesh, mesh))
         try:
@@ -124,11 +145,12 @@ class Compiler:
     def _begin(self) -> None:
         settings = self._settings
         world = World(settings.trust_domain, settings.root_namespace, frozenset(settings.outside))
-        self._graph = Graph(world, (_workload, _service, authorization, routing, cluster, _outside))
+        self._graph = Graph(world, _OUTPUTS)
         self._assembly = Assembly()
         self._pending: dict[tuple[Any, Any], Any] = {}
         self._mesh = None
         self._asking_not: set[str] = set()
+        self._nodes: dict[str, NodeInfo] = {}
 
 
 def compile_snapshot(objects: Mapping[Key, Object], settings: Settings) -> Snapshot:
@@ -171,6 +193,12 @@ def _workload(g: Graph, key: Key) -> Workload | None:
         workload_name=pod.workload,
         app=pod.label("app", "app.kubernetes.io/name"),
         version=pod.label("version", "app.kubernetes.io/version"),
+        splice=splices(g, pod),
+        host_network=pod.host_network,
+        zone=g.get(zone, pod.node),
+        groups=groups_of(g, pod),
+        network_policies=network_policies_of(g, pod),
+        named_ports=named_ports_of(g, pod),
     )
 
 
@@ -183,6 +211,14 @@ def _service(g: Graph, key: Key) -> Service | None:
         if older:
             text = f"{older.key} has the address {address}: this service is not reached by it"
             g.findings.error(view, "spec.clusterIP", text, "give every service an address of its own")
+    external = []
+    for address in view.external_addresses:
+        owner_key = external_claim(g, view, address)
+        if owner_key is None:
+            external.append(address)
+        else:
+            text = f"{owner_key} has the external address {address}: this service is not reached by it"
+            g.findings.error(view, "spec", text, "give every service an address of its own")
     if view.external_name:
         text = f"{view.external_name} is outside of the cluster: calls pass as without a mesh"
         g.findings.info(view, "spec.externalName", text)
@@ -200,21 +236,43 @@ def _service(g: Graph, key: Key) -> Service | None:
         tuple(_port(g, view, port, found, i, routed) for i, port in enumerate(view.ports)),
         view.session_affinity,
         view.internal_local,
+        tuple(external),
     )
 
 
 def _port(g: Graph, view: ServiceView, port: Port, found: Backends, i: int, routed: set[int]) -> ServicePort:
+    l7 = port.transport == "TCP" and port.number in routed
+    shared = None if l7 else weighted(g, view, port)
     endpoints = [
-        Endpoint(b.pod.uid if b.pod else "", b.address, b.port, b.node, b.terminating) for b in found.ports[i]
+        Endpoint(b.pod.uid if b.pod else "", b.address, b.port, b.node, b.terminating, weight)
+        for b, weight in (shared if shared is not None else ((b, 1) for b in found.ports[i]))
     ]
     if port.transport == "UDP" and any(b.pod and b.pod.enrolled for b in found.ports[i]):
         text = f"UDP port {port.number} passes as without a mesh: not encrypted, not authorized"
         g.findings.info(view, "spec.ports", text)
-    l7 = port.transport == "TCP" and port.number in routed
-    return ServicePort(port.number, port.name, port.transport, l7, tuple(endpoints))
+    return ServicePort(port.number, port.name, port.transport, l7, tuple(endpoints), port.node_port)
+
+
+def _node(g: Graph, key: Key) -> NodeInfo | None:
+    o: Object | None = g.read(store(g).objects, key)
+    if o is None:
+        return None
+    written = (o.manifest.get("status") or {}).get("addresses") or ()
+    found = dict.fromkeys(canonical(a["address"]) for a in written if a["type"] in checks.NODE_ADDRESSES)
+    return NodeInfo(key.name, tuple(found), zone_of(o))
+
+
+def _note_splice(g: Graph, o: Object) -> None:
+    said = said_of_splice(o)
+    if said and said not in SPLICE_VALUES:
+        where = "labels" if SPLICE in o.labels else "annotations"
+        text = f"{SPLICE} is {said!r}, neither enabled nor disabled: it says nothing"
+        g.findings.warning(o, f"metadata.{where}", text, "correct it, or remove it")
 
 
 def _note_pod(g: Graph, pod: Pod) -> None:
+    if pod.splice and pod.splice not in SPLICE_VALUES:
+        _note_splice(g, g.read(store(g).objects, pod.key))
     if pod.enrolment.refused:
         if pod.enrolment.action:
             g.findings.warning(pod, "", pod.enrolment.refused, pod.enrolment.action)
@@ -232,6 +290,7 @@ def _note_pod(g: Graph, pod: Pod) -> None:
 
 def _namespace_note(g: Graph, key: Key) -> None:
     o: Object = g.read(store(g).objects, key)
+    _note_splice(g, o)
     asked = g.get(namespace, key.name)
     revision = foreign_revision(asked)
     if revision:
@@ -265,10 +324,14 @@ def _kind_note(g: Graph, key: Key) -> None:
         g.findings.info(o, "", f"{kind} means nothing to the mesh")
 
 
+#: Whose results are parts of a snapshot, or of its MeshConfig.
+_OUTPUTS = (_workload, _service, authorization, network_policy, routing, cluster, _outside, _node)
 _CELLS: dict[tuple[str, str], tuple[Any, ...]] = {
     ("", "Namespace"): (_namespace_note, _outside),
+    ("", "Node"): (_node,),
     ("", "Pod"): (_workload,),
     ("", "Service"): (_service, routing),
+    (networkpolicy.GROUP, networkpolicy.KIND): (network_policy,),
     (GROUP_SECURITY, "AuthorizationPolicy"): (authorization,),
     (GROUP_SECURITY, "PeerAuthentication"): (_peer_authentication_note,),
     (GROUP_NETWORKING, "VirtualService"): (virtual_service_notes,),

@@ -8,6 +8,7 @@ from typing import Any
 from controlplane.istio import GROUP_NETWORKING
 from controlplane.istio.destinationrule import rules
 from controlplane.istio.hosts import Hosts, note_export, reaches, resolve, services_matching
+from controlplane.istio.tcproutes import shares, weigh
 from controlplane.istio.virtualservice import DEFAULT_RETRY, Compiler, destination_cluster
 from controlplane.model.endpoints import Backend, addresses, backends, members, service
 from controlplane.model.findings import About
@@ -64,16 +65,33 @@ def cluster(g: Graph, of: tuple[Key, int, str]) -> Cluster | None:
     )
 
 
+def weighted(g: Graph, view: ServiceView, port: Port) -> tuple[tuple[Backend, int], ...] | None:
+    """The endpoints, with weights, of a port that requests do not route but a VirtualService shares; None: its own ones."""
+    chosen = g.get(_virtual_service, view.key)
+    if chosen is None or port.transport != "TCP":
+        return None
+    virtual_service: Object = g.read(store(g).objects, chosen)
+    found = shares(g, virtual_service, port)
+    if found is None:
+        return None
+    if port.protocol in (Protocol.HTTP, Protocol.HTTP2):
+        where = f"port {port.number} ({port.name}) of {view.key}"
+        text = f"{where} says of itself that it is HTTP: its connections are not shared"
+        g.findings.warning(
+            virtual_service, "spec.tcp", text, "use http routes, or name the port tcp, or tcp-..."
+        )
+        return None
+    return weigh(found)
+
+
 def virtual_service_notes(g: Graph, key: Key) -> None:
     """What there is to say about one VirtualService, whatever it is used for."""
     virtual_service = g.read(store(g).objects, key)
     if virtual_service is None:
         return
     spec = virtual_service.spec
-    for kind in ("tcp", "tls"):
-        if spec.get(kind):
-            text = f"{kind} routes: accepted, not in force yet"
-            g.findings.warning(virtual_service, f"spec.{kind}", text)
+    if spec.get("tls"):
+        g.findings.warning(virtual_service, "spec.tls", "tls routes: accepted, not in force yet")
     if any(gateway != "mesh" for gateway in spec.get("gateways") or ("mesh",)):
         text = "routes of gateways are accepted, not in force yet"
         g.findings.warning(virtual_service, "spec.gateways", text)
@@ -88,9 +106,9 @@ def virtual_service_notes(g: Graph, key: Key) -> None:
 
 
 def _applies(virtual_service: Object) -> bool:
-    """True if it applies within the mesh and has HTTP routes."""
+    """True if it applies within the mesh and has routes that are in force."""
     spec = virtual_service.spec
-    return "mesh" in (spec.get("gateways") or ("mesh",)) and bool(spec.get("http"))
+    return "mesh" in (spec.get("gateways") or ("mesh",)) and bool(spec.get("http") or spec.get("tcp"))
 
 
 def _hosts_of(g: Graph, key: Key) -> tuple[tuple[str, str, str], tuple[str, ...]]:

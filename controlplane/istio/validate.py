@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from controlplane.istio import GROUP_NETWORKING, GROUP_SECURITY
@@ -53,6 +53,29 @@ def _virtual_service(spec: Mapping[str, Any]) -> Iterator[Problem]:
         yield "spec", "http, tcp or tls is required"
     for i, http in enumerate(spec.get("http") or ()):
         yield from _http(http, f"spec.http[{i}]")
+    for i, tcp in enumerate(spec.get("tcp") or ()):
+        yield from _tcp(tcp, f"spec.tcp[{i}]")
+
+
+def _tcp(tcp: Mapping[str, Any], path: str) -> Iterator[Problem]:
+    for i, match in enumerate(tcp.get("match") or ()):
+        if (match or {}).get("port", 1) not in range(1, 65536):
+            yield f"{path}.match[{i}].port", "port must be between 1-65535"
+    if not tcp.get("route"):
+        yield f"{path}.route", "required, but missing"
+    yield from _shares(tcp.get("route") or (), path)
+
+
+def _shares(routes: Sequence[Mapping[str, Any]], path: str) -> Iterator[Problem]:
+    weights = [r.get("weight", 0) for r in routes]
+    for i, (route, weight) in enumerate(zip(routes, weights, strict=True)):
+        if weight < 0:
+            yield f"{path}.route[{i}].weight", f"{weight} is negative"
+        yield from _destination(route.get("destination"), f"{path}.route[{i}].destination")
+    if sum(weights) > _MOST_WEIGHT:
+        yield f"{path}.route", f"the weights' sum is {sum(weights)}, at most {_MOST_WEIGHT}"
+    if len(routes) > 1 and sum(weights) <= 0:
+        yield f"{path}.route", "the weights' sum is 0: give each route of several a weight"
 
 
 def _http(http: Mapping[str, Any], path: str) -> Iterator[Problem]:
@@ -62,16 +85,9 @@ def _http(http: Mapping[str, Any], path: str) -> Iterator[Problem]:
     if len(actions) > 1:
         yield path, f"only one of {', '.join(actions)} may be set"
     routes = http.get("route") or ()
-    weights = [r.get("weight", 0) for r in routes]
-    for i, (route, weight) in enumerate(zip(routes, weights, strict=True)):
-        if weight < 0:
-            yield f"{path}.route[{i}].weight", f"{weight} is negative"
-        yield from _destination(route.get("destination"), f"{path}.route[{i}].destination")
+    yield from _shares(routes, path)
+    for i, route in enumerate(routes):
         yield from _headers(route.get("headers") or {}, f"{path}.route[{i}].headers")
-    if sum(weights) > _MOST_WEIGHT:
-        yield f"{path}.route", f"the weights' sum is {sum(weights)}, at most {_MOST_WEIGHT}"
-    if len(routes) > 1 and sum(weights) <= 0:
-        yield f"{path}.route", "the weights' sum is 0: give each route of several a weight"
     for i, match in enumerate(http.get("match") or ()):
         yield from _match(match or {}, f"{path}.match[{i}]")
     yield from _headers(http.get("headers") or {}, f"{path}.headers")

@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from common import spiffe
+from controlplane.model import networkpolicy
 
+#: Which of a node's addresses are its own: what its other ones (names) are, nobody dials.
+NODE_ADDRESSES = ("InternalIP", "ExternalIP")
 Problem = tuple[str, str]
 
 
@@ -17,6 +20,8 @@ def validate(manifest: Mapping[str, Any]) -> Iterator[Problem]:
         for i, endpoint in enumerate(manifest.get("endpoints") or ()):
             for j, address in enumerate(endpoint.get("addresses") or ()):
                 yield from _address(address, f"endpoints[{i}].addresses[{j}]")
+    if manifest["apiVersion"] == "networking.k8s.io/v1" and manifest["kind"] == "NetworkPolicy":
+        yield from networkpolicy.validate(manifest.get("spec") or {})
     if manifest["apiVersion"] != "v1":
         return
     spec = manifest.get("spec") or {}
@@ -31,6 +36,13 @@ def validate(manifest: Mapping[str, Any]) -> Iterator[Problem]:
             yield "spec.serviceAccountName", str(e)
     elif manifest["kind"] == "Service":
         yield from _service(spec)
+        balancer = (manifest.get("status") or {}).get("loadBalancer") or {}
+        for i, item in enumerate(balancer.get("ingress") or ()):
+            yield from _address(item.get("ip"), f"status.loadBalancer.ingress[{i}].ip")
+    elif manifest["kind"] == "Node":
+        for i, item in enumerate((manifest.get("status") or {}).get("addresses") or ()):
+            if item["type"] in NODE_ADDRESSES:
+                yield from _address(item["address"], f"status.addresses[{i}].address")
 
 
 def _service(spec: Mapping[str, Any]) -> Iterator[Problem]:
@@ -39,6 +51,8 @@ def _service(spec: Mapping[str, Any]) -> Iterator[Problem]:
     ]:
         if address != "None":
             yield from _address(address, path)
+    for i, address in enumerate(spec.get("externalIPs") or ()):
+        yield from _address(address, f"spec.externalIPs[{i}]")
     ports = spec.get("ports") or ()
     seen: set[tuple[int, str]] = set()
     for i, port in enumerate(ports):

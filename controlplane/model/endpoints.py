@@ -90,6 +90,32 @@ def older_claim(g: Graph, view: ServiceView, address: str) -> ServiceView | None
     return None if oldest.key == view.key else oldest
 
 
+def external_claim(g: Graph, view: ServiceView, address: str) -> Key | None:
+    """Whose an external address is already, if it may not be this service's.
+
+    Anybody who may write a Service can name any address in it: those of pods and of the cluster's services stay theirs.
+    """
+    for table in (store(g).services_by_address, store(g).pods_by_address):
+        owners: list[Key] = [k for k in g.read(table, address) if k.kind == "Service" or not _on_node(g, k)]
+        if owners:
+            return min(owners)
+    claims = g.read(store(g).services_by_external_address, address)
+    ports = {(p.number, p.transport) for p in view.ports}
+    views = [v for key in claims if (v := g.get(service, key))] if len(claims) > 1 else []
+    for other in sorted(views, key=lambda v: v.age):
+        if other.key == view.key:
+            break
+        if any((p.number, p.transport) in ports for p in other.ports):
+            return other.key
+    return None
+
+
+def _on_node(g: Graph, key: Key) -> bool:
+    """Whether a pod's addresses are its node's, or nobody's any more."""
+    pod = g.get(live, key)
+    return pod is None or pod.host_network
+
+
 def members(g: Graph, key: Key) -> tuple[Pod, ...]:
     """All pods that a service selects, ready or not, by UID."""
     view = g.get(service, key)

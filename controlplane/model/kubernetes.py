@@ -20,6 +20,8 @@ from controlplane.source import Key, Object
 CLUSTER_DOMAIN = "cluster.local"
 #: Label of an EndpointSlice that names its service.
 SLICE_SERVICE = "kubernetes.io/service-name"
+#: Label or annotation, ``enabled`` or ``disabled``: whether connections with pods of the same node are spliced.
+SPLICE = "mycel.io/splice"
 _SESSION_AFFINITY_S = 10800  # the API's default
 
 
@@ -61,6 +63,7 @@ class Pod:
     enrolment: Enrolment
     named_ports: Mapping[tuple[str, str], int]  #: by name and transport
     workload: str
+    splice: str  #: what it says of itself (:data:`SPLICE`); empty if it says nothing
 
     @property
     def namespace(self) -> str:
@@ -90,6 +93,7 @@ class Port:
     transport: str  #: TCP, UDP, SCTP
     protocol: Protocol
     target: int | str
+    node_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +111,7 @@ class ServiceView:
     external_name: str
     session_affinity: int  #: seconds; 0 is none
     internal_local: bool
+    external_addresses: tuple[str, ...]  #: that it claims beside its cluster addresses
 
     @property
     def namespace(self) -> str:
@@ -143,6 +148,7 @@ def read_pod(pod: Object, namespace: Asked, outside: Collection[str]) -> Pod | N
         enrolment=enrolment(pod, namespace, outside),
         named_ports=dict(_named_ports(spec)),
         workload=_workload_name(pod),
+        splice=said_of_splice(pod),
     )
 
 
@@ -160,6 +166,7 @@ def read_service(service: Object) -> ServiceView:
             p.get("protocol") or "TCP",
             _protocol(p.get("name") or "", p.get("appProtocol") or ""),
             p.get("targetPort") or p["port"],
+            p.get("nodePort") or 0,
         )
         for p in spec.get("ports") or ()
     )
@@ -175,6 +182,7 @@ def read_service(service: Object) -> ServiceView:
         external_name=(spec.get("externalName") or "") if external else "",
         session_affinity=affinity,
         internal_local=spec.get("internalTrafficPolicy") == "Local",
+        external_addresses=external_addresses_of(service),
     )
 
 
@@ -188,6 +196,28 @@ def addresses_of(o: Object) -> tuple[str, ...]:
     else:
         written = [o.spec.get("clusterIP"), *(o.spec.get("clusterIPs") or ())]
     return tuple(dict.fromkeys(canonical(a) for a in written if a and a != "None"))
+
+
+def external_addresses_of(service: Object) -> tuple[str, ...]:
+    """``externalIPs``, and those of a load balancer that leaves the destination as it is, as canonical text."""
+    spec = service.spec
+    if spec.get("type") == "ExternalName":
+        return ()
+    written = list(spec.get("externalIPs") or ())
+    if spec.get("type") == "LoadBalancer":
+        balancer = (service.manifest.get("status") or {}).get("loadBalancer") or {}
+        # What comes through one that is a proxy (KEP-1860) is to go through it from here too.
+        written += [i.get("ip") for i in balancer.get("ingress") or () if i.get("ipMode") != "Proxy"]
+    return tuple(dict.fromkeys(canonical(a) for a in written if a))
+
+
+def said_of_splice(o: Object) -> str:
+    """What a pod or namespace says about splicing, by label, else by annotation; empty if nothing."""
+    return o.labels.get(SPLICE) or o.annotations.get(SPLICE) or ""
+
+
+def zone_of(node: Object) -> str:
+    return node.labels.get("topology.kubernetes.io/zone") or ""
 
 
 def host_of(service: Key) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 from controlplane.model.graph import Graph
-from controlplane.model.kubernetes import SLICE_SERVICE, addresses_of
+from controlplane.model.kubernetes import SLICE_SERVICE, addresses_of, external_addresses_of
 from controlplane.source import Key, Object
 
 _NONE: frozenset[Key] = frozenset()
@@ -59,6 +59,7 @@ class Store:
         self.pods_by_label = _Index()  #: (namespace, name, value)
         self.pods_by_address = _Index()
         self.services_by_address = _Index()
+        self.services_by_external_address = _Index()
         self.slices_by_service = _Index()  #: (namespace, service's name)
 
     def replace(self, objects: Mapping[Key, Object], graph: Graph) -> tuple[list[Key], list[Key]]:
@@ -103,6 +104,8 @@ class Store:
         elif (group, kind) == ("", "Service"):
             for address in addresses_of(o):
                 yield self.services_by_address, address
+            for address in external_addresses_of(o):
+                yield self.services_by_external_address, address
         elif (group, kind) == ("discovery.k8s.io", "EndpointSlice"):
             service = o.labels.get(SLICE_SERVICE)
             if service:

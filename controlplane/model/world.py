@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from common import spiffe
 from controlplane.model.enrolment import Asked
 from controlplane.model.graph import Graph
-from controlplane.model.kubernetes import Pod, read_pod
+from controlplane.model.kubernetes import Pod, read_pod, said_of_splice, zone_of
 from controlplane.model.store import Store
 from controlplane.source import Key, Object
 
 #: Namespaces that are never in the mesh; that of the mesh itself is added where it has one.
 OUTSIDE = frozenset({"kube-system"})
+SPLICE_VALUES = ("enabled", "disabled")
 _NAMESPACE_ASKS = ("mycel.io/mesh", "istio.io/dataplane-mode", "istio-injection", "istio.io/rev")
 
 
@@ -50,6 +51,24 @@ def namespace(g: Graph, name: str) -> Asked:
     labels = {k: o.labels[k] for k in _NAMESPACE_ASKS if k in o.labels}
     annotations = {k: v for k, v in o.annotations.items() if k == "linkerd.io/inject"}
     return Asked(labels, annotations)
+
+
+def splices(g: Graph, pod: Pod) -> bool:
+    """Whether a pod's connections within its node may be spliced. What it says itself goes before what its namespace says."""
+    said = pod.splice if pod.splice in SPLICE_VALUES else g.get(_namespace_splice, pod.namespace)
+    return said != "disabled"
+
+
+def _namespace_splice(g: Graph, name: str) -> str:
+    o: Object | None = g.read(store(g).objects, Key("", "Namespace", "", name))
+    said = said_of_splice(o) if o else ""
+    return said if said in SPLICE_VALUES else ""
+
+
+def zone(g: Graph, node: str) -> str:
+    """A node's zone; empty if it is not known."""
+    o: Object | None = g.read(store(g).objects, Key("", "Node", "", node)) if node else None
+    return zone_of(o) if o else ""
 
 
 def live(g: Graph, key: Key) -> Pod | None:

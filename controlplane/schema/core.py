@@ -52,6 +52,65 @@ _CONTAINERS = _list(
 _CONDITION = {"type": "boolean", "nullable": True}
 _CLUSTER_IP = {**_STRING, "pattern": rf"^None$|{_IP_PATTERN}"}
 
+_NODE_PORT: dict[str, Any] = {"type": "integer", "minimum": 0, "maximum": 65535}
+
+# Of NetworkPolicy every field counts: one that is misspelt, or that is newer than this, must not be ignored.
+_LABEL_NAME = r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)"
+LABEL_KEY = rf"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?/)?{_LABEL_NAME}$"
+_LABEL_KEY: dict[str, Any] = {**_STRING, "pattern": LABEL_KEY}
+_LABEL_VALUE: dict[str, Any] = {**_STRING, "pattern": rf"^{_LABEL_NAME}?$"}
+
+
+def _closed(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, **more}
+
+
+def _selector(**more: Any) -> dict[str, Any]:
+    expression = _closed(
+        {
+            "key": _LABEL_KEY,
+            "operator": {**_STRING, "enum": ["In", "NotIn", "Exists", "DoesNotExist"]},
+            "values": _list(_LABEL_VALUE),
+        },
+        required=["key", "operator"],
+    )
+    labels = {"type": "object", "additionalProperties": _LABEL_VALUE, "nullable": True}
+    return _closed({"matchLabels": labels, "matchExpressions": _list(expression)}, **more)
+
+
+def _rules(side: str) -> dict[str, Any]:
+    block = _closed({"cidr": _STRING, "except": _list(_STRING)}, required=["cidr"], nullable=True)
+    peer = _closed(
+        {
+            "podSelector": _selector(nullable=True),
+            "namespaceSelector": _selector(nullable=True),
+            "ipBlock": block,
+        }
+    )
+    port = _closed(
+        {
+            "protocol": {**_TRANSPORT, "nullable": True},
+            "port": {"anyOf": [_PORT, {**_STRING, "minLength": 1}], "nullable": True},
+            "endPort": {**_PORT, "nullable": True},
+        }
+    )
+    return _list(_closed({"ports": _list(port), side: _list(peer)}))
+
+
+_NETWORK_POLICY = _open(
+    {
+        "spec": _closed(
+            {
+                "podSelector": _selector(nullable=True),
+                "ingress": _rules("from"),
+                "egress": _rules("to"),
+                "policyTypes": _list({**_STRING, "enum": ["Ingress", "Egress"]}),
+            }
+        )
+    },
+    required=["spec"],
+)
+
 KINDS: dict[str, dict[str, Any]] = {
     "/Namespace": _open({}),
     "/ServiceAccount": _open({}),
@@ -73,6 +132,7 @@ KINDS: dict[str, dict[str, Any]] = {
                         {"clientIP": _open({"timeoutSeconds": _AFFINITY_SECONDS}, nullable=True)},
                         nullable=True,
                     ),
+                    "externalIPs": _list(_ADDRESS),
                     "internalTrafficPolicy": {**_STRING, "enum": ["Cluster", "Local"]},
                     "ports": _list(
                         _open(
@@ -81,16 +141,38 @@ KINDS: dict[str, dict[str, Any]] = {
                                 "name": _STRING,
                                 "protocol": _TRANSPORT,
                                 "appProtocol": {**_STRING, "nullable": True},
+                                "nodePort": _NODE_PORT,
                                 "targetPort": {"anyOf": [_PORT, {**_STRING, "minLength": 1}]},
                             },
                             required=["port"],
                         )
                     ),
                 }
-            )
+            ),
+            "status": _open(
+                {
+                    "loadBalancer": _open(
+                        {"ingress": _list(_open({"ip": {**_ADDRESS, "nullable": True}}))}, nullable=True
+                    )
+                },
+                nullable=True,
+            ),
         },
         required=["spec"],
     ),
+    "/Node": _open(
+        {
+            "status": _open(
+                {
+                    "addresses": _list(
+                        _open({"type": _STRING, "address": _STRING}, required=["type", "address"])
+                    )
+                },
+                nullable=True,
+            )
+        }
+    ),
+    "networking.k8s.io/NetworkPolicy": _NETWORK_POLICY,
     "/Pod": _open(
         {
             "metadata": _open({"uid": {**_STRING, "minLength": 1}}, required=["uid"]),

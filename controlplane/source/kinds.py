@@ -181,6 +181,13 @@ def _node(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"spec": {}, "status": _pick(raw.get("status") or {}, "addresses")}
 
 
+def _service(raw: Mapping[str, Any]) -> dict[str, Any]:
+    balancer = (raw.get("status") or {}).get("loadBalancer") or {}
+    found = [_pick(item, "ip", "ipMode") for item in balancer.get("ingress") or () if item.get("ip")]
+    status = {"status": {"loadBalancer": {"ingress": found}}} if found else {}
+    return _spec(raw) | status
+
+
 def _slice(raw: Mapping[str, Any]) -> dict[str, Any]:
     return _pick(raw, "addressType", "ports", "endpoints")
 
@@ -197,7 +204,7 @@ _KEPT: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "Pod": _pod,
     "Node": _node,
     "EndpointSlice": _slice,
-    "Service": _spec,
+    "Service": _service,
     "NetworkPolicy": _spec,
     "Namespace": _nothing,
     "ServiceAccount": _nothing,

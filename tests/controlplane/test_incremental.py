@@ -65,12 +65,18 @@ def _service(rng: random.Random) -> Manifest:
         _pick(rng, {}, {"app": "a"}, {"app": "b", "version": "v1"}),
     )
     made["spec"] |= _pick(rng, {}, {"internalTrafficPolicy": "Local"}, {"publishNotReadyAddresses": True})
+    if rng.random() < 0.3:
+        made["spec"]["externalIPs"] = [_pick(rng, "192.0.2.10", "192.0.2.11", "10.96.0.1", "10.1.0.1")]
     return made
 
 
 def _namespace(rng: random.Random) -> Manifest:
     labels = _pick(
-        rng, {}, {"mycel.io/mesh": "enabled"}, {"istio.io/rev": "other"}, {"irrelevant": str(rng.random())}
+        rng,
+        {},
+        {"mycel.io/mesh": "enabled"},
+        {"istio.io/rev": "other"},
+        {"irrelevant": _pick(rng, "x", "y"), "mycel.io/splice": "disabled"},
     )
     return namespace(_pick(rng, "n1", "n2", "kube-system"), **labels)
 
@@ -107,7 +113,11 @@ def _routes(rng: random.Random) -> Manifest:
     return istio(
         "VirtualService",
         _pick(rng, "x", "y"),
-        {"hosts": [host], "http": [{"route": to}], **_pick(rng, {}, {"exportTo": ["."]})},
+        {
+            "hosts": [host],
+            **_pick(rng, {"http": [{"route": to}]}, {"tcp": [{"route": to}]}),
+            **_pick(rng, {}, {"exportTo": ["."]}),
+        },
         _pick(rng, "n1", "n2"),
         creationTimestamp=f"2026-01-0{rng.randrange(1, 4)}T00:00:00Z",
     )
@@ -141,6 +151,44 @@ def _other(rng: random.Random) -> Manifest:
     }
 
 
+def _network(rng: random.Random) -> Manifest:
+    def peer() -> Manifest:
+        made: Manifest = _pick(
+            rng,
+            {"podSelector": {}},
+            {"podSelector": {"matchLabels": {"app": "a"}}},
+            {"namespaceSelector": {"matchLabels": {"irrelevant": "x"}}},
+            {"namespaceSelector": {"matchExpressions": [{"key": "mycel.io/mesh", "operator": "Exists"}]}},
+            {"namespaceSelector": {}, "podSelector": {"matchLabels": {"version": "v1"}}},
+            {"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.1.0.0/16"]}},
+        )
+        return made
+
+    spec: Manifest = {"podSelector": _pick(rng, {}, {"matchLabels": {"app": "a"}})}
+    for direction, side in (("ingress", "from"), ("egress", "to")):
+        if rng.random() < 0.6:
+            spec[direction] = [
+                {side: [peer()], "ports": [{"port": _pick(rng, 80, "web")}]} for _ in range(rng.randrange(3))
+            ]
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": _pick(rng, "x", "y"), "namespace": _pick(rng, "n1", "n2")},
+        "spec": spec,
+    }
+
+
+def _node(rng: random.Random) -> Manifest:
+    zone = _pick(rng, {}, {"topology.kubernetes.io/zone": _pick(rng, "z1", "z2")})
+    address = {"type": "InternalIP", "address": f"192.0.2.{rng.randrange(3)}"}
+    return {
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": _pick(rng, "node-a", "node-b"), "labels": zone},
+        "status": {"addresses": [address, {"type": "Hostname", "address": "a"}]},
+    }
+
+
 _MAKERS: tuple[tuple[Callable[[random.Random], Manifest], int], ...] = (
     (_pod, 8),
     (_service, 4),
@@ -150,6 +198,8 @@ _MAKERS: tuple[tuple[Callable[[random.Random], Manifest], int], ...] = (
     (_routes, 3),
     (_destination, 2),
     (_slice, 2),
+    (_network, 4),
+    (_node, 1),
     (_other, 1),
 )
 

@@ -348,7 +348,8 @@ async def test_what_is_not_compiled_is_never_accepted(mesh: Mesh, nodes: list[Fo
         await eventually(told)
         await asyncio.sleep(1.0)
         (event,) = await events()
-        assert (event["reason"], event["type"]) == ("NotCompiled", "Warning")
+        # This kind is in force, and has no status to say so in.
+        assert (event["reason"], event["type"]) == ("Programmed", "Normal")
         assert event["regarding"]["uid"] == (await client.get(f"{policies}/policy"))["metadata"]["uid"]
         # Another leader does not say it again.
         leader = mesh.replicas[await mesh.lease_holder()]

@@ -488,8 +488,12 @@ def test_actions_that_are_not_in_force_say_so() -> None:
     text = messages(compile_all(*two_versions(), virtual(http)))
     for field in ("fault", "mirror", "corsPolicy"):
         assert f"spec.http[0].{field}:" in text
-    layer4 = istio("VirtualService", "t", {"hosts": ["web-app"], "tcp": [{"route": [to()]}]})
-    assert "tcp routes: accepted, not in force yet" in messages(compile_all(*two_versions(), layer4))
+    layer4 = istio(
+        "VirtualService",
+        "t",
+        {"hosts": ["web-app"], "tls": [{"match": [{"sniHosts": ["a"]}], "route": [to()]}]},
+    )
+    assert "tls routes: accepted, not in force yet" in messages(compile_all(*two_versions(), layer4))
 
 
 def test_the_contract_of_a_port() -> None:
