@@ -190,15 +190,17 @@ class Attaching:
 
         :raises Refusal: some could not be removed; the others are.
         """
+        stale = [a for a in self._state.pods if a.network == network and a.key not in valid]
+        # At once: one after the other, each would wait for a pass of its own, and many for longer than a request may take.
+        outcomes = await asyncio.gather(*(self.delete(a.key) for a in stale), return_exceptions=True)
         failed = []
-        for attachment in self._state.pods:
-            if attachment.network == network and attachment.key not in valid:
-                try:
-                    await self.delete(attachment.key)
-                except Refusal as refusal:
-                    failed.append(
-                        f"{attachment.container_id} {attachment.ifname}: {refusal.details or refusal.message}"
-                    )
+        for attachment, outcome in zip(stale, outcomes, strict=True):
+            if isinstance(outcome, Refusal):
+                failed.append(
+                    f"{attachment.container_id} {attachment.ifname}: {outcome.details or outcome.message}"
+                )
+            elif outcome is not None:
+                raise outcome
         if failed:
             raise Refusal(protocol.ERR_TRY_AGAIN, "not all could be removed", "; ".join(failed))
 
