@@ -15,17 +15,11 @@ int sock_create(struct bpf_sock *ctx)
 
 	if (!pod || (pod->flags & POD_PASSING))
 		return 1;
-	struct event event = {
-		.netns = netns,
-		.reason = REASON_MPTCP,
-		.source = pod->identity,
-		.client_address = pod->address4,
-	};
 	struct refusal refusal = { .tuple = { .client_address = pod->address4 }, .reason = REASON_MPTCP };
 
 	count(REASON_MPTCP);
 	if (!was_told(&refusal, DIAL_NS))
-		tell(&event);
+		tell(netns, &refusal.tuple, REASON_MPTCP, pod->identity, 0);
 	set_retval(-EPROTONOSUPPORT);
 	return 0;
 }

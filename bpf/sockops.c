@@ -169,19 +169,8 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 		count(COUNTER_FULL_SOCKETS);
 	if (!stored || reason) {
 		/* Nothing here can end it: the agent does, who is told of each. */
-		struct event event = {
-			.netns = netns,
-			.reason = REASON_REVOKED,
-			.source = state.identity,
-			.destination = pod->identity,
-			.client_address = tuple.client_address,
-			.server_address = tuple.server_address,
-			.client_port = tuple.client_port,
-			.server_port = tuple.server_port,
-		};
-
 		count(REASON_REVOKED);
-		tell(&event);
+		tell(netns, &tuple, REASON_REVOKED, state.identity, pod->identity);
 	}
 	if (!stored)
 		return;

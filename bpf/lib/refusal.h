@@ -42,10 +42,24 @@ inline_always void count_refused(struct flow_key *flow, u64 number, u64 bytes)
 		__sync_fetch_and_add(&refusals->bytes, bytes);
 }
 
-inline_always void tell(struct event *event)
+/* In the ring buffer at once: the stack is small, and callers have much on it. */
+inline_always void tell(u64 netns, const struct tuple *tuple, u32 reason, u32 source, u32 destination)
 {
-	if (ringbuf_output(MAP(EVENTS), event, sizeof(*event), 0) < 0)
+	struct event *event = ringbuf_reserve(MAP(EVENTS), sizeof(*event), 0);
+
+	if (!event) {
 		count(COUNTER_FULL_EVENTS);
+		return;
+	}
+	event->netns = netns;
+	event->reason = reason;
+	event->source = source;
+	event->destination = destination;
+	event->client_address = tuple->client_address;
+	event->server_address = tuple->server_address;
+	event->client_port = tuple->client_port;
+	event->server_port = tuple->server_port;
+	ringbuf_submit(event, 0);
 }
 
 /* Whether it was told within the period already; if not, it is from now on. */
@@ -80,21 +94,12 @@ inline_always void refuse_dial(u64 netns, const struct address *client, u32 reas
 		.tuple = { .client_address = *client, .server_address = *address, .server_port = port },
 		.reason = reason,
 	};
-	struct event event = {
-		.netns = netns,
-		.reason = reason,
-		.source = source,
-		.destination = destination,
-		.client_address = *client,
-		.server_address = *address,
-		.server_port = port,
-	};
 
 	count(reason);
 	count_refused(&flow, 1, 0);
 	record_refused(netns, &refusal.tuple, &flow);
 	if (!was_told(&refusal, DIAL_NS))
-		tell(&event);
+		tell(netns, &refusal.tuple, reason, source, destination);
 }
 
 /* A connection has ended: what still comes of it belongs to no socket, and is no attempt to connect. */
@@ -146,20 +151,11 @@ inline_always void refuse_arrival(struct tuple *tuple, u32 reason, u32 source, u
 		.protocol = IPPROTO_TCP,
 		.direction = DIRECTION_INBOUND,
 	};
-	struct event event = {
-		.reason = reason,
-		.source = source,
-		.destination = destination,
-		.client_address = tuple->client_address,
-		.server_address = tuple->server_address,
-		.client_port = tuple->client_port,
-		.server_port = tuple->server_port,
-	};
 
 	count(reason);
 	count_refused(&flow, 1, 0);
 	record_refused(0, tuple, &flow);
-	tell(&event);
+	tell(0, tuple, reason, source, destination);
 }
 
 #endif
