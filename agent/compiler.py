@@ -39,6 +39,7 @@ class Peer:
     local: bool  #: on this node, and judged by this agent if it is enrolled
     enrolled: bool
     identity: int
+    zone: int = 0  #: its number, for the accounts; 0 is unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def compile_tables(
     """
     numbered = {uid: numbers.number(label_of(mesh.workloads[uid])) for uid in sorted(mesh.workloads)}
     return Tables(
-        peers=_peers(mesh, node, attached, numbered),
+        peers=_peers(mesh, node, attached, numbered, numbers),
         services=_services(mesh, node),
         policies=_policies(mesh, node, attached, numbers),
         identities=numbered,
@@ -82,7 +83,11 @@ def compile_tables(
 
 
 def _peers(
-    mesh: Mesh, node: str, attached: Mapping[str, tuple[str, ...]], numbered: Mapping[str, int]
+    mesh: Mesh,
+    node: str,
+    attached: Mapping[str, tuple[str, ...]],
+    numbered: Mapping[str, int],
+    numbers: Identities,
 ) -> dict[str, Peer]:
     peers: dict[str, Peer] = {}
     rank: dict[str, tuple[bool, bool, str]] = {}
@@ -90,13 +95,14 @@ def _peers(
         # While a pod ends and its address is given away, two have it for a moment: the one that is ready, then any
         # fixed order. An enrolled one is preferred, because the doubt costs a refusal there, not a pass.
         order = (workload.ready, workload.enrolled, uid)
+        zone = numbers.zone(workload.zone)
         for address in workload.addresses:
             if is_ipv4(address) and (address not in rank or order > rank[address]):
                 rank[address] = order
                 # An enrolled pod of this node that is not attached has nobody who would judge at its end: it counts
                 # as remote, and who dials it has to find a node proxy there.
                 local = workload.node == node and not workload.enrolled
-                peers[address] = Peer(uid, local, workload.enrolled, numbered[uid])
+                peers[address] = Peer(uid, local, workload.enrolled, numbered[uid], zone)
     # On this node the runtime knows first and for certain who has an address.
     for uid, addresses in attached.items():
         known = mesh.workloads.get(uid)
@@ -106,7 +112,7 @@ def _peers(
             if known is None:
                 peers.pop(address, None)
             else:
-                peers[address] = Peer(uid, True, known.enrolled, numbered[uid])
+                peers[address] = Peer(uid, True, known.enrolled, numbered[uid], numbers.zone(known.zone))
     return peers
 
 

@@ -44,6 +44,7 @@ class PodSpec(NamedTuple):
     stage: Stage = Stage.ENROLLED
     #: It is on its way out: its verdicts stay as they are.
     leaving: bool = False
+    zone: int = 0
 
     @property
     def pod(self) -> facade.Pod:
@@ -53,6 +54,7 @@ class PodSpec(NamedTuple):
             self.identity,
             passing=self.stage is Stage.PREPARED,
             open=self.stage is not Stage.ENROLLED,
+            zone=self.zone,
         )
 
 
@@ -155,7 +157,7 @@ class Programmer:
         addresses |= {address for pod in self._pods.values() for address in pod.addresses}
         peers = {a: peer for a, peer in tables.peers.items() if a not in addresses}
         for address, peer in peers.items():
-            told = facade.Peer(peer.local, peer.enrolled, peer.identity, peer.uid in joining)
+            told = facade.Peer(peer.local, peer.enrolled, peer.identity, peer.uid in joining, peer.zone)
             if self._peers.get(address) != told:
                 try:
                     self._set_peer(address, told)
@@ -196,8 +198,9 @@ class Programmer:
 
     def forget_accounts(self, current: Collection[int]) -> None:
         """When their map fills up, drop the accounts of identities that nobody has any more."""
-        pressure = self._kernel.pressure().get("flows")
-        if pressure is None or pressure.used < pressure.size * _FORGET_AT:
+        pressure = self._kernel.pressure()
+        tables = [pressure[name] for name in ("flows", "refused") if name in pressure]
+        if all(one.used < one.size * _FORGET_AT for one in tables):
             return
 
         def is_current(number: int) -> bool:
@@ -209,9 +212,7 @@ class Programmer:
             if not (is_current(key.source) and is_current(key.destination))
         ]
         self._kernel.forget_flows(stale)
-        _log.warning(
-            "accounts of identities that are gone were dropped", accounts=len(stale), room=pressure.size
-        )
+        _log.warning("accounts of identities that are gone were added up", accounts=len(stale))
 
     def _set_peer(self, address: str, peer: facade.Peer) -> None:
         try:

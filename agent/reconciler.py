@@ -191,7 +191,11 @@ class Reconciler:
                 stage = self.passages.leave(cookie, now)
             if stage is not None:
                 number = tables.identities.get(sandbox.uid, 0)
-                specs[cookie] = PodSpec(sandbox.uid, cookie, (address,), number, stage, leaving=not enrolled)
+                workload = mesh.workloads.get(sandbox.uid)
+                zone = self._state.numbers.zone(workload.zone) if workload is not None else 0
+                specs[cookie] = PodSpec(
+                    sandbox.uid, cookie, (address,), number, stage, leaving=not enrolled, zone=zone
+                )
         return specs
 
     def _plan(self, leaving: Collection[int]) -> None:

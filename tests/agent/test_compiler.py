@@ -204,6 +204,18 @@ class TestPeersAndServices:
             "10.0.2.1": Peer("uid-there", False, False, tables.identities["uid-there"]),
         }
 
+    def test_zones_of_peers(self):
+        state = mesh(
+            workload("here", zone="eu-1a", addresses=("10.0.1.1",)),
+            workload("far", zone="eu-1b", node="n2", addresses=("10.0.1.2",)),
+            workload("nowhere", node="n2", addresses=("10.0.1.3",)),
+        )
+        numbers = Identities()
+        attached = {"uid-here": ("10.0.1.1",)}
+        tables = compile_tables(state, node="n1", attached=attached, numbers=numbers)
+        zones = {address: numbers.zone_name(peer.zone) for address, peer in tables.peers.items()}
+        assert zones == {"10.0.1.1": "eu-1a", "10.0.1.2": "eu-1b", "10.0.1.3": "unknown"}
+
     def test_nobody_dials_an_enrolled_pod_directly_that_is_not_attached(self):
         state = mesh(
             workload("early", addresses=("10.0.1.1",)),

@@ -177,7 +177,7 @@ class TestPassage:
     async def staged(self, world, name, *, passing, open):
         pods = world.kernel.pods
         cookie = world.cookie(name)
-        await until(lambda: cookie in pods() and pods()[cookie][3:] == (passing, open))
+        await until(lambda: cookie in pods() and pods()[cookie][3:5] == (passing, open))
 
     async def gone(self, world):
         await until(lambda: not world.kernel.pods())
