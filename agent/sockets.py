@@ -26,7 +26,7 @@ class PodSockets:
 
     async def listener(self, netns_cookie: int, address: str, kind: api.ListenerKind) -> int:
         return await self._do(
-            netns_cookie, lambda netns: self._kernel.make_listener(netns, address, kind.port)
+            netns_cookie, lambda netns: self._kernel.make_listener(netns, (address,), kind.port)
         )
 
     def publish(self, address: str, kind: api.ListenerKind, fd: int) -> None:

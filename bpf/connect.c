@@ -112,6 +112,15 @@ inline_always int capture(struct dial *dial, const struct address *own, u16 port
 	return PASS;
 }
 
+inline_always int refuse_unaddressed(u64 netns, struct pod *pod, struct endpoint *to, u32 destination)
+{
+	const struct address *other = is_ipv4(&to->address) ? &pod->address6 : &pod->address4;
+
+	refuse_dial(netns, other, REASON_NO_ADDRESS, pod->identity, destination, &to->address, to->port,
+		    DIRECTION_OUTBOUND);
+	return refuse(ENETUNREACH);
+}
+
 /* The whole decision. Fills state and dial; PASS without SOCKET_* or kind means that we have nothing to do with it. */
 inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct dial *dial,
 			 struct socket_state *state)
@@ -138,7 +147,10 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 
 		if (!peer)
 			return PASS;
-		set_ipv4(&loopback, bpf_htonl(0x7f000001));
+		if (is_ipv4(&key.address))
+			set_ipv4(&loopback, bpf_htonl(0x7f000001));
+		else
+			set_ipv6(&loopback, 0, 0, 0, bpf_htonl(1));
 		return capture(dial, &loopback, PORT_OUTBOUND, state);
 	}
 	if (role == ROLE_PROBER) {
@@ -153,6 +165,9 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 
 	const struct address *own = own_address(pod, &key.address);
 
+	/* Without an address to dial from nobody could tell that it is this pod who does. */
+	if (is_none(own) && peer && (peer->flags & PEER_ENROLLED))
+		return refuse_unaddressed(netns, pod, &key, peer->identity);
 	state->identity = pod->identity;
 	state->source_address = *own;
 	if (role == ROLE_AGENT || role == ROLE_NODEPROXY || role == ROLE_L7PROXY) {
@@ -178,6 +193,8 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 	}
 	struct service *service = map_lookup(MAP(SERVICES), &key);
 
+	if (service && is_none(own))
+		return refuse_unaddressed(netns, pod, &key, 0);
 	if (service && (service->flags & SERVICE_L7))
 		return capture(dial, own, PORT_OUTBOUND_L7, state);
 	if (service) {
@@ -327,41 +344,25 @@ int connect6(struct bpf_sock_addr *ctx)
 	struct pod *pod = map_lookup(MAP(PODS), &netns);
 	u32 role = role_of_current();
 	struct dial dial = {};
-	u32 a0, a1, a2, a3;
 
 	if (!pod && role != ROLE_PROBER && role != ROLE_ENVOY)
 		return PASS;
 	if (passes(ctx, pod, role))
 		return PASS;
-	a0 = ctx->user_ip6[0];
-	a1 = ctx->user_ip6[1];
-	a2 = ctx->user_ip6[2];
-	a3 = ctx->user_ip6[3];
-	if (a0 == 0 && a1 == 0 && a2 == bpf_htonl(0xffff)) {
-		set_ipv4(&dial.said.address, a3);
-		dial.said.port = ctx->user_port;
-		dial.said.protocol = IPPROTO_TCP;
-		if (dialled(ctx, netns, pod, role, &dial) == REFUSE)
-			return REFUSE;
-		if (dial.rewrite) {
-			ctx->user_ip6[3] = dial.to_address.word[3];
-			ctx->user_port = dial.to_port;
-		}
-		return PASS;
+	/* IPv4 comes this way too, in the very form that addresses have here. */
+	set_ipv6(&dial.said.address, ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
+	dial.said.port = ctx->user_port;
+	dial.said.protocol = IPPROTO_TCP;
+	if (dialled(ctx, netns, pod, role, &dial) == REFUSE)
+		return REFUSE;
+	if (dial.rewrite) {
+		ctx->user_ip6[0] = dial.to_address.word[0];
+		ctx->user_ip6[1] = dial.to_address.word[1];
+		ctx->user_ip6[2] = dial.to_address.word[2];
+		ctx->user_ip6[3] = dial.to_address.word[3];
+		ctx->user_port = dial.to_port;
 	}
-	/* What an earlier attempt with this socket left behind: none of these has anything of ours. */
-	if (ctx->sk)
-		storage_delete(MAP(SOCKETS), ctx->sk);
-	/* ::1, and :: which connect() takes for it. */
-	if (a0 == 0 && a1 == 0 && a2 == 0 && (a3 == bpf_htonl(1) || a3 == 0))
-		return PASS;
-	if (!pod || role != ROLE_NONE || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))
-		return PASS;
-
-	set_ipv6(&dial.said.address, a0, a1, a2, a3);
-	refuse_dial(netns, &pod->address4, REASON_IPV6, pod->identity, 0, &dial.said.address, ctx->user_port,
-		    DIRECTION_OUTBOUND);
-	return refuse(ENETUNREACH);
+	return PASS;
 }
 
 int getpeername4(struct bpf_sock_addr *ctx)
@@ -382,7 +383,10 @@ int getpeername6(struct bpf_sock_addr *ctx)
 	struct socket_state *state = sk ? storage_get(MAP(SOCKETS), sk, 0, 0) : 0;
 
 	if (state && (state->flags & SOCKET_REWRITTEN)) {
-		ctx->user_ip6[3] = state->service_address.word[3]; /* ::ffff: stays */
+		ctx->user_ip6[0] = state->service_address.word[0];
+		ctx->user_ip6[1] = state->service_address.word[1];
+		ctx->user_ip6[2] = state->service_address.word[2];
+		ctx->user_ip6[3] = state->service_address.word[3];
 		ctx->user_port = state->service_port;
 	}
 	return PASS;

@@ -39,16 +39,19 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
-	if (ctx->family != AF_INET) {
-		/* ::1 alone, and only where it can come from. */
-		if (ctx->ingress_ifindex == IFINDEX_LOOPBACK && ctx->local_ip6[0] == 0 &&
-		    ctx->local_ip6[1] == 0 && ctx->local_ip6[2] == 0 && ctx->local_ip6[3] == bpf_htonl(1))
-			return SK_PASS;
-		count(REASON_IPV6);
-		return SK_DROP;
+	if (ctx->family == AF_INET) {
+		u32 remote_ip4 = ctx->remote_ip4, local_ip4 = ctx->local_ip4;
+
+		KEEP(remote_ip4);
+		KEEP(local_ip4);
+		set_ipv4(&tuple.client_address, remote_ip4);
+		set_ipv4(&tuple.server_address, local_ip4);
+	} else {
+		set_ipv6(&tuple.client_address, ctx->remote_ip6[0], ctx->remote_ip6[1], ctx->remote_ip6[2],
+			 ctx->remote_ip6[3]);
+		set_ipv6(&tuple.server_address, ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2],
+			 ctx->local_ip6[3]);
 	}
-	set_ipv4(&tuple.client_address, ctx->remote_ip4);
-	set_ipv4(&tuple.server_address, ctx->local_ip4);
 	tuple.client_port = ctx->remote_port;
 	tuple.server_port = bpf_htons((u16)ctx->local_port);
 	if (is_loopback(&tuple.server_address) && ctx->ingress_ifindex == IFINDEX_LOOPBACK)

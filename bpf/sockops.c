@@ -12,27 +12,32 @@
 
 inline_always bool tuple_of(struct bpf_sock_ops *ctx, bool active, struct tuple *tuple)
 {
-	u32 local_address, remote_address, local_port_host, remote_port;
+	struct address *local = active ? &tuple->client_address : &tuple->server_address;
+	struct address *remote = active ? &tuple->server_address : &tuple->client_address;
+	u32 local_port_host = ctx->local_port, remote_port = ctx->remote_port;
 
-	if (ctx->family == AF_INET6) {
-		if (ctx->remote_ip6[0] != 0 || ctx->remote_ip6[1] != 0 ||
-		    ctx->remote_ip6[2] != bpf_htonl(0xffff))
-			return false;
-	} else if (ctx->family != AF_INET) {
+	if (ctx->family != AF_INET && ctx->family != AF_INET6)
 		return false;
-	}
-	local_address = ctx->local_ip4;
-	remote_address = ctx->remote_ip4;
-	local_port_host = ctx->local_port;
-	remote_port = ctx->remote_port;
-	__be16 local = bpf_htons((u16)local_port_host);
-	/* On little-endian machines the kernel shifts it up. */
-	__be16 remote = bpf_htons((u16)bpf_ntohl(remote_port));
+	/* IPv4 of an IPv6 socket has its addresses in both places, from connect() on in this one. */
+	if (ctx->family == AF_INET6 &&
+	    (ctx->remote_ip6[0] | ctx->remote_ip6[1] | (ctx->remote_ip6[2] ^ bpf_htonl(0xffff)))) {
+		set_ipv6(local, ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2], ctx->local_ip6[3]);
+		set_ipv6(remote, ctx->remote_ip6[0], ctx->remote_ip6[1], ctx->remote_ip6[2],
+			 ctx->remote_ip6[3]);
+	} else {
+		u32 local_ip4 = ctx->local_ip4, remote_ip4 = ctx->remote_ip4;
 
-	set_ipv4(&tuple->client_address, active ? local_address : remote_address);
-	set_ipv4(&tuple->server_address, active ? remote_address : local_address);
-	tuple->client_port = active ? local : remote;
-	tuple->server_port = active ? remote : local;
+		KEEP(local_ip4);
+		KEEP(remote_ip4);
+		set_ipv4(local, local_ip4);
+		set_ipv4(remote, remote_ip4);
+	}
+	__be16 local_port = bpf_htons((u16)local_port_host);
+	/* On little-endian machines the kernel shifts it up. */
+	__be16 port = bpf_htons((u16)bpf_ntohl(remote_port));
+
+	tuple->client_port = active ? local_port : port;
+	tuple->server_port = active ? port : local_port;
 	return true;
 }
 

@@ -57,7 +57,7 @@ enum reason {
 	REASON_NO_LISTENER = 5,		 /* a dead or missing listener of ours */
 	REASON_NO_BACKEND = 6,		 /* a service without backends */
 	REASON_OWN_PORT = 7,		 /* an application dialled one of our ports */
-	REASON_IPV6 = 8,		 /* native IPv6 TCP */
+	REASON_NO_ADDRESS = 8,		 /* to the mesh by a family of which the pod has no address */
 	REASON_MPTCP = 9,		 /* a socket that would leave connect() aside */
 	REASON_MAP_FULL = 10,		 /* no room to write down who dials */
 	REASON_UNKNOWN_DESTINATION = 11, /* arrived in a pod's namespace, not for the pod's address */

@@ -81,7 +81,7 @@ class Reason(enum.IntEnum):
     NO_LISTENER = 5  #: a dead or missing listener of ours
     NO_BACKEND = 6  #: a service without backends
     OWN_PORT = 7  #: an application dialled one of our ports
-    IPV6 = 8  #: native IPv6 TCP
+    NO_ADDRESS = 8  #: to the mesh by a family of which the pod has no address
     MPTCP = 9
     MAP_FULL = 10
     UNKNOWN_DESTINATION = 11  #: arrived in a pod's namespace for an address that is not the pod's

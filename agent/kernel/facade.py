@@ -180,20 +180,22 @@ class Kernel:
         with self._lock, naming(f"pod {netns_cookie}"):
             return self._pods.missing(netns_cookie, netns)
 
-    def make_listener(self, netns: int, address: str, port: int) -> int:
+    def make_listener(self, netns: int, addresses: tuple[str, ...], port: int) -> int:
         """A listening, non-blocking TCP socket in the pod's namespace, which nothing comes to before :meth:`set_listener`.
 
+        :param addresses: the pod's; with an IPv6 address among them the socket is an IPv6 socket that takes both families.
         :param port: PORT_OUTBOUND, PORT_OUTBOUND_L7 or PORT_HBONE.
         :returns: its descriptor, the caller's.
         """
-        with naming(f"listener {address}:{port}"):
-            return namespace.listener(netns, address, port).detach()
+        with naming(f"listener {', '.join(addresses)} port {port}"):
+            return namespace.listener(netns, addresses, port).detach()
 
-    def create_listener(self, netns: int, address: str, port: int) -> int:
+    def create_listener(self, netns: int, addresses: tuple[str, ...], port: int) -> int:
         """The same, known as the one for that port from now on."""
-        fd = self.make_listener(netns, address, port)
+        fd = self.make_listener(netns, addresses, port)
         try:
-            self.set_listener(address, port, fd)
+            for address in addresses:
+                self.set_listener(address, port, fd)
         except BaseException:
             os.close(fd)
             raise
@@ -215,15 +217,15 @@ class Kernel:
         """Whether there is a live one."""
         return self.listener(address, port) != 0
 
-    def create_outbound(self, netns: int, count: int = 1) -> list[int]:
+    def create_outbound(self, netns: int, count: int = 1, *, ipv6: bool = False) -> list[int]:
         """Unconnected, non-blocking TCP sockets (TCP_NODELAY) in the pod's namespace, for the proxies' own dials."""
         with naming("outbound sockets"):
-            return namespace.dialling(netns, count, delivery=False)
+            return namespace.dialling(netns, count, delivery=False, ipv6=ipv6)
 
-    def create_delivery(self, netns: int, count: int = 1) -> list[int]:
-        """The same, with IP_TRANSPARENT and the delivery mark: may bind a client's address without capabilities."""
+    def create_delivery(self, netns: int, count: int = 1, *, ipv6: bool = False) -> list[int]:
+        """The same, transparent and with the delivery mark: may bind a client's address without capabilities."""
         with naming("delivery sockets"):
-            return namespace.dialling(netns, count, delivery=True)
+            return namespace.dialling(netns, count, delivery=True, ipv6=ipv6)
 
     # Tables
 

@@ -30,10 +30,12 @@ DELIVERY_PRIORITY = 101
 _CLONE_NEWNET = 0x40000000
 _SO_NETNS_COOKIE = 71
 _IP_TRANSPARENT = 19
+_IPV6_TRANSPARENT = 75
+_IPV6_FREEBIND = 78
 _BACKLOG = 4096
 
-# The last one lets a refusal (RST) of a closed port find its way back too.
-_SYSCTLS = ("tcp_fwmark_accept", "fwmark_reflect")
+# The first is for both families. The others let a refusal (RST) of a closed port find its way back too.
+_SYSCTLS = ("ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -78,8 +80,9 @@ def prepare(netns: int) -> None:
 
     def work() -> None:
         _set_sysctls("1")
-        netlink.add_local_route(DELIVERY_TABLE)
-        netlink.add_rule(DELIVERY_MARK, DELIVERY_TABLE, DELIVERY_PRIORITY)
+        for family in _families():
+            netlink.add_local_route(family, DELIVERY_TABLE)
+            netlink.add_rule(family, DELIVERY_MARK, DELIVERY_TABLE, DELIVERY_PRIORITY)
 
     inside(netns, work)
 
@@ -88,27 +91,42 @@ def restore(netns: int) -> None:
     """Undo :func:`prepare`. The settings become what they are in a new namespace."""
 
     def work() -> None:
-        netlink.remove_rule(DELIVERY_MARK, DELIVERY_TABLE, DELIVERY_PRIORITY)
-        netlink.remove_local_route(DELIVERY_TABLE)
+        for family in _families():
+            netlink.remove_rule(family, DELIVERY_MARK, DELIVERY_TABLE, DELIVERY_PRIORITY)
+            netlink.remove_local_route(family, DELIVERY_TABLE)
         _set_sysctls("0")
 
     inside(netns, work)
 
 
+def _families() -> tuple[int, ...]:
+    """Those that the namespace of this thread has: a kernel may be without IPv6, or a namespace have it switched off."""
+    try:
+        off = Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6").read_text().strip() != "0"
+    except FileNotFoundError:
+        off = True
+    return (socket.AF_INET,) if off else (socket.AF_INET, socket.AF_INET6)
+
+
+def _settings() -> list[str]:
+    """Below ``/proc/sys/net``."""
+    return [name for name in _SYSCTLS if name.startswith("ipv4") or len(_families()) > 1]
+
+
 def _set_sysctls(value: str) -> None:
-    for name in _SYSCTLS:
+    for name in _settings():
         try:
-            Path("/proc/sys/net/ipv4", name).write_text(value)
+            Path("/proc/sys/net", name).write_text(value)
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
             # A container's /proc/sys is read-only, the node's is not; which namespace is meant is said by who opens it.
-            Path("/proc/1/root/proc/sys/net/ipv4", name).write_text(value)
+            Path("/proc/1/root/proc/sys/net", name).write_text(value)
 
 
 def is_prepared(netns: int) -> bool:
     """Whether the way back is there."""
-    return inside(netns, lambda: netlink.is_local_by_mark(DELIVERY_MARK))
+    return inside(netns, lambda: all(netlink.is_local_by_mark(f, DELIVERY_MARK) for f in _families()))
 
 
 def lacks(netns: int) -> list[str]:
@@ -116,25 +134,42 @@ def lacks(netns: int) -> list[str]:
 
     def work() -> list[str]:
         found = [
-            f"net.ipv4.{name} is not 1"
-            for name in _SYSCTLS
-            if Path("/proc/sys/net/ipv4", name).read_text().strip() != "1"
+            f"net.{name.replace('/', '.')} is not 1"
+            for name in _settings()
+            if Path("/proc/sys/net", name).read_text().strip() != "1"
         ]
-        if not netlink.is_local_by_mark(DELIVERY_MARK):
-            found.append("delivered connections have no way back (rule or route is gone)")
+        for family in _families():
+            if not netlink.is_local_by_mark(family, DELIVERY_MARK):
+                version = 6 if family == socket.AF_INET6 else 4
+                found.append(
+                    f"delivered IPv{version} connections have no way back (rule or route is gone)"
+                )
         return found
 
     return inside(netns, work)
 
 
-def listener(netns: int, address: str, port: int) -> socket.socket:
-    """A listening socket in the namespace.
+def listener(netns: int, addresses: tuple[str, ...], port: int) -> socket.socket:
+    """A listening socket in the namespace, for one address of a pod or for one of each family.
 
-    Connections come to it by sk_lookup, whatever it is bound to: if the pod has the port itself, another one does.
+    Connections come to it by sk_lookup, whatever it is bound to: if the pod has the port itself, another one does. For both
+    families it is an IPv6 socket that is bound to the IPv4 address: one that is bound to an IPv6 address takes no IPv4.
     """
+    address = next((address for address in addresses if ":" not in address), addresses[0])
+    if len(addresses) > 1:
+        address = f"::ffff:{address}"
+
+    def make() -> socket.socket:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            # While the address is being probed for duplicates (RFC 4862, section 5.4) nobody may bind it otherwise.
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+        return sock
 
     def work() -> socket.socket:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        sock = make()
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             # A proxy's successor gets its own while the old one drains.
@@ -146,7 +181,7 @@ def listener(netns: int, address: str, port: int) -> socket.socket:
                 if error.errno != errno.EADDRINUSE:
                     raise
                 sock.close()
-                sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                sock = make()
                 sock.bind((address, 0))
                 sock.listen(_BACKLOG)
         except BaseException:
@@ -157,21 +192,23 @@ def listener(netns: int, address: str, port: int) -> socket.socket:
     return inside(netns, work)
 
 
-def dialling(netns: int, count: int, *, delivery: bool) -> list[int]:
+def dialling(netns: int, count: int, *, delivery: bool, ipv6: bool = False) -> list[int]:
     """Descriptors of unconnected, non-blocking TCP sockets without delay in the namespace.
 
     :param delivery: they may bind any address, and answers come back to them.
     """
+    family = socket.AF_INET6 if ipv6 else socket.AF_INET
+    transparent = (socket.IPPROTO_IPV6, _IPV6_TRANSPARENT) if ipv6 else (socket.SOL_IP, _IP_TRANSPARENT)
 
     def work() -> list[int]:
         made: list[socket.socket] = []
         try:
             for _ in range(count):
-                sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
                 made.append(sock)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if delivery:
-                    sock.setsockopt(socket.SOL_IP, _IP_TRANSPARENT, 1)
+                    sock.setsockopt(*transparent, 1)
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, DELIVERY_MARK)
         except BaseException:
             for sock in made:

@@ -69,55 +69,54 @@ def _request(protocol: int, kind: int, flags: int, body: bytes) -> bytes:
     return answer[_HEADER.size : length]
 
 
-def add_rule(mark: int, table: int, priority: int) -> None:
+def add_rule(family: int, mark: int, table: int, priority: int) -> None:
     """``ip rule add fwmark MARK lookup TABLE priority PRIORITY``; no error when it is there."""
-    body = _rule(mark, table, priority)
+    body = _rule(family, mark, table, priority)
     try:
         _request(_NETLINK_ROUTE, _RTM_NEWRULE, _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_EXCL, body)
     except FileExistsError:
         pass
 
 
-def remove_rule(mark: int, table: int, priority: int) -> None:
+def remove_rule(family: int, mark: int, table: int, priority: int) -> None:
     """The opposite of :func:`add_rule`; no error when it is not there."""
     try:
-        _request(_NETLINK_ROUTE, _RTM_DELRULE, _NLM_F_ACK, _rule(mark, table, priority))
+        _request(_NETLINK_ROUTE, _RTM_DELRULE, _NLM_F_ACK, _rule(family, mark, table, priority))
     except FileNotFoundError:
         pass
 
 
-def _rule(mark: int, table: int, priority: int) -> bytes:
-    body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, 0, 0, _FR_ACT_TO_TBL, 0)
+def _rule(family: int, mark: int, table: int, priority: int) -> bytes:
+    body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, 0, 0, 0, _FR_ACT_TO_TBL, 0)
     body += _u32(_FRA_PRIORITY, priority) + _u32(_FRA_FWMARK, mark) + _u32(_FRA_FWMASK, 0xFFFFFFFF)
     return body + _u32(_FRA_TABLE, table)
 
 
-def add_local_route(table: int) -> None:
-    """``ip route replace local 0.0.0.0/0 dev lo table TABLE``."""
+def add_local_route(family: int, table: int) -> None:
+    """``ip route replace local default dev lo table TABLE``."""
     flags = _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_REPLACE
-    _request(_NETLINK_ROUTE, _RTM_NEWROUTE, flags, _local_route(table))
+    _request(_NETLINK_ROUTE, _RTM_NEWROUTE, flags, _local_route(family, table))
 
 
-def remove_local_route(table: int) -> None:
+def remove_local_route(family: int, table: int) -> None:
     """The opposite of :func:`add_local_route`; no error when it is not there."""
     try:
-        _request(_NETLINK_ROUTE, _RTM_DELROUTE, _NLM_F_ACK, _local_route(table))
+        _request(_NETLINK_ROUTE, _RTM_DELROUTE, _NLM_F_ACK, _local_route(family, table))
     except ProcessLookupError:
         pass
 
 
-def _local_route(table: int) -> bytes:
-    body = struct.pack(
-        "=BBBBBBBBI", socket.AF_INET, 0, 0, 0, 0, _RTPROT_STATIC, _RT_SCOPE_HOST, _RTN_LOCAL, 0
-    )
+def _local_route(family: int, table: int) -> bytes:
+    body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, 0, _RTPROT_STATIC, _RT_SCOPE_HOST, _RTN_LOCAL, 0)
     return body + _u32(_RTA_OIF, _IFINDEX_LOOPBACK) + _u32(_RTA_TABLE, table)
 
 
-def is_local_by_mark(mark: int) -> bool:
+def is_local_by_mark(family: int, mark: int) -> bool:
     """Whether packets with the mark come back to this namespace, whatever their destination."""
-    body = struct.pack("=BBBBBBBBI", socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, 0)
-    # TEST-NET-1: nobody has it.
-    body += _attribute(_RTA_DST, socket.inet_aton("192.0.2.1")) + _u32(_RTA_MARK, mark)
+    # For documentation (RFC 5737 and 3849): nobody has them.
+    nobody = socket.inet_pton(family, "192.0.2.1" if family == socket.AF_INET else "2001:db8::1")
+    body = struct.pack("=BBBBBBBBI", family, len(nobody) * 8, 0, 0, 0, 0, 0, 0, 0)
+    body += _attribute(_RTA_DST, nobody) + _u32(_RTA_MARK, mark)
     try:
         answer = _request(_NETLINK_ROUTE, _RTM_GETROUTE, 0, body)
     except OSError as error:
@@ -130,11 +129,15 @@ def is_local_by_mark(mark: int) -> bool:
 def destroy_tcp(local: tuple[str, int], remote: tuple[str, int], cookie: int) -> bool:
     """Abort one TCP socket (``tcp_abort``: a reset goes to the peer); False when it is gone.
 
+    IPv4 addresses find the socket of an IPv6 listener too.
+
     :param cookie: the socket's. Without one the kernel would take the listener when the connection is gone.
     """
-    body = struct.pack("=BBBBI", socket.AF_INET, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
+    family = socket.AF_INET6 if ":" in local[0] else socket.AF_INET
+    body = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
     body += struct.pack("!HH", local[1], remote[1])
-    body += socket.inet_aton(local[0]) + bytes(12) + socket.inet_aton(remote[0]) + bytes(12)
+    for address, _ in (local, remote):
+        body += socket.inet_pton(family, address).ljust(16, b"\0")
     body += struct.pack("=III", 0, cookie & 0xFFFFFFFF, cookie >> 32)
     try:
         _request(_NETLINK_SOCK_DIAG, _SOCK_DESTROY, _NLM_F_ACK, body)

@@ -57,6 +57,12 @@ static long (*seq_write)(void *seq, const void *data, u32 size) = (void *)BPF_FU
 		loaded;                                                                         \
 	})
 
+/*
+ * The value is read where it stands: the compiler would join two branches that read two members of a context into one that reads
+ * at a computed place, which the verifier refuses.
+ */
+#define KEEP(value) asm volatile("" : "+r"(value))
+
 inline_always bool is_own_port(__be16 port)
 {
 	return port == bpf_htons(PORT_OUTBOUND) || port == bpf_htons(PORT_OUTBOUND_L7) ||

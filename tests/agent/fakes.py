@@ -103,7 +103,8 @@ class FakeKernel(Kernel):
     def missing(self, netns_cookie: int, netns: int) -> list[str]:
         return self.lacking.get(netns_cookie, [])
 
-    def make_listener(self, netns: int, address: str, port: int) -> int:
+    def make_listener(self, netns: int, addresses: tuple[str, ...], port: int) -> int:
+        address = ",".join(addresses)
         self._write(f"listener {address}:{port}", (address, port))
         sock = socket.socket()
         sock.listen()

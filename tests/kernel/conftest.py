@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.mesh import Node, TestPod
+from tests.kernel.mesh import Node, TestPod, Worker
 from tests.requirements import require_root
 
 _hosts = itertools.count(10)
@@ -25,8 +25,25 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     node.close()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Modules say by ``FAMILIES`` which families their tests are for, a test by the marker ``families``."""
+    marker = metafunc.definition.get_closest_marker("families")
+    families = marker.args if marker is not None else getattr(metafunc.module, "FAMILIES", ())
+    if families and "family" in metafunc.fixturenames:
+        metafunc.parametrize("family", families, indirect=True)
+
+
 @pytest.fixture
-def make_pod(node: Node) -> Iterator[Callable[..., TestPod]]:
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What pods' addresses are of, and how they are dialled: ``ipv4``, ``ipv6``, or ``mapped`` (IPv4 through IPv6 sockets)."""
+    name: str = getattr(request, "param", "ipv4")
+    monkeypatch.setattr(Worker, "ipv6", name == "ipv6")
+    monkeypatch.setattr(Worker, "mapped", name == "mapped")
+    return name
+
+
+@pytest.fixture
+def make_pod(node: Node, family: str) -> Iterator[Callable[..., TestPod]]:
     """Pods of addresses and identities that no other test has."""
     pods: list[TestPod] = []
 

@@ -15,9 +15,10 @@ import sys
 import threading
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from agent.kernel import Kernel, Pod, namespace
+from bpf import wire
 from bpf.wire import Role
 from tests.requirements import ROOT
 
@@ -54,8 +55,39 @@ def run(netns: int, *command: str) -> str:
     return done.stdout
 
 
+class Sock(socket.socket):
+    """A TCP socket that tells addresses as everybody else here: (canonical text, port)."""
+
+    def getpeername(self) -> tuple[str, int]:
+        return _end(super().getpeername())
+
+    def getsockname(self) -> tuple[str, int]:
+        return _end(super().getsockname())
+
+    def accept(self) -> tuple[socket.socket, tuple[str, int]]:
+        sock, peer = super().accept()
+        return Sock(fileno=sock.detach()), _end(peer)
+
+
+def _end(name: tuple[Any, ...]) -> tuple[str, int]:
+    return wire.canonical(name[0]), name[1]
+
+
 class Worker:
     """A process in a cgroup and a namespace."""
+
+    #: The family under test: of pods' addresses, and whether IPv4 is dialled as applications do that have IPv6 sockets only.
+    ipv6: ClassVar[bool] = False
+    mapped: ClassVar[bool] = False
+
+    def _family(self, address: tuple[str, int], family: int | None) -> tuple[tuple[str, int], int]:
+        if family is not None:
+            return address, family
+        if ":" in address[0] or (not address[0] and self.ipv6):
+            return address, socket.AF_INET6
+        if self.mapped and address[0]:
+            return (f"::ffff:{address[0]}", address[1]), socket.AF_INET6
+        return address, socket.AF_INET
 
     def __init__(self, cgroup: Path, netns: int) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -77,19 +109,22 @@ class Worker:
             raise TimeoutError
         if error.get("errno"):
             raise OSError(error["errno"], os.strerror(error["errno"]))
-        return socket.socket(fileno=got[0]) if got else None
+        return Sock(fileno=got[0]) if got else None
 
     def connect(
         self,
         address: tuple[str, int],
         *,
-        family: int = socket.AF_INET,
+        family: int | None = None,
         protocol: int = 0,
         bind: tuple[str, int] | None = None,
         timeout: float = 3.0,
         options: tuple[tuple[int, int, int], ...] = (),
         nonblocking: bool = False,
     ) -> socket.socket:
+        address, family = self._family(address, family)
+        if bind is not None:
+            bind, _ = self._family(bind, None)
         sock = self._call(
             "connect",
             address=address,
@@ -108,10 +143,15 @@ class Worker:
         self,
         address: tuple[str, int],
         *,
-        family: int = socket.AF_INET,
+        family: int | None = None,
         protocol: int = 0,
         options: tuple[tuple[int, int, int], ...] = (),
     ) -> socket.socket:
+        """:param address: with the empty text for any address of the family under test."""
+        if family is None:
+            family = (
+                socket.AF_INET6 if ":" in address[0] or (not address[0] and self.ipv6) else socket.AF_INET
+            )
         sock = self._call("listen", address=address, family=family, protocol=protocol, options=options)
         assert sock is not None
         sock.settimeout(5)
@@ -170,13 +210,20 @@ class Worker:
 
 
 class TestPod:
-    """A pod: a namespace with an address on the bridge, and a process of the application."""
+    """A pod: a namespace with addresses on the bridge, and a process of the application.
+
+    ``address`` is that of the family under test.
+    """
 
     __test__ = False
 
     def __init__(self, node: Node, address: str, identity: int) -> None:
         self.node = node
-        self.address = address
+        self.address4 = address
+        third, fourth = address.split(".")[2:]
+        self.address6 = wire.canonical(f"fd77::{int(third):x}:{int(fourth):x}")
+        self.addresses = (self.address4, self.address6)
+        self.address = self.address6 if Worker.ipv6 else self.address4
         self.identity = identity
         self.netns = new_namespace()
         self.cookie = namespace.cookie(self.netns)
@@ -195,8 +242,11 @@ class TestPod:
         script = (
             f"ip link add {self.interface} type veth peer name eth0 netns /proc/self/fd/{fd}"
             f" && ip link set {self.interface} master br0 up"
-            f" && nsenter --net=/proc/self/fd/{fd} sh -c 'ip addr add {self.address}/16 dev eth0"
-            f" && ip link set eth0 up && ip link set lo up && ip route add default via {self.node.gateway}'"
+            f" && nsenter --net=/proc/self/fd/{fd} sh -c 'echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_dad"
+            f" && ip addr add {self.address4}/16 dev eth0"
+            f" && ip addr add {self.address6}/64 dev eth0 nodad && ip link set eth0 up && ip link set lo up"
+            f" && ip route add default via {self.node.gateway4}"
+            f" && ip -6 route add default via {self.node.gateway6}'"
         )
         done = subprocess.run(
             ["nsenter", f"--net=/proc/self/fd/{self.node.netns}", "sh", "-c", script],
@@ -214,7 +264,7 @@ class TestPod:
         return worker
 
     def enrol(self, table: dict[tuple[int, int], bool] | None = None, generation: int = 1) -> Self:
-        self.node.kernel.add_pod(Pod(self.cookie, (self.address,), self.identity), self.netns)
+        self.node.kernel.add_pod(Pod(self.cookie, self.addresses, self.identity), self.netns)
         if table is not None:
             self.node.kernel.set_policy(self.cookie, table, generation)
         return self
@@ -233,7 +283,13 @@ class TestPod:
 class Node:
     """See the module."""
 
-    gateway = "10.77.0.1"
+    gateway4 = "10.77.0.1"
+    gateway6 = "fd77::1"
+
+    @property
+    def gateway(self) -> str:
+        """The node's own address, of the family under test."""
+        return self.gateway6 if Worker.ipv6 else self.gateway4
 
     def __init__(self, folder: Path, sizes: tuple[str, ...] = ()) -> None:
         self._closing = ExitStack()
@@ -268,7 +324,8 @@ class Node:
             self.netns,
             "sh",
             "-c",
-            f"ip link add br0 type bridge && ip addr add {self.gateway}/16 dev br0"
+            f"ip link add br0 type bridge && ip addr add {self.gateway4}/16 dev br0"
+            f" && ip addr add {self.gateway6}/64 dev br0 nodad"
             " && ip link set br0 up && ip link set lo up && echo 1 >/proc/sys/net/ipv4/ip_forward",
         )
         self.load()

@@ -17,15 +17,22 @@ from bpf.wire import IDENTITY_PLAIN
 from tests.kernel.mesh import MPTCP, Node, run
 
 pytestmark = pytest.mark.privileged
+FAMILIES = ("ipv4", "ipv6")
 
 PORT = 8080
+
+
+@pytest.fixture
+def far(family):
+    """The address of a client on another node."""
+    return "fd88::3:4" if family == "ipv6" else "10.88.3.4"
 
 
 @pytest.fixture
 def server(make_pod):
     pod = make_pod()
     pod.enrol({})
-    pod.listener = pod.app.listen(("0.0.0.0", PORT))
+    pod.listener = pod.app.listen(("", PORT))
     yield pod
     pod.listener.close()
 
@@ -55,7 +62,7 @@ def test_permissive_admits_plain(node, server, host):
 
 def test_strict_refuses_plain_on_every_port_but_the_exception(node, server, host):
     node.kernel.set_policy(server.cookie, {(IDENTITY_PLAIN, 0): False, (IDENTITY_PLAIN, 9000): True}, 2)
-    with server.app.listen(("0.0.0.0", 9000)):
+    with server.app.listen(("", 9000)):
         for port in (PORT, 1, 65535):
             with pytest.raises(ConnectionRefusedError):
                 host.connect((server.address, port))
@@ -67,8 +74,8 @@ def test_strict_refuses_plain_on_every_port_but_the_exception(node, server, host
 
 def test_no_policy_refuses(node, make_pod, host):
     client, server = make_pod().enrol({}), make_pod()
-    node.kernel.add_pod(Pod(server.cookie, (server.address,), server.identity), server.netns)
-    with server.app.listen(("0.0.0.0", PORT)):
+    node.kernel.add_pod(Pod(server.cookie, server.addresses, server.identity), server.netns)
+    with server.app.listen(("", PORT)):
         with pytest.raises(ConnectionRefusedError):
             host.connect((server.address, PORT))
         with pytest.raises(PermissionError):
@@ -96,7 +103,7 @@ def test_exact_port_goes_before_any_port(node, make_pod, server):
     client = make_pod().enrol({})
     node.kernel.set_policy(server.cookie, {(client.identity, 0): False, (client.identity, PORT): True}, 2)
     client.app.connect((server.address, PORT)).close()
-    with server.app.listen(("0.0.0.0", 8081)), pytest.raises(PermissionError):
+    with server.app.listen(("", 8081)), pytest.raises(PermissionError):
         client.app.connect((server.address, 8081))
 
 
@@ -110,11 +117,12 @@ def test_own_address_needs_no_policy(node, server):
 
 
 def test_own_address_through_a_service(node, server):
-    node.kernel.set_service("10.96.8.1", 80, [Backend(server.address, PORT)])
-    with server.app.connect(("10.96.8.1", 80)) as sock:
-        assert sock.getpeername() == ("10.96.8.1", 80)
+    vip = "fd96::8:1" if ":" in server.address else "10.96.8.1"
+    node.kernel.set_service(vip, 80, [Backend(server.address, PORT)])
+    with server.app.connect((vip, 80)) as sock:
+        assert sock.getpeername() == (vip, 80)
         server.listener.accept()[0].close()
-    node.kernel.remove_service("10.96.8.1", 80)
+    node.kernel.remove_service(vip, 80)
 
 
 def test_probes_pass_by_their_cgroup(node, server):
@@ -134,7 +142,7 @@ def test_proxies_carry_the_pods_identity(node, make_pod, server):
     for role in ("l7proxy", "nodeproxy"):
         worker = client.worker(role)
         worker.drop_capabilities()
-        [fd] = node.kernel.create_outbound(client.netns)
+        [fd] = node.kernel.create_outbound(client.netns, ipv6=":" in client.address)
         with worker.dial_with(fd, (server.address, PORT)) as sock:
             accepted, peer = server.listener.accept()
             with accepted:
@@ -149,7 +157,7 @@ def test_proxies_carry_the_pods_identity(node, make_pod, server):
     assert outbound not in flows
     assert flows[outbound._replace(direction=Direction.INBOUND)].opened == 2
     node.kernel.set_policy(server.cookie, {}, 3)
-    [fd] = node.kernel.create_outbound(client.netns)
+    [fd] = node.kernel.create_outbound(client.netns, ipv6=":" in client.address)
     with pytest.raises(PermissionError):
         client.worker("l7proxy").dial_with(fd, (server.address, PORT))
 
@@ -162,18 +170,18 @@ def wait_until(condition, timeout=3.0):
 
 
 @pytest.mark.parametrize("rp_filter", [0, 1])
-def test_delivery_with_the_clients_address(node, server, rp_filter):
+def test_delivery_with_the_clients_address(node, far, server, rp_filter):
     """The node proxy, without capabilities, bound to an address of another node; data both ways, and a clean end."""
     for name in ("all", "eth0"):
         run(server.netns, "sh", "-c", f"echo {rp_filter} >/proc/sys/net/ipv4/conf/{name}/rp_filter")
     worker = server.worker("nodeproxy")
     worker.drop_capabilities()
     for number in range(3):
-        [fd] = node.kernel.create_delivery(server.netns)
-        with worker.dial_with(fd, (server.address, PORT), bind=("10.88.3.4", 41000 + number)) as sock:
+        [fd] = node.kernel.create_delivery(server.netns, ipv6=":" in server.address)
+        with worker.dial_with(fd, (server.address, PORT), bind=(far, 41000 + number)) as sock:
             accepted, peer = server.listener.accept()
             with accepted:
-                assert peer == ("10.88.3.4", 41000 + number)
+                assert peer == (far, 41000 + number)
                 [connection] = [c for c in node.kernel.connections() if c.netns_cookie == server.cookie]
                 assert (connection.source, connection.via) == (wire.IDENTITY_TUNNEL, Via.TUNNEL)
                 accepted.sendall(b"a" * 100_000)
@@ -186,27 +194,27 @@ def test_delivery_with_the_clients_address(node, server, rp_filter):
     assert not [k for k in node.kernel.flows() if server.identity in (k.source, k.destination)]
 
 
-def test_delivery_to_a_closed_port_is_refused_at_once(node, server):
+def test_delivery_to_a_closed_port_is_refused_at_once(node, far, server):
     worker = server.worker("nodeproxy")
-    [fd] = node.kernel.create_delivery(server.netns)
+    [fd] = node.kernel.create_delivery(server.netns, ipv6=":" in server.address)
     with pytest.raises(ConnectionRefusedError):
-        worker.dial_with(fd, (server.address, 9999), bind=("10.88.3.4", 0))
+        worker.dial_with(fd, (server.address, 9999), bind=(far, 0))
 
 
-def test_only_the_node_proxy_delivers(node, server):
+def test_only_the_node_proxy_delivers(node, far, server):
     """The same socket in other hands: plain traffic from somewhere, for the policy to judge."""
     for role in ("app", "l7proxy", "host"):
         worker = server.worker(role)
-        [fd] = node.kernel.create_delivery(server.netns)
+        [fd] = node.kernel.create_delivery(server.netns, ipv6=":" in server.address)
         with pytest.raises((ConnectionRefusedError, PermissionError)):
-            worker.dial_with(fd, (server.address, PORT), bind=("10.88.3.4", 0))
+            worker.dial_with(fd, (server.address, PORT), bind=(far, 0))
 
 
 def test_address_of_another_pod_gives_nothing(node, make_pod, server, host):
     """A pod (or anybody) that takes an enrolled pod's address and dials from it."""
     victim, attacker = make_pod().enrol({}), make_pod().enrol({})
     node.kernel.set_policy(server.cookie, {(victim.identity, 0): True, (IDENTITY_PLAIN, 0): True}, 2)
-    run(attacker.netns, "ip", "addr", "add", f"{victim.address}/32", "dev", "lo")
+    run(attacker.netns, "ip", "addr", "add", victim.address, "dev", "lo")
     run(attacker.netns, "ip", "route", "add", server.address, "dev", "eth0", "src", attacker.address)
     # By connect(): judged as who it is ...
     with pytest.raises(PermissionError):
@@ -240,9 +248,7 @@ def test_record_of_another_tuple_is_no_use(node, make_pod, server):
     victim = make_pod().enrol({})
     node.kernel.set_policy(server.cookie, {(victim.identity, 0): True}, 2)
     attacker = make_pod().enrol({})
-    raw = namespace.inside(
-        attacker.netns, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
-    )
+    raw = namespace.inside(attacker.netns, lambda: raw_socket(attacker.address))
     node.kernel.read_events()
     ports = iter(range(50123, 51000))
 
@@ -261,21 +267,30 @@ def syn(source, destination, source_port, port):
         total = (total >> 16) + (total & 0xFFFF)
         return ~(total + (total >> 16)) & 0xFFFF
 
-    addresses = socket.inet_aton(source) + socket.inet_aton(destination)
+    family = socket.AF_INET6 if ":" in source else socket.AF_INET
+    addresses = socket.inet_pton(family, source) + socket.inet_pton(family, destination)
     tcp = struct.pack("!HHIIBBHHH", source_port, port, 1000, 0, 5 << 4, 2, 8192, 0, 0)
-    pseudo = addresses + struct.pack("!BBH", 0, 6, len(tcp))
+    pseudo = addresses + struct.pack("!BBH", 0, 6, len(tcp))  # for IPv6 the same sum
     tcp = tcp[:16] + struct.pack("!H", checksum(pseudo + tcp)) + tcp[18:]
+    if family == socket.AF_INET6:
+        return struct.pack("!IHBB", 6 << 28, len(tcp), 6, 64) + addresses + tcp
     return struct.pack("!BBHHHBBH", 0x45, 0, 40, 1, 0, 64, 6, 0) + addresses + tcp
+
+
+def raw_socket(address):
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
 
 
 def test_refusal_is_told_once_for_repeated_syns(node, server, make_pod):
     attacker = make_pod().enrol({})
-    raw = namespace.inside(
-        attacker.netns, lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
-    )
+    raw = namespace.inside(attacker.netns, lambda: raw_socket(attacker.address))
     with raw:
         for _ in range(5):
-            raw.sendto(syn("10.77.250.9", server.address, 50999, PORT), (server.address, 0))
+            raw.sendto(
+                syn("fd77::250:9" if ":" in server.address else "10.77.250.9", server.address, 50999, PORT),
+                (server.address, 0),
+            )
     time.sleep(0.2)
     assert told(node, server) == [Reason.POLICY]
     key = FlowKey(IDENTITY_PLAIN, server.identity, PORT, Direction.INBOUND)
@@ -293,8 +308,8 @@ def test_stragglers_of_a_connection_are_no_refusals(node, server, make_pod, end)
     accepted, _ = server.listener.accept()
     gone, stays = (dialled, accepted) if end == "client" else (accepted, dialled)
     # The reset does not arrive.
-    run(pods[end].netns, "nft", "add table ip t; add chain ip t c { type filter hook output priority 0; }")
-    run(pods[end].netns, "nft", "add rule ip t c tcp flags rst drop")
+    run(pods[end].netns, "nft", "add table inet t; add chain inet t c { type filter hook output priority 0; }")
+    run(pods[end].netns, "nft", "add rule inet t c tcp flags rst drop")
     gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     gone.close()
     run(pods[end].netns, "nft", "flush ruleset")
@@ -320,13 +335,14 @@ def test_client_that_dials_again_and_again_is_told_of_once(node, server, make_po
 
 
 def test_address_that_is_not_the_pods(node, server, host):
-    run(server.netns, "ip", "addr", "add", "10.77.240.1/32", "dev", "lo")
+    other = "fd77:240::1" if ":" in server.address else "10.77.240.1"
+    run(server.netns, "ip", "addr", "add", other, "dev", "lo")
     node.kernel.set_policy(server.cookie, {(IDENTITY_PLAIN, 0): True}, 2)
     node.kernel.read_events()
-    run(node.netns, "ip", "route", "replace", "10.77.240.1/32", "via", server.address)
+    run(node.netns, "ip", "route", "replace", other, "via", server.address)
     with pytest.raises(ConnectionRefusedError):
-        host.connect(("10.77.240.1", PORT))
-    run(node.netns, "ip", "route", "del", "10.77.240.1/32")
+        host.connect((other, PORT))
+    run(node.netns, "ip", "route", "del", other)
     assert Reason.UNKNOWN_DESTINATION in [e.reason for e in node.kernel.read_events()]
 
 
@@ -350,7 +366,7 @@ def test_address_given_to_a_new_pod(node, make_pod, server):
         address = first.address
         node.kernel.remove_pod(first.cookie)
         run(first.netns, "ip", "link", "del", "eth0")
-        second = make_pod(address=address)
+        second = make_pod(address=first.address4)
         second.enrol({})
         run(second.netns, "ip", "neigh", "flush", "all")
         assert node.kernel.peers()[address].identity == second.identity
@@ -376,7 +392,7 @@ def test_identity_of_a_pod_changes(node, make_pod, server):
     client = make_pod().enrol({})
     node.kernel.set_policy(server.cookie, {(client.identity, 0): True}, 2)
     client.app.connect((server.address, PORT)).close()
-    node.kernel.add_pod(Pod(client.cookie, (client.address,), client.identity + 5000), client.netns)
+    node.kernel.add_pod(Pod(client.cookie, client.addresses, client.identity + 5000), client.netns)
     with pytest.raises(PermissionError):
         client.app.connect((server.address, PORT))
 
@@ -384,10 +400,9 @@ def test_identity_of_a_pod_changes(node, make_pod, server):
 def test_mptcp_socket_from_before_enrolment(node, make_pod, server):
     """Kernels differ in whether its subflow is seen by connect4. Seen: as any other. Not seen: refused, never plain."""
     client = make_pod()
+    family = socket.AF_INET6 if ":" in client.address else socket.AF_INET
     sockets = [
-        namespace.inside(
-            client.netns, lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM, MPTCP)
-        ).detach()
+        namespace.inside(client.netns, lambda: socket.socket(family, socket.SOCK_STREAM, MPTCP)).detach()
         for _ in range(2)
     ]
     client.enrol({})
@@ -404,7 +419,7 @@ def test_mptcp_socket_from_before_enrolment(node, make_pod, server):
     host = node.worker("host")
     node.kernel.set_peer(node.gateway, Peer(local=False, enrolled=True, identity=98))
     listener = socket.socket(
-        fileno=node.kernel.create_listener(client.netns, client.address, wire.PORT_OUTBOUND)
+        fileno=node.kernel.create_listener(client.netns, client.addresses, wire.PORT_OUTBOUND)
     )
     with listener, host.listen((node.gateway, 9004)) as outside:
         outside.settimeout(0.2)
@@ -429,7 +444,7 @@ def test_full_table_of_connectors_refuses(tmp_path):
         server.enrol({(20, 0): True, (IDENTITY_PLAIN, 0): True})
         connecting = node.kernel._maps["connecting"]
         connecting.update(wire.Tuple("1.1.1.1", "1.1.1.2", 1, 1).pack(), wire.Who(1, 1, 1, 1).pack())
-        with server.app.listen(("0.0.0.0", PORT)):
+        with server.app.listen(("", PORT)):
             with pytest.raises(ConnectionRefusedError):
                 client.app.connect((server.address, PORT))
             assert node.kernel.pressure()["connecting"][:3] == (1, 1, 1)
@@ -467,7 +482,7 @@ def test_verdicts_follow_random_tables(node, make_pod, server):
     client = make_pod().enrol({})
     dice = random.Random(11)
     ports = (8080, 8081, 8082)
-    listeners = [server.app.listen(("0.0.0.0", port)) for port in ports[1:]]
+    listeners = [server.app.listen(("", port)) for port in ports[1:]]
     for generation in range(2, 40):
         table = {(client.identity, port): dice.random() < 0.5 for port in (0, *ports) if dice.random() < 0.6}
         node.kernel.set_policy(server.cookie, table, generation)
@@ -487,7 +502,7 @@ def test_pod_that_comes_and_goes_as_it_runs_is_never_without_verdicts(node, make
     """Who dials it from the same node meanwhile is not refused: neither before its verdicts are there nor after."""
     client, server = make_pod().enrol({}), make_pod()
     outcomes, enough = [], threading.Event()
-    listener = server.app.listen(("0.0.0.0", PORT))
+    listener = server.app.listen(("", PORT))
 
     def dial():
         while not enough.is_set():
@@ -503,7 +518,7 @@ def test_pod_that_comes_and_goes_as_it_runs_is_never_without_verdicts(node, make
     dialler = threading.Thread(target=dial)
     dialler.start()
     try:
-        pod = Pod(server.cookie, (server.address,), server.identity, passing=True, open=True)
+        pod = Pod(server.cookie, server.addresses, server.identity, passing=True, open=True)
         for generation in range(1, 30):
             node.kernel.add_pod(pod, server.netns, (generation, {(client.identity, 0): True}))
             assert node.kernel.policy(server.cookie) == (generation, {(client.identity, 0): True})
@@ -515,7 +530,7 @@ def test_pod_that_comes_and_goes_as_it_runs_is_never_without_verdicts(node, make
     assert len(outcomes) > 30
     assert set(outcomes) == {"ok"}
     with pytest.raises(ValueError, match="identity 1 is no workload's"):
-        node.kernel.add_pod(Pod(server.cookie, (server.address,), 1, open=True), server.netns, (1, {}))
+        node.kernel.add_pod(Pod(server.cookie, server.addresses, 1, open=True), server.netns, (1, {}))
     assert node.kernel.policy(server.cookie) is None
 
 

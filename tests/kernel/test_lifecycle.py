@@ -130,7 +130,7 @@ def test_loader_again_under_traffic(node, make_pod):
     assert done["refused"] > 20
     # A new agent: another facade over the same pins.
     with Kernel(node.pins) as successor:
-        assert successor.pods()[server.cookie] == Pod(server.cookie, (server.address,), server.identity)
+        assert successor.pods()[server.cookie] == Pod(server.cookie, server.addresses, server.identity)
         assert successor.policy(server.cookie) == (1, {(client.identity, 0): True})
         assert successor.services()["10.96.9.1", 80] == (False, (Backend(server.address, PORT),), 0)
         key = FlowKey(client.identity, server.identity, PORT, Direction.OUTBOUND)
@@ -264,7 +264,7 @@ def test_nothing_stays_of_a_removed_pod(node, make_pod):
     client, server = make_pod().enrol({}), make_pod()
     server.enrol({(client.identity, 0): True})
     listeners = [
-        node.kernel.create_listener(server.netns, server.address, port)
+        node.kernel.create_listener(server.netns, server.addresses, port)
         for port in (wire.PORT_OUTBOUND, wire.PORT_OUTBOUND_L7, wire.PORT_HBONE)
     ]
     node.kernel.set_peer("10.88.0.9", Peer(False, True, 55))
@@ -313,7 +313,7 @@ def test_nothing_of_ours_keeps_a_namespace_alive(node):
     run(netns, "sh", "-c", "ip addr add 10.77.200.1/16 dev eth0 && ip link set eth0 up && ip link set lo up")
     node.kernel.add_pod(Pod(cookie, ("10.77.200.1",), 9000), netns)
     node.kernel.set_policy(cookie, {}, 1)
-    fds = [node.kernel.create_listener(netns, "10.77.200.1", wire.PORT_HBONE)]
+    fds = [node.kernel.create_listener(netns, ("10.77.200.1",), wire.PORT_HBONE)]
     fds += node.kernel.create_outbound(netns, 3) + node.kernel.create_delivery(netns, 3)
     assert node.kernel.missing(cookie, netns) == []
     node.kernel.connections()
@@ -362,10 +362,10 @@ def test_missing_says_what_is_missing(node, make_pod):
 def test_wrong_namespace_is_not_enrolled(node, make_pod):
     pod = make_pod()
     with pytest.raises(KernelError, match="cookie"):
-        node.kernel.add_pod(Pod(pod.cookie + 1, (pod.address,), pod.identity), pod.netns)
+        node.kernel.add_pod(Pod(pod.cookie + 1, pod.addresses, pod.identity), pod.netns)
     assert node.kernel.pods().get(pod.cookie + 1) is None
     with pytest.raises(ValueError, match="identity 1"):
-        node.kernel.add_pod(Pod(pod.cookie, (pod.address,), 1), pod.netns)
+        node.kernel.add_pod(Pod(pod.cookie, pod.addresses, 1), pod.netns)
     with pytest.raises(ValueError, match=r"10\.77"):
         node.kernel.add_pod(Pod(pod.cookie, ("10.77",), pod.identity), pod.netns)
     assert pod.cookie not in node.kernel.pods()
@@ -379,7 +379,7 @@ def test_a_pod_without_room_leaves_nothing(tmp_path):
     pods = [TestPod(node, f"10.77.0.{10 + index}", 20 + index) for index in range(2)]
     try:
         pods[0].enrol({})
-        with pytest.raises(MapFullError, match=r"pod \d+ \(10.77.0.11\): map pods: update: no room"):
+        with pytest.raises(MapFullError, match=r"pod \d+ \(10.77.0.11, fd77::b\): map pods: update: no room"):
             pods[1].enrol({})
         assert everything_about(node, pods[1]) == []
         assert node.kernel.missing(pods[1].cookie, pods[1].netns) == ["the pod is not in the kernel's tables"]

@@ -55,7 +55,7 @@ def test_handshakes_that_nobody_ends_fill_their_own_share_only(small):
         assert share(node, greedy).connecting == SHARE
         assert node.kernel.pressure()["connecting"].used == SHARE
         assert node.kernel.pressure()["connecting"].over_share == 4
-        listener = stack.enter_context(server.app.listen(("0.0.0.0", PORT)))
+        listener = stack.enter_context(server.app.listen(("", PORT)))
         # Unnamed it is plain text from an address of the mesh.
         with pytest.raises(OSError) as refused:
             greedy.app.connect((server.address, PORT), timeout=1)
@@ -63,7 +63,7 @@ def test_handshakes_that_nobody_ends_fill_their_own_share_only(small):
         stack.enter_context(other.app.connect((server.address, PORT)))
         listener.accept()[0].close()
     until(lambda: share(node, greedy).connecting == 0)
-    with server.app.listen(("0.0.0.0", PORT)), greedy.app.connect((server.address, PORT)):
+    with server.app.listen(("", PORT)), greedy.app.connect((server.address, PORT)):
         pass
     run(server.netns, "nft", "flush ruleset")
     until(lambda: share(node, greedy) == share(node, other) == wire.Share(0, 0))
@@ -76,7 +76,7 @@ def test_captured_connections_fill_their_own_share_only(small):
     node.kernel.set_peer("10.88.0.9", Peer(False, True, 55))
     with contextlib.ExitStack() as stack:
         for pod in (greedy, other):
-            fd = node.kernel.create_listener(pod.netns, pod.address, wire.PORT_OUTBOUND)
+            fd = node.kernel.create_listener(pod.netns, pod.addresses, wire.PORT_OUTBOUND)
             stack.enter_context(socket.socket(fileno=fd))
         for _ in range(SHARE):
             stack.enter_context(greedy.app.connect(("10.88.0.9", 1)))
