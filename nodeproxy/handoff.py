@@ -236,8 +236,11 @@ class _Arrival:
         destination = self._destination or handoff.destination
         workload = every.mesh.at(destination[0])
         local = any(p.address == destination[0] for p in every.agent.pods.values())
+        own = every.mesh.workloads.get(pod.uid)
         if not every.mesh.synced:
             self._fail(Status.IDENTITY, "the mesh is not known yet")
+        elif own is not None and (refusal := every.mesh.refuses_egress(own, *destination)):
+            self._fail(Status.DENIED, refusal)
         elif local or workload is None or not workload.enrolled or workload.node == every.node:
             self._timer = every.loop.later(
                 CONNECT_TIMEOUT, lambda: self._fail(Status.TIMEOUT, "connect timeout")

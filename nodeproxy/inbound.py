@@ -1,7 +1,8 @@
 """HBONE arriving: the server on POD:15008, from the request to the destination's application.
 
 Owns the verdict on each stream. In order: the authority is this pod's (400), the client's SVID is that of the workload at the
-source address as the kernel sees it (waiting a little for the controller's word, then 401), policy (401), delivery (503).
+source address as the kernel sees it (waiting a little for the controller's word, then 401), policy by identity and by that
+address, and NetworkPolicy (401), delivery (503).
 Verdicts are taken again when the mesh changes: what is no longer allowed is reset.
 """
 
@@ -14,6 +15,7 @@ import functools
 import os
 import socket
 import time
+from typing import NamedTuple
 
 from agent.api import ListenerKind, Purpose
 from common import logs
@@ -41,6 +43,15 @@ CONNECT_TIMEOUT = 10.0
 HALF_OPEN = 4096
 _OWN_PORTS = frozenset(kind.port for kind in ListenerKind)
 _IP_BIND_ADDRESS_NO_PORT = 24
+
+
+class _Question(NamedTuple):
+    """What a verdict on an open stream hangs on, beside the mesh."""
+
+    uid: str  #: of the destination
+    principal: str
+    address: str  #: of the client
+    port: int
 
 
 class Inbound:
@@ -111,7 +122,7 @@ class Inbound:
         """Judge every stream again."""
         for delivery in list(self.waiting):
             delivery.decide()
-        verdicts: dict[tuple[str, str, int], str | None] = {}
+        verdicts: dict[_Question, str] = {}
         for delivery in list(self.open):
             delivery.judge_again(verdicts)
 
@@ -230,27 +241,27 @@ class Delivery:
             return
         self._timer.cancel()
         self._all.waiting.pop(self, None)
-        verdict = self._all.mesh.judge(workload, self._peer.identity.principal, self._port)
-        if not verdict.allowed:
-            self._refuse(
-                401, Outcome.DENIED, f"policy {verdict.policy}" if verdict.policy else "no policy allows it"
-            )
+        refusal = self._all.mesh.refuses(
+            workload, self._peer.identity.principal, self._link.remote[0], self._port
+        )
+        if refusal:
+            self._refuse(401, Outcome.DENIED, refusal)
             return
         self._all.open[self] = None
         self._all.agent.get_socket(self._pod, Purpose.DELIVERY, self._have_socket)
 
-    def judge_again(self, verdicts: dict[tuple[str, str, int], str | None]) -> None:
-        """After a change. ``verdicts`` remembers those of this round: None is allowed, else the reason."""
-        source = self._all.mesh.at(self._link.remote[0])
-        reason: str | None
+    def judge_again(self, verdicts: dict[_Question, str]) -> None:
+        """After a change. ``verdicts`` remembers those of this round: empty is allowed, else the reason."""
+        address = self._link.remote[0]
+        source = self._all.mesh.at(address)
         if source is not None and source.identity != str(self._peer.identity):
             reason = f"{source.identity} is at the source address now"
         else:
-            key = (self._pod.uid, self._peer.identity.principal, self._port)
+            key = _Question(self._pod.uid, self._peer.identity.principal, address, self._port)
             if key not in verdicts:
-                verdicts[key] = self._judge(*key)
+                verdicts[key] = self._judge(key)
             reason = verdicts[key]
-        if reason is None:
+        if not reason:
             return
         self._broken = Outcome.DENIED
         if self._relay is not None:
@@ -258,12 +269,11 @@ class Delivery:
         else:
             self._refuse(401, Outcome.DENIED, reason)
 
-    def _judge(self, uid: str, principal: str, port: int) -> str | None:
-        workload = self._all.mesh.workloads.get(uid)
+    def _judge(self, question: _Question) -> str:
+        workload = self._all.mesh.workloads.get(question.uid)
         if workload is None:
-            return None  # The pod is on its way out: the agent withdraws it.
-        verdict = self._all.mesh.judge(workload, principal, port)
-        return None if verdict.allowed else f"policy {verdict.policy or 'allows others only'}"
+            return ""  # The pod is on its way out: the agent withdraws it.
+        return self._all.mesh.refuses(workload, question.principal, question.address, question.port)
 
     # --- delivery ----------------------------------------------------------------------------------------------------
 

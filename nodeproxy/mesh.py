@@ -12,15 +12,18 @@ from collections.abc import Callable
 from common import logs, spiffe
 from controlplane.api import (
     Authorization,
+    Direction,
     MeshConfig,
+    NamedPorts,
     NetworkPolicy,
     Resource,
     ResourceError,
     Service,
     Update,
-    Verdict,
     Workload,
     authorize,
+    permits,
+    refusing,
     resource_key,
 )
 from nodeproxy.tls import Trust, load_roots
@@ -63,8 +66,9 @@ class Mesh:
         self._service_at = {
             (address, port.port): service
             for service in self._services.values()
-            for address in service.addresses
+            for address in (*service.external_addresses, *service.addresses)
             for port in service.ports
+            if port.protocol == "TCP"
         }
         self.synced = self.synced or update.complete
         # With an error the state is not the snapshot's: on reconnect it has to come again.
@@ -147,16 +151,51 @@ class Mesh:
     def service_at(self, address: str, port: int) -> Service | None:
         return self._service_at.get((address, port))
 
-    def judge(self, workload: Workload, principal: str, port: int) -> Verdict:
-        """Whether a client may connect to a workload's own port. A policy that is named but not known refuses.
+    def refuses(self, workload: Workload, principal: str, address: str, port: int) -> str:
+        """Why a client may not connect to a workload's own port; empty if it may. A policy that is not known refuses.
 
         :param principal: the client's SPIFFE ID without ``spiffe://``.
+        :param address: the client's, as the kernel sees it; whose it is was verified.
         """
         policies = []
         for key in workload.policies:
             policy = self._authorizations.get(key)
             if policy is None:
                 _log.error("policy refuses because it is missing", workload=workload.name, policy=key)
-                return Verdict(False, key)
+                return f"policy {key}"
             policies.append(policy)
-        return authorize(policies, principal, port)
+        verdict = authorize(policies, principal, port, address)
+        if not verdict.allowed:
+            return f"policy {verdict.policy}" if verdict.policy else "no policy allows it"
+        client = self.at(address)
+        if client is not None and client.uid == workload.uid:
+            return ""
+        return self._network_refuses(Direction.INGRESS, workload, client, address, port, workload.named_ports)
+
+    def refuses_egress(self, workload: Workload, address: str, port: int) -> str:
+        """Why a workload may not connect to an endpoint; empty if it may. The endpoint's own side judges by itself."""
+        other = self.at(address)
+        if other is not None and other.uid == workload.uid:
+            return ""
+        named = other.named_ports if other else ()
+        return self._network_refuses(Direction.EGRESS, workload, other, address, port, named)
+
+    def _network_refuses(
+        self,
+        direction: Direction,
+        workload: Workload,
+        other: Workload | None,
+        address: str,
+        port: int,
+        named_ports: NamedPorts,
+    ) -> str:
+        verdict = permits(
+            [self._network_policies.get(key) or refusing(key) for key in workload.network_policies],
+            direction,
+            groups=other.groups if other else (),
+            address=address,
+            protocol="TCP",
+            port=port,
+            named_ports=named_ports,
+        )
+        return "" if verdict.allowed else f"NetworkPolicy {verdict.policy} ({direction.value})"

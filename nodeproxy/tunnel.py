@@ -97,6 +97,9 @@ class Tunnels:
     def mesh_changed(self) -> None:
         for tunnel in list(self.waiting):
             tunnel.resolve()
+        verdicts: dict[tuple[str, tuple[str, int]], str] = {}
+        for tunnel in list(self.open):
+            tunnel.judge_again(verdicts)
 
     def withdraw(self, pod: Pod) -> None:
         self.close("pod withdrawn", pod)
@@ -143,6 +146,7 @@ class Tunnel:
         self._stream: Stream | None = None
         self._over = False
         self._again = True
+        self._broken = Outcome.RESET  #: what an open tunnel that breaks off counts as
         self._timer = tunnels.loop.later(UNKNOWN_PATIENCE, self._unknown)
         self.flow = Flow(
             Reporter.SOURCE,
@@ -163,16 +167,23 @@ class Tunnel:
         self.resolve()
 
     def _unknown(self) -> None:
-        self.fail(Outcome.IDENTITY, "the destination is no enrolled workload")
+        self.fail(Outcome.IDENTITY, "source or destination is no workload of the mesh")
 
     def resolve(self) -> None:
         """Find the destination, now or after the next change of the mesh."""
         workload = self._all.mesh.at(self._destination[0])
         if workload is None or not (workload.enrolled or self._all.mesh.in_passage(workload.uid)):
             return
+        own = self._all.mesh.workloads.get(self.pod.uid)
+        if own is None:
+            return  # Where it may go is not known yet either.
         self._all.waiting.pop(self, None)
         self._workload = workload
         self.flow.destination = party_of_workload(workload)
+        # The kernel judged what the application dialled; an endpoint that a proxy chose nobody has judged before.
+        if refusal := self._all.mesh.refuses_egress(own, *self._destination):
+            self.fail(Outcome.DENIED, refusal)
+            return
         if self._service is not None:
             service = self._all.mesh.service_at(*self._service)
             if service is not None:
@@ -180,6 +191,17 @@ class Tunnel:
         # The certificate's patience and the connection's own time-outs bound what follows.
         self._timer.cancel()
         self._all.certificates.wait(self.pod.uid, self._have_certificate)
+
+    def judge_again(self, verdicts: dict[tuple[str, tuple[str, int]], str]) -> None:
+        """After a change. ``verdicts`` remembers those of this round."""
+        own = self._all.mesh.workloads.get(self.pod.uid)
+        if own is None or self._workload is None:
+            return
+        key = own.uid, self._destination
+        if key not in verdicts:
+            verdicts[key] = self._all.mesh.refuses_egress(own, *self._destination)
+        if verdicts[key]:
+            self.fail(Outcome.DENIED, verdicts[key])
 
     def _have_certificate(self, tls: Credentials | None) -> None:
         if self._over:
@@ -280,13 +302,15 @@ class Tunnel:
     def _done(self, _relay: Relay, reason: str) -> None:
         self._over = True
         self._all.end(self)
-        self._all.accounting.end(self.flow, Outcome.RESET if reason else Outcome.OK, reason)
+        self._all.accounting.end(self.flow, self._broken if reason else Outcome.OK, reason)
 
     def fail(self, outcome: Outcome, reason: str) -> None:
         """End it, whatever state it is in."""
         if self._over:
             return
         if self._relay is not None:
+            if outcome is Outcome.DENIED:
+                self._broken = outcome
             self._relay.abort(reason, Code.CANCEL)
             return
         self._over = True

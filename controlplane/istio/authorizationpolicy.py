@@ -1,16 +1,19 @@
-"""AuthorizationPolicy, as far as a connection shows it: identities and ports.
+"""AuthorizationPolicy, as far as a connection shows it: identities, addresses and ports.
 
-What only a request shows (paths, methods, tokens) or what this mesh does not judge yet (addresses) is made fail-closed, as
-:mod:`controlplane.api.authorization` says: such a rule never allows, and denies as if the attribute were not there. CUSTOM
-denies what its rules match, since nobody is asked. AUDIT and dry runs decide nothing.
+What only a request shows (paths, methods, tokens, the address that a header names) is made fail-closed, as
+:mod:`controlplane.api.authorization` says: such a rule never allows, and denies as if the attribute were not there (as
+Istio's ztunnel does). CUSTOM denies what its rules match, since nobody is asked. AUDIT and dry runs decide nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import ip_network
 from typing import Any, NamedTuple
 
-from controlplane.api import Action, Authorization, Operation, Rule, Source
+from msgspec.structs import replace
+
+from controlplane.api import Action, Authorization, Operation, Rule, Source, canonical_block
 from controlplane.api.authorization import pattern_matches
 from controlplane.istio import GROUP_SECURITY
 from controlplane.model.endpoints import members
@@ -22,7 +25,6 @@ from controlplane.model.world import store
 from controlplane.source import Key, Object
 
 _L7_SOURCE = ("requestPrincipals", "notRequestPrincipals", "remoteIpBlocks", "notRemoteIpBlocks")
-_UNJUDGED_SOURCE = ("ipBlocks", "notIpBlocks")
 _L7_OPERATION = ("hosts", "notHosts", "methods", "notMethods", "paths", "notPaths")
 
 
@@ -176,19 +178,19 @@ class _Compiler:
         """One source, or None if nobody can be it."""
         for field in _L7_SOURCE:
             self._unseen(source, field, path, "only an HTTP request shows it")
-        for field in _UNJUDGED_SOURCE:
-            self._unseen(source, field, path, "addresses are not judged yet")
         result = Source(
             principals=self._principals(source.get("principals") or ()),
             not_principals=self._principals(source.get("notPrincipals") or ())
             + self._accounts(source.get("notServiceAccounts") or ()),
             namespaces=tuple(source.get("namespaces") or ()),
             not_namespaces=tuple(source.get("notNamespaces") or ()),
+            ip_blocks=_blocks(source.get("ipBlocks") or ()),
+            not_ip_blocks=_blocks(source.get("notIpBlocks") or ()),
         )
         # Schema: service accounts never stand beside principals.
         accounts = self._accounts(source.get("serviceAccounts") or ())
         if accounts:
-            result = Source(accounts, result.not_principals)
+            result = replace(result, principals=accounts)
         domains = _Part(
             f"{path}.trustDomains",
             "principals",
@@ -212,6 +214,8 @@ class _Compiler:
                 parts.append(_Part(at, "principals", self._principals(values), self._principals(not_values)))
             elif key == "source.namespace":
                 parts.append(_Part(at, "namespaces", values, not_values))
+            elif key == "source.ip":
+                parts.append(_Part(at, "ip_blocks", _blocks(values), _blocks(not_values)))
             elif key == "destination.port":
                 parts.append(_Part(at, "ports", values, not_values))
             else:
@@ -225,7 +229,7 @@ class _Compiler:
         fields = {f: getattr(source, f) for f in source.__struct_fields__}
         if part.values:
             own = fields[part.field]
-            both = _both(own, part.values)
+            both = (_shared if part.field == "ip_blocks" else _both)(own, part.values)
             if both is None:
                 self._cannot(part.path, "two conditions with wildcards on one attribute cannot be joined")
                 both = own
@@ -292,6 +296,22 @@ def _both(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...] | None
         if not any("*" in value for value in exact):
             return tuple(v for v in exact if any(pattern_matches(p, v) for p in patterns))
     return None
+
+
+def _shared(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
+    """Blocks of the addresses that are in a block of each: of two blocks one is in the other, or they have nothing in common."""
+    if not first:
+        return tuple(second)
+    found = []
+    for one in map(ip_network, first):
+        for other in map(ip_network, second):
+            if one.version == other.version and one.overlaps(other):
+                found.append(str(max(one, other, key=lambda n: n.prefixlen)))
+    return tuple(dict.fromkeys(found))
+
+
+def _blocks(values: Iterable[str]) -> tuple[str, ...]:
+    return tuple(canonical_block(v) for v in values)
 
 
 def _ports(values: Iterable[str]) -> tuple[int, ...]:

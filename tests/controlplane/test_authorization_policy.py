@@ -233,6 +233,45 @@ def test_conditions_are_joined() -> None:
     assert compiled({"rules": [ports]}).rules == ()
 
 
+def test_addresses_are_taken_over() -> None:
+    rule = {
+        "from": [{"source": {"ipBlocks": ["10.1.2.3", "fd00::1/8"], "notIpBlocks": ["10.9.9.9/16"]}}],
+        "when": [{"key": "source.ip", "values": ["10.0.0.0/8"], "notValues": ["10.1.0.0/16"]}],
+    }
+    assert compiled({"rules": [rule]}).rules[0].sources == (
+        Source(ip_blocks=("10.1.2.3/32",), not_ip_blocks=("10.9.0.0/16", "10.1.0.0/16")),
+    )
+    assert compiled({"rules": [{"when": rule["when"]}]}).rules[0].sources == (
+        Source(ip_blocks=("10.0.0.0/8",), not_ip_blocks=("10.1.0.0/16",)),
+    )
+    never = {**rule, "when": [{"key": "source.ip", "values": ["192.0.2.0/24", "::/0"]}]}
+    never["from"] = [{"source": {"ipBlocks": ["10.1.2.3"]}}]
+    assert compiled({"rules": [never]}).rules == ()
+    accounts = source(serviceAccounts=["web"], ipBlocks=["10.0.0.0/8"])
+    assert compiled(accounts).rules[0].sources == (
+        Source(("*/ns/default/sa/web",), ip_blocks=("10.0.0.0/8",)),
+    )
+
+
+@pytest.mark.parametrize(
+    ("action", "fields", "inside", "outside"),
+    [
+        ("ALLOW", {"ipBlocks": ["10.0.0.0/8"]}, True, False),
+        ("ALLOW", {"notIpBlocks": ["10.0.0.0/8"]}, False, True),
+        ("DENY", {"ipBlocks": ["10.0.0.0/8"]}, False, True),
+        ("DENY", {"notIpBlocks": ["10.0.0.0/8"]}, True, False),
+    ],
+)
+def test_who_is_judged_by_address(action: str, fields: Manifest, inside: bool, outside: bool) -> None:
+    policies = [compiled({"action": action, **source(**fields)})]
+    for principal in (ANYONE, None):
+        assert authorize(policies, principal, 80, "10.1.2.3").allowed is inside
+        assert authorize(policies, principal, 80, "::ffff:10.1.2.3").allowed is inside
+        assert authorize(policies, principal, 80, "192.0.2.1").allowed is outside
+        assert authorize(policies, principal, 80, "fd00::1").allowed is outside
+        assert not authorize(policies, principal, 80).allowed, "who does not know the address refuses"
+
+
 def test_trust_domains() -> None:
     assert compiled(source(trustDomains=["a", "b*"], notTrustDomains=["c"])).rules[0].sources == (
         Source(("a/*", "b*"), ("c/*",)),
@@ -254,8 +293,15 @@ L7: list[tuple[str, Manifest]] = [
         {"from": [{"source": {"requestPrincipals": ["*"]}}], "to": [{"operation": {"ports": ["80"]}}]},
     ),
     (
-        "ipBlocks",
-        {"from": [{"source": {"ipBlocks": ["10.0.0.0/8"]}}], "to": [{"operation": {"ports": ["80"]}}]},
+        "remoteIpBlocks",
+        {"from": [{"source": {"remoteIpBlocks": ["10.0.0.0/8"]}}], "to": [{"operation": {"ports": ["80"]}}]},
+    ),
+    (
+        "notRemoteIpBlocks",
+        {
+            "from": [{"source": {"notRemoteIpBlocks": ["10.0.0.0/8"]}}],
+            "to": [{"operation": {"ports": ["80"]}}],
+        },
     ),
     (
         "trustDomains",
@@ -267,7 +313,7 @@ L7: list[tuple[str, Manifest]] = [
     ),
     (
         "key",
-        {"to": [{"operation": {"ports": ["80"]}}], "when": [{"key": "source.ip", "values": ["10.0.0.1"]}]},
+        {"to": [{"operation": {"ports": ["80"]}}], "when": [{"key": "remote.ip", "values": ["10.0.0.1"]}]},
     ),
 ]
 

@@ -9,7 +9,7 @@ import time
 import msgspec
 import pytest
 
-from controlplane.api import Action, Authorization
+from controlplane.api import Action, Authorization, NetworkPeer, NetworkPolicy, NetworkPort, NetworkRule
 from nodeproxy import api, loop
 from nodeproxy.api import Handoff, Status, Tlv
 from tests.nodeproxy.fakes.apps import Server, echo, read_all
@@ -52,6 +52,24 @@ def test_to_another_node_by_hbone(world: World, server: Server):
         assert read_all(sock) == b"x" * 1_000_000
     assert len(world.a.proxy.pool.links()) == 1
     assert server.peers == [(world.client_address, 40000)]
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_network_policy_holds_for_an_endpoint_that_a_proxy_chose(world: World, server: Server, far: bool):
+    address = world.server_address if far else world.client_address.rsplit(".", 1)[0] + ".5"
+    app = server if far else Server(address, echo)
+    if not far:
+        world.pod(world.a, "near", address, 5)
+    own = world.workloads["uid-client"]
+    for port, expected in ((app.port, Status.CONNECTED), (app.port + 1, Status.DENIED)):
+        rule = NetworkRule((NetworkPeer(cidr=f"{address}/32"),), (NetworkPort("TCP", port),))
+        world.network_policies = [NetworkPolicy("default", "n", None, (rule,))]
+        world.workloads["uid-client"] = msgspec.structs.replace(own, network_policies=("default/n",))
+        world.publish()
+        with hand(world, header(world, (address, app.port))) as sock:
+            assert status(sock) is expected
+    if not far:
+        app.close()
 
 
 def hung_up(sock: socket.socket) -> bool:

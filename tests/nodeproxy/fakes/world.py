@@ -14,6 +14,7 @@ from agent.api import Enroll
 from controlplane.api import (
     Authorization,
     MeshConfig,
+    NetworkPolicy,
     Resource,
     Service,
     SignRequest,
@@ -116,6 +117,7 @@ class World:
         self.authority = Authority()
         self.workloads: dict[str, Workload] = {}
         self.policies: dict[str, Authorization] = {}
+        self.network_policies: list[NetworkPolicy] = []
         self.services: list[Service] = []
         self.trust_domain = "cluster.local"
         self.roots = self.authority.pem
@@ -150,6 +152,7 @@ class World:
             MeshConfig(self.trust_domain, self.roots),
             *self.workloads.values(),
             *self.policies.values(),
+            *self.network_policies,
             *self.services,
         )
         return Update(self._nonce, f"v{self._nonce}", complete=True, upserts=resources)
