@@ -108,6 +108,7 @@ def flow_metrics(
     opened = counter("opened", "Connections opened, and UDP conversations begun.")
     closed = counter("closed", "Connections closed, and UDP conversations that fell silent.")
     refused = counter("refused", "Connections refused, and UDP datagrams dropped.")
+    refused_bytes = counter("refused_bytes", "Payload of UDP datagrams that were dropped.")
     sent = counter("sent_bytes", "Bytes that the server's application sent (UDP: payload).")
     received = counter("received_bytes", "Bytes that the server's application received (UDP: payload).")
     sent_datagrams = counter("sent_datagrams", "UDP datagrams from the server.")
@@ -126,13 +127,16 @@ def flow_metrics(
         received.add_metric(labels, counters.received)
         if counters.refused:
             refused.add_metric(labels, counters.refused)
+        if counters.refused_bytes:
+            refused_bytes.add_metric(labels, counters.refused_bytes)
         if labels[at_protocol] == "udp":
             sent_datagrams.add_metric(labels, counters.sent_datagrams)
             received_datagrams.add_metric(labels, counters.received_datagrams)
         else:
             retransmits.add_metric(labels, counters.retransmits)
             rtt.add_metric(labels, counters.rtt_samples, counters.rtt_us / 1e6)
-    yield from (opened, closed, refused, sent, received, sent_datagrams, received_datagrams, retransmits, rtt)
+    yield from (opened, closed, refused, refused_bytes, sent, received, sent_datagrams, received_datagrams)
+    yield from (retransmits, rtt)
     folded = GaugeMetricFamily(
         "mycel_flow_series_folded",
         "Label sets that have no series of their own, because there are too many: they are in those that say other.",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from agent.kernel import (
@@ -199,6 +199,18 @@ class FakeKernel(Kernel):
 
     def read_events(self) -> list[Event]:
         return []
+
+    def read_records(self, most: int) -> Iterator[bytes]:
+        return iter(())
+
+    def records_pending(self) -> int:
+        return 0
+
+    def records_lost(self) -> int:
+        return 0
+
+    def end_silent_conversations(self) -> None:
+        """There are none."""
 
 
 if __name__ == "__main__":

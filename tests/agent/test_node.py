@@ -290,7 +290,7 @@ async def test_a_pod_that_was_outside_waits_for_the_word_of_now(world):
     await world.node.apply(Update(2, "v2", upserts=(workload("web"),)))
     await adding
     assert world.pod_policy("web") is not None
-    assert world.kernel.pods()[world.cookie("web")][3:] == (False, False)
+    assert world.kernel.pods()[world.cookie("web")][3:5] == (False, False)
     await world.delete("web")
     await world.node.apply(Update(3, "v3", upserts=(workload("web", enrolled=False),)))
     await world.add("web")  # from then on at once

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -174,6 +175,10 @@ def test_it_says_why_it_cannot_start(tmp_path):
 def test_pages(agent):
     assert json.loads(page(agent, "/debug/status"))["node"] == "n1"
     assert json.loads(page(agent, "/debug/flows")) == []
+    assert json.loads(page(agent, "/debug/flows?newest=5&verdict=refused")) == []
+    with pytest.raises(urllib.error.HTTPError) as bad:
+        page(agent, "/debug/flows?newest=all")
+    assert (bad.value.code, bad.value.read()) == (400, b"newest=all: not a number from 1 on\n")
     assert json.loads(page(agent, "/debug/connections")) == []
     assert set(json.loads(page(agent, "/debug/tables"))) == {"peers", "services", "pressure"}
     assert page(agent, "/healthz/ready") == "ready\n"
