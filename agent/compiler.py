@@ -6,29 +6,14 @@ gives the same tables, so that only differences are written. Verdicts come from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from agent.identities import Identities, label_of
 from agent.mesh import Mesh, is_ipv4
-from bpf.wire import IDENTITY_PLAIN, IDENTITY_PROBE, IDENTITY_TUNNEL
-from controlplane.api import (
-    Action,
-    Authorization,
-    MtlsMode,
-    Rule,
-    Service,
-    ServicePort,
-    Workload,
-    authorize,
-)
-
-#: In a policy table: every port that has no entry of its own.
-ANY_PORT = 0
-
-#: (identity, port) to whether the connection is allowed. What has no entry is refused. Probes and what the node proxy
-#: delivers are not in it: the kernel admits them by who dials.
-PolicyTable = Mapping[tuple[int, int], bool]
+from agent.networks import Compiler, Networks
+from agent.verdicts import Verdicts, verdicts
+from controlplane.api import Action, Authorization, Rule, Service, ServicePort, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +43,34 @@ class Tables:
 
     peers: Mapping[str, Peer]  #: by address
     services: Mapping[tuple[str, int], ServiceEntry]  #: by (service address, port)
-    policies: Mapping[str, PolicyTable]  #: by UID of an enrolled pod that is attached on this node
+    policies: Mapping[str, Verdicts]  #: by UID of an enrolled pod that is attached on this node
+    networks: Mapping[str, Networks]  #: the same; without those that no NetworkPolicy selects
     identities: Mapping[str, int]  #: number by UID, of every workload
 
 
-EMPTY = Tables({}, {}, {}, {})
+EMPTY = Tables({}, {}, {}, {}, {})
 
 
 def compile_tables(
-    mesh: Mesh, *, node: str, attached: Mapping[str, tuple[str, ...]], numbers: Identities
+    mesh: Mesh,
+    *,
+    node: str,
+    attached: Mapping[str, tuple[str, ...]],
+    numbers: Identities,
+    host: Collection[str] = (),
 ) -> Tables:
     """Compile.
 
     :param attached: the pods whose namespaces this agent holds: UID to addresses, as the container runtime gave them.
     :param numbers: the numbering, which grows by what is new.
+    :param host: addresses of the node itself, beside those that the controller knows.
     """
     numbered = {uid: numbers.number(label_of(mesh.workloads[uid])) for uid in sorted(mesh.workloads)}
     return Tables(
         peers=_peers(mesh, node, attached, numbered, numbers),
         services=_services(mesh, node),
-        policies=_policies(mesh, node, attached, numbers),
+        policies=_policies(mesh, attached, numbers),
+        networks=_networks(mesh, node, attached, host),
         identities=numbered,
     )
 
@@ -145,27 +138,37 @@ def _backends(service: Service, port: ServicePort, node: str) -> tuple[tuple[str
 
 
 def _policies(
-    mesh: Mesh, node: str, attached: Mapping[str, tuple[str, ...]], numbers: Identities
-) -> dict[str, PolicyTable]:
-    here = {
-        workload.identity
-        for uid, workload in mesh.workloads.items()
-        # One that is attached and not enrolled may have been: what it opened then goes on.
-        if uid in attached or (workload.enrolled and workload.node == node)
-    }
+    mesh: Mesh, attached: Mapping[str, tuple[str, ...]], numbers: Identities
+) -> dict[str, Verdicts]:
+    # Of the whole mesh: datagrams of another node's pods are judged by who has their source's address. One that is attached and
+    # not enrolled may have been: what it opened then goes on.
+    known = {w.identity for uid, w in mesh.workloads.items() if w.enrolled or uid in attached}
     # Also numbers that were a workload's before its labels changed: connections from then still carry them.
-    clients = numbers.principals(here)
-    tables: dict[str, PolicyTable] = {}
+    clients = numbers.principals(known)
+    tables: dict[str, Verdicts] = {}
     # Most pods share their policies with others: one table for all of them.
-    shared: dict[tuple[object, ...], PolicyTable] = {}
+    shared: dict[tuple[object, ...], Verdicts] = {}
     for uid in attached:
         workload = mesh.workloads.get(uid)
         if workload is None or not workload.enrolled:
             continue
         key = (workload.policies, workload.mtls, workload.port_mtls)
         if key not in shared:
-            shared[key] = policy_table(workload, policies_of(mesh, workload), clients)
+            shared[key] = verdicts(workload, policies_of(mesh, workload), clients)
         tables[uid] = shared[key]
+    return tables
+
+
+def _networks(
+    mesh: Mesh, node: str, attached: Mapping[str, tuple[str, ...]], host: Collection[str]
+) -> dict[str, Networks]:
+    here = {address for info in mesh.config.nodes if info.name == node for address in info.addresses}
+    compiler = Compiler(mesh, here | set(host))
+    tables: dict[str, Networks] = {}
+    for uid in attached:
+        workload = mesh.workloads.get(uid)
+        if workload is not None and workload.enrolled and workload.network_policies:
+            tables[uid] = compiler.networks(workload)
     return tables
 
 
@@ -179,59 +182,3 @@ def policies_of(mesh: Mesh, workload: Workload) -> tuple[Authorization, ...]:
             policy = Authorization(namespace, name, Action.DENY, (Rule(),))
         found.append(policy)
     return tuple(found)
-
-
-def policy_table(
-    workload: Workload, policies: Iterable[Authorization], clients: Mapping[int, str]
-) -> PolicyTable:
-    """Every verdict on connections to one workload.
-
-    :param clients: principal by number, of each identity that can connect on this node.
-
-    An entry for a port stands only where it differs from that of the same identity for any port, and no entry is a refusal.
-    """
-    policies = tuple(policies)
-    ports = sorted(mentioned_ports(workload, policies))
-    mtls = dict(workload.port_mtls)
-    table: dict[tuple[int, int], bool] = {}
-    by_principal: dict[str, dict[int, bool]] = {}
-
-    def enter(identity: int, verdicts: Mapping[int, bool]) -> None:
-        rest = verdicts[ANY_PORT]
-        if rest:
-            table[identity, ANY_PORT] = True
-        for port in ports:
-            if verdicts[port] != rest:
-                table[identity, port] = verdicts[port]
-
-    for identity, principal in sorted(clients.items()):
-        verdicts = by_principal.get(principal)
-        if verdicts is None:
-            # No rule can name port 0, so its verdict is that of every port that no rule names.
-            verdicts = {port: authorize(policies, principal, port).allowed for port in (ANY_PORT, *ports)}
-            by_principal[principal] = verdicts
-        enter(identity, verdicts)
-    plain = {
-        port: mtls.get(port, workload.mtls) is MtlsMode.PERMISSIVE and authorize(policies, None, port).allowed
-        for port in (ANY_PORT, *ports)
-    }
-    enter(IDENTITY_PLAIN, plain)
-    return table
-
-
-def mentioned_ports(workload: Workload, policies: Iterable[Authorization]) -> set[int]:
-    """The ports whose verdict may differ from that of all others."""
-    ports = {port for port, _ in workload.port_mtls}
-    for policy in policies:
-        for rule in policy.rules:
-            for operation in rule.operations:
-                ports.update(operation.ports, operation.not_ports)
-    return {port for port in ports if 1 <= port <= 65535}
-
-
-def allowed(table: PolicyTable, identity: int, port: int) -> bool:
-    """The verdict that the kernel gives by this table."""
-    if identity in (IDENTITY_PROBE, IDENTITY_TUNNEL):
-        return True
-    verdict = table.get((identity, port))
-    return table.get((identity, ANY_PORT), False) if verdict is None else verdict

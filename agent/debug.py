@@ -58,8 +58,13 @@ def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mappi
                     "mtls": workload.mtls.value if workload is not None else "",
                     "generation": policy[0] if policy is not None else 0,
                     "policy": [
-                        {"source": name(identity), "port": port, "allowed": allowed}
-                        for (identity, port), allowed in sorted(policy[1].items())
+                        {
+                            "source": name(identity),
+                            "port": port,
+                            "address_class": of[0] if of else 0,
+                            "allowed": allowed,
+                        }
+                        for (identity, port, *of), allowed in sorted(policy[1].items())
                     ]
                     if policy is not None
                     else [],

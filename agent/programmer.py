@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from agent import kernel as facade
-from agent.compiler import PolicyTable, ServiceEntry, Tables
+from agent.compiler import ServiceEntry, Tables
 from agent.kernel import Kernel, KernelError, MapFullError
 from agent.namespaces import Namespaces
+from agent.networks import OPEN, Networks
 from agent.passage import Stage
-from bpf.wire import IDENTITY_FIRST
+from agent.verdicts import Verdicts
+from bpf.wire import IDENTITY_FIRST, POLICY_GENERATION_MASK, Direction
 from common import logs
 from controlplane.api import ResourceError
 
@@ -31,7 +33,7 @@ _FORGET_AT = 0.75
 #: Maps with an element for each pod.
 _OF_PODS = ("listeners", "peers", "pods", "policies")
 
-_EMPTY_POLICY: PolicyTable = {}
+_REFUSED = Verdicts({})
 
 
 class PodSpec(NamedTuple):
@@ -80,7 +82,7 @@ class Outcome:
 
 class _Policy(NamedTuple):
     generation: int
-    table: PolicyTable
+    verdicts: Verdicts
 
 
 class Programmer:
@@ -91,9 +93,12 @@ class Programmer:
         self._namespaces = namespaces
         self._pods: dict[int, facade.Pod] = kernel.pods()
         self._policies: dict[int, _Policy] = {}
+        self._networks: dict[tuple[int, Direction], facade.Network | None] = {}
         for cookie in self._pods:
             if (policy := kernel.policy(cookie)) is not None:
-                self._policies[cookie] = _Policy(*policy)
+                generation, table = policy
+                found = Verdicts(table, kernel.policy_classes(cookie, generation))
+                self._policies[cookie] = _Policy(generation, found)
         of_pods = {address for pod in self._pods.values() for address in pod.addresses}
         self._peers = {a: peer for a, peer in kernel.peers().items() if a not in of_pods}
         self._services = {
@@ -124,6 +129,10 @@ class Programmer:
     def living(self) -> frozenset[int]:
         """Of these, the ones whose namespace still exists."""
         return self.programmed - self._kernel.gone()
+
+    def host_addresses(self) -> frozenset[str]:
+        """The node's own."""
+        return self._kernel.host_addresses()
 
     async def program(
         self,
@@ -165,7 +174,14 @@ class Programmer:
                     errors.append(ResourceError(f"workload/{peer.uid}", f"address {address}: {error}"))
         await asyncio.gather(
             *(
-                self._program_pod(spec, tables.policies.get(spec.uid, _EMPTY_POLICY), slots, outcome, errors)
+                self._program_pod(
+                    spec,
+                    tables.policies.get(spec.uid, _REFUSED),
+                    tables.networks.get(spec.uid, OPEN),
+                    slots,
+                    outcome,
+                    errors,
+                )
                 for spec in specs.values()
             ),
             *(self._seal(cookie, slots, outcome) for cookie in kept - specs.keys()),
@@ -230,7 +246,8 @@ class Programmer:
     async def _program_pod(
         self,
         spec: PodSpec,
-        table: PolicyTable,
+        verdicts: Verdicts,
+        networks: Networks,
         slots: asyncio.Semaphore,
         outcome: Outcome,
         errors: list[ResourceError],
@@ -241,16 +258,18 @@ class Programmer:
             async with slots:
                 if self._pods.get(cookie) != pod:
                     # One that runs already is dialled meanwhile: it is never without verdicts.
-                    first = _Policy(1, table) if pod.open and cookie not in self._pods else None
+                    first = _Policy(1, verdicts) if pod.open and cookie not in self._pods else None
+                    known = (1, verdicts.table, verdicts.classes) if first is not None else None
                     with self._namespaces.borrow(cookie) as netns:
-                        await asyncio.to_thread(self._kernel.add_pod, pod, netns, first)
+                        await asyncio.to_thread(self._kernel.add_pod, pod, netns, known)
                     if first is not None:
                         self._policies[cookie] = first
                     self._pods[cookie] = pod
                     for address in pod.addresses:
                         self._peers.pop(address, None)
                 if not spec.leaving:
-                    await self._set_policy(cookie, table, outcome)
+                    await self._set_networks(cookie, networks, outcome)
+                    await self._set_policy(cookie, verdicts, outcome)
         except (KernelError, OSError, ValueError, KeyError) as error:
             reason = str(error) if not isinstance(error, KeyError) else "its namespace is gone"
             outcome.pods[cookie] = reason
@@ -259,17 +278,33 @@ class Programmer:
     async def _seal(self, cookie: int, slots: asyncio.Semaphore, outcome: Outcome) -> None:
         try:
             async with slots:
-                await self._set_policy(cookie, _EMPTY_POLICY, outcome)
+                await self._set_policy(cookie, _REFUSED, outcome)
         except (KernelError, OSError, ValueError) as error:
             outcome.pods[cookie] = str(error)
 
-    async def _set_policy(self, cookie: int, table: PolicyTable, outcome: Outcome) -> None:
+    async def _set_networks(self, cookie: int, networks: Networks, outcome: Outcome) -> None:
+        for direction, network in (
+            (Direction.INBOUND, networks.ingress),
+            (Direction.OUTBOUND, networks.egress),
+        ):
+            key = (cookie, direction)
+            if key in self._networks:
+                same = self._networks[key] == network
+            else:
+                # What a predecessor left, or a pod of before.
+                same = await asyncio.to_thread(self._kernel.has_network, cookie, direction, network)
+            if not same:
+                await asyncio.to_thread(self._kernel.set_network, cookie, direction, network)
+                outcome.verdicts_changed = True
+            self._networks[key] = network
+
+    async def _set_policy(self, cookie: int, verdicts: Verdicts, outcome: Outcome) -> None:
         old = self._policies.get(cookie)
-        if old is not None and old.table == table:
+        if old is not None and old.verdicts == verdicts:
             return
-        generation = 1 if old is None else old.generation % 0xFFFFFFFF + 1
-        await asyncio.to_thread(self._kernel.set_policy, cookie, table, generation)
-        self._policies[cookie] = _Policy(generation, table)
+        generation = 1 if old is None else old.generation % POLICY_GENERATION_MASK + 1
+        await asyncio.to_thread(self._kernel.set_policy, cookie, verdicts.table, generation, verdicts.classes)
+        self._policies[cookie] = _Policy(generation, verdicts)
         outcome.verdicts_changed |= old is not None
 
     async def _remove_pod(
@@ -285,6 +320,8 @@ class Programmer:
             return
         del self._pods[cookie]
         self._policies.pop(cookie, None)
+        for direction in Direction:
+            self._networks.pop((cookie, direction), None)
 
     def _program_services(self, services: Mapping[tuple[str, int], ServiceEntry]) -> Iterable[ResourceError]:
         for (address, port), entry in services.items():

@@ -149,7 +149,13 @@ class Reconciler:
         attached: dict[str, tuple[str, ...]] = {}
         for sandbox in sandboxes.values():
             attached[sandbox.uid] = attached.get(sandbox.uid, ()) + sandbox.addresses
-        tables = compile_tables(mesh, node=self._name, attached=attached, numbers=self._state.numbers)
+        tables = compile_tables(
+            mesh,
+            node=self._name,
+            attached=attached,
+            numbers=self._state.numbers,
+            host=self._programmer.host_addresses(),
+        )
         self._state.save_numbers()
         unknown = {cookie for cookie, sandbox in sandboxes.items() if sandbox.uid not in mesh.workloads}
         specs = self._specs(mesh, tables, {c: s for c, s in sandboxes.items() if c not in unknown})

@@ -121,6 +121,14 @@ inline_always int refuse_unaddressed(u64 netns, struct pod *pod, struct endpoint
 	return refuse(ENETUNREACH);
 }
 
+/* NetworkPolicy forbids the pod to speak with that endpoint. */
+inline_always int refuse_network(u64 netns, struct pod *pod, struct endpoint *to, struct peer *peer)
+{
+	refuse_dial(netns, own_address(pod, &to->address), REASON_NETWORK_POLICY, pod->identity,
+		    peer ? peer->identity : 0, &to->address, to->port, DIRECTION_OUTBOUND);
+	return refuse(EPERM);
+}
+
 /* The whole decision. Fills state and dial; PASS without SOCKET_* or kind means that we have nothing to do with it. */
 inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct dial *dial,
 			 struct socket_state *state)
@@ -171,6 +179,10 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 	state->identity = pod->identity;
 	state->source_address = *own;
 	if (role == ROLE_AGENT || role == ROLE_NODEPROXY || role == ROLE_L7PROXY) {
+		/* What the node proxy carries was judged when it was captured. */
+		if (role == ROLE_L7PROXY && !is_same_address(&key.address, own) &&
+		    !network_allows(netns, DIRECTION_OUTBOUND, &key.address, IPPROTO_TCP, key.port))
+			return refuse_network(netns, pod, &key, peer);
 		if (!peer || !(peer->flags & PEER_LOCAL) || !(peer->flags & PEER_ENROLLED))
 			return PASS;
 		state->flags |= SOCKET_RECORD;
@@ -226,6 +238,8 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 		state->flags |= SOCKET_RECORD | SOCKET_COUNTED;
 		return PASS;
 	}
+	if (!network_allows(netns, DIRECTION_OUTBOUND, &key.address, IPPROTO_TCP, key.port))
+		return refuse_network(netns, pod, &key, peer);
 	if (!peer || !(peer->flags & PEER_ENROLLED)) {
 		state->kind = VIA_PLAIN;
 		state->flags |= SOCKET_COUNTED;
@@ -243,7 +257,8 @@ judge_local:;
 	 */
 	u32 generation, reason;
 
-	reason = judge(peer->netns, state->identity, key.port, &generation);
+	reason = judge_via(VIA_DIRECT, peer->netns, state->identity, &state->source_address, key.port,
+			   &generation);
 	if (reason) {
 		refuse_dial(netns, own, reason, state->identity, peer->identity, &key.address, key.port,
 			    DIRECTION_INBOUND);

@@ -55,6 +55,20 @@ int bpf_iter__bpf_sk_storage_map__accounts(void *ctx)
 	return 0;
 }
 
+/* Whether NetworkPolicy would let this end dial now, as connect() asked it. */
+inline_always bool may_go_on(struct socket_state *state)
+{
+	u32 kind = state->kind;
+	struct address destination = state->destination_address;
+
+	/* Of a request for l7proxy the endpoint is not known yet, and its own dial is judged. */
+	if (kind == VIA_SELF || kind == VIA_TUNNEL || kind == VIA_PROBE ||
+	    (kind == VIA_CAPTURED && state->tuple.server_port == bpf_htons(PORT_OUTBOUND_L7)))
+		return true;
+	return network_allows(state->netns, DIRECTION_OUTBOUND, &destination, IPPROTO_TCP,
+			      state->destination_port);
+}
+
 inline_always int write_connection(void *ctx, bool refused_only)
 {
 	void *sk = LOAD_POINTER(ctx, ITERATOR_SOCKET);
@@ -67,7 +81,9 @@ inline_always int write_connection(void *ctx, bool refused_only)
 		return 0;
 	u32 flags = state->flags;
 
-	if (!(flags & SOCKET_OPEN) || (flags & SOCKET_ACTIVE) || state->sent == ACCOUNT_CLOSED)
+	if (!(flags & SOCKET_OPEN) || state->sent == ACCOUNT_CLOSED)
+		return 0;
+	if ((flags & SOCKET_ACTIVE) && !refused_only)
 		return 0;
 	row.netns = state->netns;
 	row.cookie = state->cookie;
@@ -76,14 +92,17 @@ inline_always int write_connection(void *ctx, bool refused_only)
 	row.destination = state->flow.destination;
 	row.generation = state->generation;
 	row.kind = state->kind;
-	row.flags = flags & SOCKET_REVOKED;
+	row.flags = flags & (SOCKET_REVOKED | SOCKET_ACTIVE);
 	if (refused_only) {
 		struct pod *pod = map_lookup(MAP(PODS), &row.netns);
 
 		/* One that has left, or is leaving, keeps what it has. */
 		if (!pod || (pod->flags & POD_OPEN))
 			return 0;
-		if (!judge_via(row.kind, row.netns, row.source, row.tuple.server_port, &generation))
+		if (!(flags & SOCKET_ACTIVE) ?
+			    !judge_via(row.kind, row.netns, row.source, &row.tuple.client_address,
+				       row.tuple.server_port, &generation) :
+			    may_go_on(state))
 			return 0;
 	}
 	void *tcp = to_tcp_sock(sk);

@@ -214,7 +214,7 @@ def _make(spec: schema.MapSpec, size: int, stack: ExitStack) -> maps.Map:
     inner: maps.Map | None = None
     btf: tuple[int, int, int] | None = None
     if spec.type == maps.HASH_OF_MAPS:
-        model = schema.INNER_POLICY
+        model = schema.INNER[spec.name]
         inner = maps.Map.create(
             model.type, model.name, model.key_size, model.value_size, model.max_entries, flags=model.flags
         )

@@ -90,7 +90,8 @@ int sk_lookup(struct bpf_sk_lookup *ctx)
 		refuse_arrival(&tuple, REASON_SPOOFED, identity, peer->identity);
 		return SK_DROP;
 	}
-	reason = judge_via(kind, peer->netns, identity, tuple.server_port, &generation);
+	reason =
+		judge_via(kind, peer->netns, identity, &tuple.client_address, tuple.server_port, &generation);
 	if (reason) {
 		refuse_arrival(&tuple, reason, identity, peer->identity);
 		return SK_DROP;

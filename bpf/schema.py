@@ -35,6 +35,11 @@ class MapSpec(NamedTuple):
 
 #: Of the inner maps of ``policies``: each is made with the size that its table needs.
 INNER_POLICY = MapSpec("policy", maps.HASH, wire.PolicyKey.LAYOUT.size, 4, 64, maps.F_NO_PREALLOC)
+#: The same of ``networks``.
+INNER_NETWORK = MapSpec("network", maps.LPM_TRIE, wire.NetworkKey.LAYOUT.size, 4, 64, maps.F_NO_PREALLOC)
+
+#: What the elements of a map in map are made as.
+INNER = {"policies": INNER_POLICY, "networks": INNER_NETWORK}
 
 # Elements are allocated when they come (NO_PREALLOC): a map that is large enough costs nothing while it is empty.
 MAPS = (
@@ -61,7 +66,11 @@ MAPS = (
     ),
     MapSpec("members", maps.HASH, wire.MemberKey.LAYOUT.size, 4, 524288, maps.F_NO_PREALLOC, 2),
     MapSpec("affinity", maps.LRU_HASH, wire.AffinityKey.LAYOUT.size, wire.Affinity.LAYOUT.size, 65536, 0, 2),
-    MapSpec("policies", maps.HASH_OF_MAPS, 8, 4, 1024, maps.F_NO_PREALLOC),
+    MapSpec("policies", maps.HASH_OF_MAPS, 8, 4, 1024, maps.F_NO_PREALLOC, 2),
+    MapSpec("classes", maps.LPM_TRIE, wire.ClassKey.LAYOUT.size, 4, 65536, maps.F_NO_PREALLOC),
+    MapSpec("networks", maps.HASH_OF_MAPS, wire.NetworkOf.LAYOUT.size, 4, 2048, maps.F_NO_PREALLOC),
+    MapSpec("interfaces", maps.HASH, 4, wire.Interface.LAYOUT.size, 1024, maps.F_NO_PREALLOC),
+    MapSpec("talks", maps.LRU_HASH, wire.TalkKey.LAYOUT.size, wire.Talk.LAYOUT.size, 65536),
     MapSpec(
         "connecting", maps.HASH, wire.Tuple.LAYOUT.size, wire.Who.LAYOUT.size, 65536, maps.F_NO_PREALLOC, 2
     ),

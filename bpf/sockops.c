@@ -62,6 +62,7 @@ inline_always void dialling(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	if (!state || !tuple_of(ctx, true, &tuple))
 		return;
 	state->tuple = tuple;
+	state->cookie = socket_cookie(ctx);
 	set_cb_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
 	if (state->kind != VIA_CAPTURED && !(state->flags & SOCKET_RECORD))
 		return;
@@ -161,7 +162,8 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	state.flow.direction = DIRECTION_INBOUND;
 	if (state.kind != VIA_TUNNEL)
 		state.flags |= SOCKET_COUNTED;
-	reason = judge_via(state.kind, netns, state.identity, tuple.server_port, &state.generation);
+	reason = judge_via(state.kind, netns, state.identity, &tuple.client_address, tuple.server_port,
+			   &state.generation);
 	if (reason) {
 		state.flags |= SOCKET_REVOKED;
 		state.flow.verdict = REASON_REVOKED;

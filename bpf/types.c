@@ -16,6 +16,12 @@ struct wire_types {
 	struct affinity_key affinity_key;
 	struct affinity affinity;
 	struct policy_key policy_key;
+	struct class_key class_key;
+	struct network_of network_of;
+	struct network_key network_key;
+	struct interface interface;
+	struct talk_key talk_key;
+	struct talk talk;
 	struct tuple tuple;
 	struct who who;
 	struct share share;

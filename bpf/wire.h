@@ -30,6 +30,7 @@ enum role {
 #define IDENTITY_PLAIN 0
 #define IDENTITY_PROBE 1
 #define IDENTITY_TUNNEL 2
+#define IDENTITY_MESH 3 /* every workload's, in policies that tell none from another */
 #define IDENTITY_FIRST 16
 
 /* How a connection goes, or came to be admitted (struct who, socket_state and connection: kind). */
@@ -62,6 +63,7 @@ enum reason {
 	REASON_MAP_FULL = 10,		 /* no room to write down who dials */
 	REASON_UNKNOWN_DESTINATION = 11, /* arrived in a pod's namespace, not for the pod's address */
 	REASON_REVOKED = 12,		 /* admitted, and refused by a newer policy when it was established */
+	REASON_NETWORK_POLICY = 13, /* no NetworkPolicy of the destination, or of the source, allows it */
 	REASON_COUNT = 16,
 };
 
@@ -86,6 +88,9 @@ enum counter {
 	COUNTER_FULL_MEMBERS,
 	COUNTER_FULL_POLICIES,
 	COUNTER_FULL_LISTENERS,
+	COUNTER_FULL_CLASSES,
+	COUNTER_FULL_NETWORKS,
+	COUNTER_FULL_INTERFACES,
 	COUNTER_COUNT,
 };
 
@@ -167,13 +172,80 @@ struct affinity {
 
 /*
  * policies: netns -> inner map: policy_key -> __u32 verdict. Port 0 is any port without an entry; no entry refuses.
- * The entry (POLICY_GENERATION, 0) is the policy's generation instead.
+ * The entry (POLICY_GENERATION, 0) is the policy's generation instead, with flags.
  */
 #define POLICY_GENERATION 0xffffffff
+#define POLICY_GENERATION_MASK 0x3fffffff
+#define POLICY_CLASSES 0x80000000 /* verdicts differ by the source's address: ask classes */
+#define POLICY_ALIKE 0x40000000 /* verdicts are the same for every workload: IDENTITY_MESH stands for them */
 struct policy_key {
 	__u32 identity;
 	__be16 port;
+	__u16 address_class; /* of the source's address; 0 where it is in none */
+};
+
+/*
+ * classes (longest prefix): class_key -> __u32 class, from 1 on. Those of a policy's generation are all there before policies
+ * names it, and go after it.
+ */
+#define CLASS_PREFIX_BITS 96 /* of the key, before the address */
+struct class_key {
+	__u32 prefix_length; /* bits that count, from here on */
+	__u32 generation;
+	__u64 netns;
+	struct address address;
+};
+
+/*
+ * networks: network_of -> inner map (longest prefix): network_key -> __u32. NetworkPolicy of a pod in one direction; without an
+ * inner map the pod is not isolated. Two stages in one: with stage 0 the other end's address gives its class (0 where it is in none),
+ * with stage class + 1 the protocol and the destination's port (NETWORK_PORT) give the verdict; no entry refuses.
+ */
+#define NETWORK_PREFIX_BITS 32 /* of the key, before what is looked up */
+#define NETWORK_PORT_BITS 24
+#define NETWORK_PORT(protocol, port_host) bpf_htonl((__u32)(protocol) << 24 | (__u32)(port_host) << 8)
+struct network_of {
+	__u64 netns;
+	__u32 direction; /* enum direction, as the pod sees it */
+	__u32 pad;
+};
+
+struct network_key {
+	__u32 prefix_length; /* bits that count, from here on */
+	__u32 stage;
+	struct address value;
+};
+
+/* interfaces: index of the host's end of a pod's veth -> interface. */
+struct interface {
+	__u64 netns;
+	struct address address4; /* none: it has no address of that family */
+	struct address address6;
+	__u32 identity;
+	__u32 flags; /* the pod's */
+	__u8 mac[6]; /* the pod's own */
 	__u16 pad;
+};
+
+/*
+ * talks: talk_key -> talk. Who began to speak, of all that is no TCP: what answers is judged as what it answers. ICMP has the
+ * identifier of its echo as both ports, and other protocols none. Fragments of a datagram have the identification in both.
+ */
+#define TALK_FRAGMENTS 0x8000 /* with the protocol: the first fragment has passed */
+struct talk_key {
+	__u64 netns;
+	struct address pod_address;
+	struct address peer_address;
+	__be16 pod_port;
+	__be16 peer_port;
+	__u16 protocol;
+	__u16 direction; /* of fragments; else 0 */
+};
+
+struct talk {
+	__u64 used;	 /* nanoseconds, of the kernel's monotonic clock */
+	__u32 direction; /* as the pod sees it: who began */
+	__u32 pad;
 };
 
 /* connecting: tuple -> who. From the client's SYN until the server's end is established, or the client closes. */

@@ -30,10 +30,18 @@ POD_OPEN = 2
 SERVICE_L7 = 1
 SERVICE_AFFINITY = 2
 SERVICE_AFFINITY_SHIFT = 8
-#: Flag of :class:`Connection`.
+#: Flags of :class:`Connection`.
+SOCKET_ACTIVE = 2
 SOCKET_REVOKED = 32
-#: In :class:`PolicyKey` in place of an identity: the value is the policy's generation.
+#: In :class:`PolicyKey` in place of an identity: the value is the policy's generation, with the two flags.
 POLICY_GENERATION = 0xFFFFFFFF
+POLICY_GENERATION_MASK = 0x3FFFFFFF
+POLICY_CLASSES = 0x80000000
+POLICY_ALIKE = 0x40000000
+#: Bits of the keys before what a longest prefix is looked up of.
+CLASS_PREFIX_BITS = 96
+NETWORK_PREFIX_BITS = 32
+NETWORK_PORT_BITS = 24
 
 PORT_OUTBOUND = 15001
 PORT_OUTBOUND_L7 = 15002
@@ -50,6 +58,7 @@ FLOW_FORGOTTEN = 1
 IDENTITY_PLAIN = 0
 IDENTITY_PROBE = 1
 IDENTITY_TUNNEL = 2
+IDENTITY_MESH = 3
 IDENTITY_FIRST = 16
 
 
@@ -86,6 +95,7 @@ class Reason(enum.IntEnum):
     MAP_FULL = 10
     UNKNOWN_DESTINATION = 11  #: arrived in a pod's namespace for an address that is not the pod's
     REVOKED = 12  #: admitted, and refused by a newer policy when it was established
+    NETWORK_POLICY = 13  #: no NetworkPolicy of the destination, or of the source, allows it
 
 
 class Via(enum.IntEnum):
@@ -342,11 +352,103 @@ class BackendKey(Record):
 
 @dataclass(frozen=True, slots=True)
 class PolicyKey(Record):
-    """Key of the inner maps of ``policies``; port 0 is any port without an entry."""
+    """Key of the inner maps of ``policies``; port 0 is any port without an entry, class 0 an address in no class."""
 
-    LAYOUT = Layout("policy_key", identity=U32, port=PORT, pad=U16)
+    LAYOUT = Layout("policy_key", identity=U32, port=PORT, address_class=U16)
     identity: int
     port: int
+    address_class: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClassKey(Record):
+    """Key of ``classes``; ``prefix_length`` counts from the generation on."""
+
+    LAYOUT = Layout("class_key", prefix_length=U32, generation=U32, netns=U64, address=ADDRESS)
+    prefix_length: int
+    generation: int
+    netns: int
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkOf(Record):
+    """Key of ``networks``."""
+
+    LAYOUT = Layout("network_of", netns=U64, direction=U32, pad=U32)
+    netns: int
+    direction: int
+    pad: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkKey(Record):
+    """Key of the inner maps of ``networks``; ``value`` is an address, or protocol and port (:func:`network_port`)."""
+
+    LAYOUT = Layout("network_key", prefix_length=U32, stage=U32, value=Kind("16s"))
+    prefix_length: int
+    stage: int
+    value: bytes
+
+
+def network_port(protocol: int, port: int) -> bytes:
+    """``NETWORK_PORT`` of wire.h, as a :class:`NetworkKey` has it."""
+    return struct.pack("!BHB12x", protocol, port, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Interface(Record):
+    """Value of ``interfaces``, whose key is the index of the host's end of a pod's veth."""
+
+    LAYOUT = Layout(
+        "interface",
+        netns=U64,
+        address4=ADDRESS_OR_NONE,
+        address6=ADDRESS_OR_NONE,
+        identity=U32,
+        flags=U32,
+        mac=Kind("6s"),
+        pad=U16,
+    )
+    netns: int
+    address4: str
+    address6: str
+    identity: int
+    flags: int
+    mac: bytes
+    pad: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TalkKey(Record):
+    """Key of ``talks``."""
+
+    LAYOUT = Layout(
+        "talk_key",
+        netns=U64,
+        pod_address=ADDRESS,
+        peer_address=ADDRESS,
+        pod_port=PORT,
+        peer_port=PORT,
+        protocol=U16,
+        direction=U16,
+    )
+    netns: int
+    pod_address: str
+    peer_address: str
+    pod_port: int
+    peer_port: int
+    protocol: int
+    direction: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Talk(Record):
+    """Value of ``talks``; ``used`` in nanoseconds of CLOCK_MONOTONIC."""
+
+    LAYOUT = Layout("talk", used=U64, direction=U32, pad=U32)
+    used: int
+    direction: int
     pad: int = 0
 
 
@@ -658,11 +760,26 @@ COUNTER_FULL = {
     "members": 31,
     "policies": 32,
     "listeners": 33,
+    "classes": 34,
+    "networks": 35,
+    "interfaces": 36,
 }
 #: And refusals because a pod had used its own share of a map up.
 COUNTER_SHARE = {"connecting": 22, "captured": 23}
-COUNTERS = 34
+COUNTERS = 37
 #: Maps that no program adds elements to.
 COUNTED_BY_AGENT = frozenset(
-    ("roles", "pods", "peers", "services", "backends", "members", "policies", "listeners")
+    {
+        "roles",
+        "pods",
+        "interfaces",
+        "peers",
+        "services",
+        "backends",
+        "members",
+        "policies",
+        "classes",
+        "networks",
+        "listeners",
+    }
 )

@@ -45,6 +45,7 @@ def _connection(row: wire.Connection) -> Connection:
         row.cookie,
         row.rtt_us,
         row.retransmits,
+        bool(row.flags & wire.SOCKET_ACTIVE),
     )
 
 

@@ -13,21 +13,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from agent.kernel import accounts, namespace, policies
+from agent.kernel import accounts, namespace
 from agent.kernel.errors import KernelError, naming
 from agent.kernel.events import read_events
 from agent.kernel.model import (
     Backend,
     Connection,
+    Direction,
     Event,
     FlowCounters,
     FlowKey,
+    Network,
     Peer,
     Pod,
     Pressure,
     Service,
 )
 from agent.kernel.pods import Pods
+from agent.kernel.policies import Policies, Verdicts, network_elements
 from agent.kernel.ring import RingReader
 from agent.kernel.services import Services
 from bpf import schema, usage, wire
@@ -53,11 +56,13 @@ class Kernel:
     OSErrors), ValueError for what no kernel could take, and nothing is half done after either.
     """
 
-    def __init__(self, pins: Path) -> None:
+    def __init__(self, pins: Path, host: int | None = None) -> None:
         """Open what the loader pinned in ``pins`` (the folder that holds ``v<ABI>``).
 
+        :param host: the node's network namespace, which stays the caller's; None: that of this process.
         :raises KernelError: it is not there, or not whole.
         """
+        self._host = host
         self._folder = pins / f"v{wire.ABI}"
         # Lookups share buffers, and some changes are of several maps.
         self._lock = threading.RLock()
@@ -92,6 +97,7 @@ class Kernel:
             #: By map that has to be walked: when that was done last, and what came of it.
             self._counted: dict[str, tuple[float, int]] = {}
             self._pods = Pods(self._folder, maps)
+            self._policies = Policies(maps["policies"], maps["classes"], maps["networks"])
             self._services = Services(maps["services"], maps["backends"], maps["members"])
             self._closing = stack.pop_all()
 
@@ -129,11 +135,11 @@ class Kernel:
     # Pods
 
     def add_pod(
-        self, pod: Pod, netns: int, policy: tuple[int, Mapping[tuple[int, int], bool]] | None = None
+        self, pod: Pod, netns: int, policy: tuple[int, Verdicts, Mapping[str, int]] | None = None
     ) -> None:
         """Enrol a pod: refuse everything inbound until its policy is set, capture its dials from now on.
 
-        :param policy: generation and table (see :meth:`set_policy`) that judge from the first moment on: for a pod that
+        :param policy: generation, table and classes (see :meth:`set_policy`) that judge from the first moment on: for a pod that
             runs already, whose address is dialled meanwhile.
 
         In its namespace: sk_lookup link, ``tcp_fwmark_accept``, the rule and the table that bring answers to delivered
@@ -143,15 +149,15 @@ class Kernel:
         with naming(f"pod {pod.netns_cookie} ({', '.join(pod.addresses)})"):
             if policy is not None:
                 # Not under the lock, as in set_policy.
-                generation, table = policy
-                policies.set_policy(self._maps["policies"], pod.netns_cookie, table, generation)
+                generation, table, classes = policy
+                self._policies.set_policy(pod.netns_cookie, table, generation, classes)
             try:
                 with self._lock:
                     self._pods.add(pod, netns)
             except (OSError, ValueError):
                 with self._lock:
                     if policy is not None and self._pods.get(pod.netns_cookie) is None:
-                        policies.remove_policy(self._maps["policies"], pod.netns_cookie)
+                        self._policies.remove(pod.netns_cookie)
                 raise
 
     def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
@@ -162,6 +168,7 @@ class Kernel:
         """
         with self._lock, naming(f"pod {netns_cookie}"):
             self._pods.remove(netns_cookie)
+            self._policies.remove(netns_cookie)
             if netns is not None:
                 namespace.restore(netns)
 
@@ -179,6 +186,11 @@ class Kernel:
         """What a pod lacks to be enforced, in words; empty when it is whole (CNI CHECK)."""
         with self._lock, naming(f"pod {netns_cookie}"):
             return self._pods.missing(netns_cookie, netns)
+
+    def host_addresses(self) -> frozenset[str]:
+        """Every address of the node's own namespace."""
+        with naming("addresses of the node"):
+            return namespace.addresses(self._host)
 
     def make_listener(self, netns: int, addresses: tuple[str, ...], port: int) -> int:
         """A listening, non-blocking TCP socket in the pod's namespace, which nothing comes to before :meth:`set_listener`.
@@ -229,22 +241,28 @@ class Kernel:
 
     # Tables
 
-    def set_policy(self, netns_cookie: int, table: Mapping[tuple[int, int], bool], generation: int) -> None:
+    def set_policy(
+        self, netns_cookie: int, table: Verdicts, generation: int, classes: Mapping[str, int] | None = None
+    ) -> None:
         """Swap a pod's whole policy: (identity, port or 0 for any other) to whether it may connect; a miss is refused.
 
+        With ``classes``, which has a number from 1 on for blocks of addresses, a third number in a key is the class of the
+        source's address: that of the longest block that it is in. Keys of two numbers are about addresses in none. Verdicts on
+        IDENTITY_MESH are on every workload's identity, and those on workloads are not asked then.
+
         When it returns, no connection is admitted by the old one any more, and every one that was is in
-        :meth:`connections`. PROBE and TUNNEL need no entries.
+        :meth:`connections`. TUNNEL needs no entries; IDENTITY_PROBE on the ports that probes go to.
 
         :param generation: from 1 on, any number that the caller can tell from the previous one.
         """
         with naming(f"policy of pod {netns_cookie}"):
             self._require_pod(netns_cookie)
             # Not under the lock: the swap waits for running programs, and those of several pods wait together.
-            policies.set_policy(self._maps["policies"], netns_cookie, table, generation)
+            self._policies.set_policy(netns_cookie, table, generation, classes or {})
             try:
                 self._require_pod(netns_cookie)
             except KernelError:
-                policies.remove_policy(self._maps["policies"], netns_cookie)
+                self._policies.remove(netns_cookie)
                 raise
 
     def _require_pod(self, netns_cookie: int) -> None:
@@ -252,10 +270,30 @@ class Kernel:
             if self._pods.get(netns_cookie) is None:
                 raise KernelError(f"policy of pod {netns_cookie}: there is no such pod")
 
-    def policy(self, netns_cookie: int) -> tuple[int, dict[tuple[int, int], bool]] | None:
+    def policy(self, netns_cookie: int) -> tuple[int, dict[tuple[int, ...], bool]] | None:
         """Generation and table that are in force; None when everything is refused because there is none."""
         with self._lock, naming(f"policy of pod {netns_cookie}"):
-            return policies.get_policy(self._maps["policies"], netns_cookie)
+            return self._policies.policy(netns_cookie)
+
+    def policy_classes(self, netns_cookie: int, generation: int) -> dict[str, int]:
+        """The classes by block that belong to that generation."""
+        with self._lock, naming(f"policy of pod {netns_cookie}"):
+            return self._policies.classes(netns_cookie, generation)
+
+    def set_network(self, netns_cookie: int, direction: Direction, network: Network | None) -> None:
+        """Swap NetworkPolicy of a pod in one direction, as the pod sees it; None: it is not isolated.
+
+        When it returns, nothing is admitted by the old one any more.
+        """
+        with naming(f"network policy of pod {netns_cookie}"):
+            self._require_pod(netns_cookie)
+            self._policies.set_network(netns_cookie, direction, network)
+
+    def has_network(self, netns_cookie: int, direction: Direction, network: Network | None) -> bool:
+        """Whether that is what is in force."""
+        with self._lock, naming(f"network policy of pod {netns_cookie}"):
+            found = self._policies.network(netns_cookie, direction)
+            return found == (None if network is None else network_elements(network))
 
     def set_peer(self, address: str, peer: Peer) -> None:
         """Who has an address. For an address of a pod of :meth:`add_pod` it is ignored: what was added there holds."""
@@ -311,9 +349,11 @@ class Kernel:
             return accounts.connections(self._folder / "refused_now")
 
     def destroy(self, connection: Connection, netns: int) -> bool:
-        """Abort a connection at the server's end (both ends see a reset); False when it was gone already."""
+        """Abort a connection at this end (both ends see a reset); False when it was gone already."""
         with naming(f"connection {connection.client} to {connection.server}"):
-            return namespace.destroy(netns, connection.server, connection.client, connection.cookie)
+            ends = connection.server, connection.client
+            local, remote = reversed(ends) if connection.dialled else ends
+            return namespace.destroy(netns, local, remote, connection.cookie)
 
     def flows(self) -> dict[FlowKey, FlowCounters]:
         """The accounts, exact at the moment of the call, open connections included."""

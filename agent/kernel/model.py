@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from bpf.wire import PROTOCOL_TCP, VERDICT_ALLOWED, Direction, Reason, Via
@@ -13,6 +14,7 @@ __all__ = [
     "Event",
     "FlowCounters",
     "FlowKey",
+    "Network",
     "Peer",
     "Pod",
     "Pressure",
@@ -57,6 +59,15 @@ class Service(NamedTuple):
     affinity: int = 0  #: seconds for which a client keeps its backend; 0 is not at all
 
 
+class Network(NamedTuple):
+    """NetworkPolicy of one pod in one direction. The other end's address has a class, and a class ports that are allowed."""
+
+    #: by block (the longest that an address is in counts); what is in none is of class 0
+    classes: Mapping[str, int]
+    #: (protocol, first port, last port) by class; protocol 0, with every port, is all of them
+    allowed: Mapping[int, frozenset[tuple[int, int, int]]]
+
+
 class Connection(NamedTuple):
     """One open inbound connection of a pod. ``sent`` and ``received`` are bytes as the server's application did."""
 
@@ -70,9 +81,10 @@ class Connection(NamedTuple):
     revoked: bool  #: refused by the policy that was in force when it was established
     sent: int
     received: int
-    cookie: int  #: the server's socket; names this connection and no later one of the same addresses
+    cookie: int  #: of this end's socket; names this connection and no later one of the same addresses
     rtt_us: int = 0  #: smoothed, as the server's end measures it; 0 is unknown
     retransmits: int = 0  #: segments that the server's end sent again
+    dialled: bool = False  #: of :meth:`Kernel.refused_now`: this end is the client's
 
 
 class FlowKey(NamedTuple):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import ipaddress
 import os
 import socket
 import struct
@@ -63,6 +64,16 @@ def inside(netns: int, work: Callable[[], T]) -> T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def addresses(netns: int | None) -> frozenset[str]:
+    """Every address of the namespace, None being this one's, but loopback and link-local ones."""
+
+    def work() -> frozenset[str]:
+        found = {ipaddress.ip_address(address) for address, _ in netlink.addresses()}
+        return frozenset(str(one) for one in found if not one.is_loopback and not one.is_link_local)
+
+    return work() if netns is None else inside(netns, work)
 
 
 def _cookie() -> int:

@@ -10,6 +10,8 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Iterator
+from typing import NamedTuple
 
 _NETLINK_ROUTE = 0
 _NETLINK_SOCK_DIAG = 4
@@ -21,6 +23,20 @@ _NLM_F_EXCL = 0x200
 _NLM_F_CREATE = 0x400
 _HEADER = struct.Struct("=IHHII")
 
+_NLMSG_DONE = 3
+_NLM_F_ROOT = 0x100
+_NLM_F_MATCH = 0x200
+_NLA_TYPE_MASK = 0x3FFF
+_RTM_GETLINK = 18
+_RTM_GETADDR = 22
+_RTM_GETNSID = 90
+_IFLA_ADDRESS = 1
+_IFLA_LINK = 5
+_IFLA_LINK_NETNSID = 37
+_IFA_ADDRESS = 1
+_IFA_LOCAL = 2
+_NETNSA_NSID = 1
+_NETNSA_FD = 3
 _RTM_NEWROUTE = 24
 _RTM_DELROUTE = 25
 _RTM_GETROUTE = 26
@@ -109,6 +125,87 @@ def remove_local_route(family: int, table: int) -> None:
 def _local_route(family: int, table: int) -> bytes:
     body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, 0, _RTPROT_STATIC, _RT_SCOPE_HOST, _RTN_LOCAL, 0)
     return body + _u32(_RTA_OIF, _IFINDEX_LOOPBACK) + _u32(_RTA_TABLE, table)
+
+
+def dump(kind: int, body: bytes) -> Iterator[bytes]:
+    """Every message of the answer to a dump, without its header.
+
+    :raises OSError: the kernel's error.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_ROUTE) as sock:
+        sock.settimeout(5.0)
+        sock.send(
+            _HEADER.pack(_HEADER.size + len(body), kind, _NLM_F_REQUEST | _NLM_F_ROOT | _NLM_F_MATCH, 1, 0)
+            + body
+        )
+        while True:
+            data = sock.recv(1 << 20)
+            while data:
+                length, answered, _, _, _ = _HEADER.unpack_from(data)
+                if answered == _NLMSG_DONE:
+                    return
+                if answered == _NLMSG_ERROR:
+                    code = -struct.unpack_from("=i", data, _HEADER.size)[0]
+                    raise OSError(code, os.strerror(code))
+                yield data[_HEADER.size : length]
+                data = data[(length + 3) & ~3 :]
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """Values by kind; of nested ones the bytes."""
+    found: dict[int, bytes] = {}
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        if length < 4:
+            break
+        found[kind & _NLA_TYPE_MASK] = data[4:length]
+        data = data[(length + 3) & ~3 :]
+    return found
+
+
+def addresses() -> list[tuple[str, int]]:
+    """Every address of the namespace, and the index of its interface."""
+    found: list[tuple[str, int]] = []
+    for message in dump(_RTM_GETADDR, struct.pack("=BBBBI", 0, 0, 0, 0, 0)):
+        family, _, _, _, index = struct.unpack_from("=BBBBI", message)
+        given = attributes(message[8:])
+        # With a peer (point to point) the local one is the own.
+        value = given.get(_IFA_LOCAL) or given.get(_IFA_ADDRESS)
+        if value is not None and family in (socket.AF_INET, socket.AF_INET6):
+            found.append((socket.inet_ntop(family, value), index))
+    return found
+
+
+class Veth(NamedTuple):
+    """One interface, by its index. ``peer`` is its other end, in the namespace that ``peer_namespace`` numbers (-1: this)."""
+
+    number: int
+    mac: bytes
+    peer: int
+    peer_namespace: int
+
+
+def link(index: int) -> Veth:
+    """An interface of the namespace.
+
+    :raises OSError: there is none of that index.
+    """
+    answer = _request(_NETLINK_ROUTE, _RTM_GETLINK, 0, struct.pack("=BBHiII", 0, 0, 0, index, 0, 0))
+    given = attributes(answer[16:])
+    peer = struct.unpack("=I", given[_IFLA_LINK])[0] if _IFLA_LINK in given else 0
+    of = struct.unpack("=i", given[_IFLA_LINK_NETNSID])[0] if _IFLA_LINK_NETNSID in given else -1
+    return Veth(index, given.get(_IFLA_ADDRESS, b""), peer, of)
+
+
+def namespace_number(netns: int) -> int:
+    """How this namespace numbers another one; -1 when it does not.
+
+    :raises OSError: the kernel's error.
+    """
+    body = struct.pack("=BBBB", 0, 0, 0, 0) + _u32(_NETNSA_FD, netns)
+    answer = _request(_NETLINK_ROUTE, _RTM_GETNSID, 0, body)
+    number = attributes(answer[4:]).get(_NETNSA_NSID)
+    return -1 if number is None else int(struct.unpack("=i", number)[0])
 
 
 def is_local_by_mark(family: int, mark: int) -> bool:

@@ -15,12 +15,14 @@ from pathlib import Path
 from agent.kernel import (
     Backend,
     Connection,
+    Direction,
     Event,
     FlowCounters,
     FlowKey,
     Kernel,
     KernelError,
     MapFullError,
+    Network,
     Peer,
     Pod,
     Pressure,
@@ -45,7 +47,9 @@ class FakeKernel(Kernel):
         self.map_pressure: dict[str, Pressure] = {"pods": Pressure(0, 1024, 0)}
         self.fake_roles: dict[int, Role] = {}
         self.fake_pods: dict[int, Pod] = {}
-        self.fake_policies: dict[int, tuple[int, dict[tuple[int, int], bool]]] = {}
+        self.fake_policies: dict[int, tuple[int, dict[tuple[int, ...], bool]]] = {}
+        self.fake_classes: dict[int, dict[str, int]] = {}
+        self.fake_networks: dict[tuple[int, Direction], Network] = {}
         self.fake_peers: dict[str, Peer] = {}
         self.fake_services: dict[tuple[str, int], Service] = {}
         self.fake_listeners: dict[tuple[str, int], int] = {}  #: cookies
@@ -76,7 +80,10 @@ class FakeKernel(Kernel):
         return dict(self.fake_roles)
 
     def add_pod(
-        self, pod: Pod, netns: int, policy: tuple[int, Mapping[tuple[int, int], bool]] | None = None
+        self,
+        pod: Pod,
+        netns: int,
+        policy: tuple[int, Mapping[tuple[int, ...], bool], Mapping[str, int]] | None = None,
     ) -> None:
         os.fstat(netns)
         judged = f" judged by {policy[0]}" if policy is not None else ""
@@ -86,6 +93,7 @@ class FakeKernel(Kernel):
         self.fake_pods[pod.netns_cookie] = pod
         if policy is not None:
             self.fake_policies[pod.netns_cookie] = (policy[0], dict(policy[1]))
+            self.fake_classes[pod.netns_cookie] = dict(policy[2])
 
     def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
         self._write(f"remove pod {netns_cookie}", netns_cookie)
@@ -93,6 +101,8 @@ class FakeKernel(Kernel):
             raise KernelError(f"pod {netns_cookie} cannot be removed")
         self.fake_pods.pop(netns_cookie, None)
         self.fake_policies.pop(netns_cookie, None)
+        for direction in Direction:
+            self.fake_networks.pop((netns_cookie, direction), None)
 
     def pods(self) -> dict[int, Pod]:
         return dict(self.fake_pods)
@@ -128,12 +138,35 @@ class FakeKernel(Kernel):
     def create_delivery(self, netns: int, count: int = 1) -> list[int]:
         return self.create_outbound(netns, count)
 
-    def set_policy(self, netns_cookie: int, table: Mapping[tuple[int, int], bool], generation: int) -> None:
+    def set_policy(
+        self,
+        netns_cookie: int,
+        table: Mapping[tuple[int, ...], bool],
+        generation: int,
+        classes: Mapping[str, int] | None = None,
+    ) -> None:
         self._write(f"policy {netns_cookie} generation {generation}", ("policy", netns_cookie))
         self.fake_policies[netns_cookie] = (generation, dict(table))
+        self.fake_classes[netns_cookie] = dict(classes or {})
 
-    def policy(self, netns_cookie: int) -> tuple[int, dict[tuple[int, int], bool]] | None:
+    def policy(self, netns_cookie: int) -> tuple[int, dict[tuple[int, ...], bool]] | None:
         return self.fake_policies.get(netns_cookie)
+
+    def policy_classes(self, netns_cookie: int, generation: int) -> dict[str, int]:
+        return self.fake_classes.get(netns_cookie, {})
+
+    def set_network(self, netns_cookie: int, direction: Direction, network: Network | None) -> None:
+        self._write(f"network {netns_cookie} {direction.name}", ("network", netns_cookie))
+        if network is None:
+            self.fake_networks.pop((netns_cookie, direction), None)
+        else:
+            self.fake_networks[netns_cookie, direction] = network
+
+    def has_network(self, netns_cookie: int, direction: Direction, network: Network | None) -> bool:
+        return self.fake_networks.get((netns_cookie, direction)) == network
+
+    def host_addresses(self) -> frozenset[str]:
+        return frozenset()
 
     def set_peer(self, address: str, peer: Peer) -> None:
         if address not in {a for pod in self.fake_pods.values() for a in pod.addresses}:

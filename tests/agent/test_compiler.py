@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.compiler import ANY_PORT, Peer, ServiceEntry, allowed, compile_tables, policies_of, policy_table
+from agent.compiler import Peer, ServiceEntry, compile_tables, policies_of
 from agent.identities import Identities, IdentitiesError, Label
 from agent.mesh import Mesh, apply
-from bpf.wire import IDENTITY_FIRST, IDENTITY_PLAIN, IDENTITY_PROBE, IDENTITY_TUNNEL
+from agent.verdicts import ANY_PORT, allowed, tells_workloads_apart, verdicts
+from bpf.wire import IDENTITY_FIRST, IDENTITY_MESH, IDENTITY_PLAIN, IDENTITY_PROBE, IDENTITY_TUNNEL
 from controlplane.api import (
     Action,
     Authorization,
@@ -24,6 +25,9 @@ from controlplane.api import (
     Workload,
     authorize,
 )
+
+BLOCKS = ("10.0.0.0/8", "10.1.0.0/16", "10.1.2.3/32", "0.0.0.0/0", "fd00::/8", "fd00::1/128", "::/0")
+ADDRESSES = ("10.1.2.3", "10.1.2.4", "10.2.0.1", "192.0.2.1", "fd00::1", "fd00::2", "2001:db8::1")
 
 
 def workload(name: str, *, node: str = "n1", enrolled: bool = True, **more) -> Workload:
@@ -116,19 +120,29 @@ class TestPolicies:
         assert not self.verdict(state, "client", "server", 80)
         assert not self.verdict(state, "plain", "server", 80)
 
-    def test_only_clients_of_this_node_have_entries(self):
+    def test_policies_that_tell_workloads_apart_have_every_identity_of_the_mesh(self):
+        """Of other nodes too: their datagrams are judged by the identity behind the address."""
         state = mesh(
             workload("client"),
             workload("far", node="n2"),
-            workload("server"),
+            workload("server", policies=("default/p",)),
             workload("out", enrolled=False),
+            allow("p", "far", "client", "out"),
         )
         tables = compile_tables(state, node="n1", attached={"uid-server": ()}, numbers=Identities())
-        identities = {identity for identity, _ in tables.policies["uid-server"]}
-        assert identities == {
-            IDENTITY_PLAIN,
+        assert {key[0] for key in tables.policies["uid-server"].table} == {
+            IDENTITY_PROBE,
             tables.identities["uid-client"],
-            tables.identities["uid-server"],
+            tables.identities["uid-far"],
+        }
+
+    def test_policies_that_tell_none_apart_have_one_entry_for_all(self):
+        state = mesh(workload("client"), workload("server", policies=("default/p",)), allow("p", ports=(80,)))
+        found = compile_tables(state, node="n1", attached={"uid-server": ()}, numbers=Identities())
+        assert found.policies["uid-server"].table == {
+            (IDENTITY_MESH, 80): True,
+            (IDENTITY_PLAIN, 80): True,
+            (IDENTITY_PROBE, ANY_PORT): True,
         }
 
     def test_pods_that_are_not_enrolled_or_unknown_have_no_table(self):
@@ -154,6 +168,8 @@ class TestPolicies:
                             [(), ("cluster.local/ns/default/sa/a",), ("*/sa/b",), ("*",)]
                         ),
                         not_namespaces=st.sampled_from([(), ("default",), ("other",)]),
+                        ip_blocks=st.lists(st.sampled_from(BLOCKS), max_size=2).map(tuple),
+                        not_ip_blocks=st.lists(st.sampled_from(BLOCKS), max_size=2).map(tuple),
                     ),
                     max_size=2,
                 ).map(tuple),
@@ -179,16 +195,21 @@ class TestPolicies:
     def test_the_table_says_what_authorize_says(self, policies, mode, exception, port):
         clients = {16: "cluster.local/ns/default/sa/a", 17: "cluster.local/ns/other/sa/b"}
         server = workload("server", mtls=mode, port_mtls=(exception,))
-        table = policy_table(server, policies, clients)
+        found = verdicts(server, policies, clients)
         named = {p for x in policies for r in x.rules for o in r.operations for p in (*o.ports, *o.not_ports)}
         for asked in {port, exception[0], *named}:
-            for number, principal in clients.items():
-                assert allowed(table, number, asked) == authorize(policies, principal, asked).allowed
-            plain = (exception[1] if asked == exception[0] else mode) is MtlsMode.PERMISSIVE
-            assert allowed(table, IDENTITY_PLAIN, asked) == (
-                plain and authorize(policies, None, asked).allowed
-            )
-        assert not allowed(table, 99, port)
+            for address in ADDRESSES:
+                for number, principal in clients.items():
+                    assert (
+                        allowed(found, number, asked, address)
+                        == authorize(policies, principal, asked, address).allowed
+                    )
+                plain = (exception[1] if asked == exception[0] else mode) is MtlsMode.PERMISSIVE
+                assert allowed(found, IDENTITY_PLAIN, asked, address) == (
+                    plain and authorize(policies, None, asked, address).allowed
+                )
+        if tells_workloads_apart(policies):
+            assert not allowed(found, 99, port, ADDRESSES[0])
 
 
 class TestPeersAndServices:

@@ -19,6 +19,8 @@ from agent.programmer import Programmer
 from agent.state import IDENTITIES_FILE, MESH_FILE, PODS_FILE
 from agent.storage import Storage
 from agent.sweeper import Sweeper
+from agent.verdicts import allowed
+from bpf.wire import IDENTITY_PROBE
 from controlplane.api import (
     Action,
     Authorization,
@@ -450,7 +452,7 @@ async def test_a_new_identity_is_in_every_table_before_its_pod_runs(world):
     await world.node.apply(Update(2, "v2", upserts=(workload("client"), workload("other"))))
     await world.add("client", "10.0.1.2")
     _, table = world.pod_policy("server")
-    assert table == {(world.node.tables.identities["uid-client"], 0): True}
+    assert table == {(world.node.tables.identities["uid-client"], 0): True, (IDENTITY_PROBE, 0): True}
 
 
 class FewPeers(FakeKernel):
@@ -751,8 +753,8 @@ async def test_a_changed_label_does_not_cut_old_connections_off(world):
         "spiffe://cluster.local/ns/default/sa/client", "client", version="v2"
     )
     _, table = world.pod_policy("web")
-    assert table[old, 0]
-    assert table[new, 0]
+    assert allowed(table, old, 80)
+    assert allowed(table, new, 80)
 
 
 async def test_accounts_of_the_past_go_when_there_is_no_room(world):

@@ -125,8 +125,17 @@ def test_own_address_through_a_service(node, server):
     node.kernel.remove_service(vip, 80)
 
 
-def test_probes_pass_by_their_cgroup(node, server):
+def test_probes_pass_by_their_cgroup_where_probes_go(node, server):
+    node.kernel.set_policy(server.cookie, {(wire.IDENTITY_PROBE, PORT): True}, 2)
     prober = node.worker("prober")
+    with server.app.listen((server.address, 8081)):
+        # No probe of this pod goes there: plain text as any other, refused until that is allowed.
+        with pytest.raises(ConnectionRefusedError):
+            prober.connect((server.address, 8081))
+        node.kernel.set_policy(
+            server.cookie, {(wire.IDENTITY_PROBE, PORT): True, (IDENTITY_PLAIN, 8081): True}, 3
+        )
+        prober.connect((server.address, 8081)).close()
     with prober.connect((server.address, PORT)):
         accepted, _ = server.listener.accept()
         with accepted:
@@ -308,7 +317,9 @@ def test_stragglers_of_a_connection_are_no_refusals(node, server, make_pod, end)
     accepted, _ = server.listener.accept()
     gone, stays = (dialled, accepted) if end == "client" else (accepted, dialled)
     # The reset does not arrive.
-    run(pods[end].netns, "nft", "add table inet t; add chain inet t c { type filter hook output priority 0; }")
+    run(
+        pods[end].netns, "nft", "add table inet t; add chain inet t c { type filter hook output priority 0; }"
+    )
     run(pods[end].netns, "nft", "add rule inet t c tcp flags rst drop")
     gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     gone.close()
@@ -520,7 +531,7 @@ def test_pod_that_comes_and_goes_as_it_runs_is_never_without_verdicts(node, make
     try:
         pod = Pod(server.cookie, server.addresses, server.identity, passing=True, open=True)
         for generation in range(1, 30):
-            node.kernel.add_pod(pod, server.netns, (generation, {(client.identity, 0): True}))
+            node.kernel.add_pod(pod, server.netns, (generation, {(client.identity, 0): True}, {}))
             assert node.kernel.policy(server.cookie) == (generation, {(client.identity, 0): True})
             node.kernel.remove_pod(server.cookie)
     finally:
@@ -530,7 +541,7 @@ def test_pod_that_comes_and_goes_as_it_runs_is_never_without_verdicts(node, make
     assert len(outcomes) > 30
     assert set(outcomes) == {"ok"}
     with pytest.raises(ValueError, match="identity 1 is no workload's"):
-        node.kernel.add_pod(Pod(server.cookie, server.addresses, 1, open=True), server.netns, (1, {}))
+        node.kernel.add_pod(Pod(server.cookie, server.addresses, 1, open=True), server.netns, (1, {}, {}))
     assert node.kernel.policy(server.cookie) is None
 
 
