@@ -225,6 +225,7 @@ class TestPod:
         self.addresses = (self.address4, self.address6)
         self.address = self.address6 if Worker.ipv6 else self.address4
         self.identity = identity
+        self.zone = 0
         self.netns = new_namespace()
         self.cookie = namespace.cookie(self.netns)
         self.interface = f"mk{next(_numbers)}"
@@ -264,7 +265,8 @@ class TestPod:
         return worker
 
     def enrol(self, table: dict[tuple[int, int], bool] | None = None, generation: int = 1) -> Self:
-        self.node.kernel.add_pod(Pod(self.cookie, self.addresses, self.identity), self.netns)
+        pod = Pod(self.cookie, self.addresses, self.identity, zone=self.zone)
+        self.node.kernel.add_pod(pod, self.netns)
         if table is not None:
             self.node.kernel.set_policy(self.cookie, table, generation)
         return self
