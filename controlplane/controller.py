@@ -31,6 +31,7 @@ from controlplane.server import ServerCertificate, make_server
 from controlplane.source import Key, Object, Source, State
 from controlplane.source.folder import Folder
 from controlplane.source.lastgood import LastGood
+from controlplane.standin import in_force
 from controlplane.status.keeper import Keeper, page
 from controlplane.status.programming import Programming
 from controlplane.status.replicas import ReplicaService
@@ -219,7 +220,8 @@ class Controller:
         return snapshot
 
     def _compile(self, state: State) -> Snapshot:
-        objects, faults = state.objects, tuple(from_fault(f) for f in state.faults)
+        objects, strict = in_force(state)
+        faults = tuple(from_fault(f) for f in (*state.faults, *strict))
         try:
             snapshot = self._attempt(objects)
         except Exception as e:
@@ -228,6 +230,10 @@ class Controller:
             _log.exception("state cannot be compiled; looking for the object", e)
             objects, quarantined = settle(self._compiled, objects, self._attempt)
             faults += tuple(from_fault(f) for f in quarantined)
+            # Of those without a good version the strictest is in force, as of one that its schema refuses.
+            lost = {f.key: state.objects[f.key] for f in quarantined if f.key and f.key in state.objects}
+            objects, strict = in_force(State(objects, refused=lost))
+            faults += tuple(from_fault(f) for f in strict)
             snapshot = self._attempt(objects)
         self._compiled = objects
         self.refused = state.refused

@@ -3,7 +3,8 @@
 Owns reading (only files that changed) and the rule of the last good state:
 
 - a file that cannot be read keeps all it held; a document of which nobody can tell what it is, likewise;
-- an object that its schema refuses keeps its last good version, or is absent if there was none;
+- an object that its schema refuses keeps its last good version, or is absent if there was none (see
+  :mod:`controlplane.standin`);
 - two objects of one name: the last good version stays; without one, the first in order of path is in force. Never the
   order of arrival.
 """
@@ -14,7 +15,7 @@ import errno
 import os
 import stat
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ _UNREACHABLE = (0, 0, 0)  #: signature of what had no status
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """What one file holds: good objects, keys of objects refused, and faults."""
+    """What one file holds: good objects, objects refused, and faults."""
 
     signature: tuple[int, int, int]
     objects: tuple[Object, ...] = ()
-    refused: frozenset[Key] = frozenset()
+    refused: Mapping[Key, Object] = field(default_factory=dict)
     #: Something in it could not even be told apart: objects that came from this file before may still be meant.
     unknown: bool = False
     faults: tuple[Fault, ...] = ()
@@ -51,6 +52,7 @@ class Folder:
         self._files: dict[str, _File] = {}
         self._in_force: dict[Key, Object] = {}
         self._faults: tuple[Fault, ...] = ()
+        self._refused: Mapping[Key, Object] = {}
 
     def load(self) -> State:
         """Read everything; what is broken falls back to the state that the last run left on disk."""
@@ -61,9 +63,9 @@ class Folder:
     async def changes(self) -> AsyncIterator[State]:
         """A state after each change, a few milliseconds after the last file of it was closed or renamed."""
         async for batch in watch(self._root):
-            before = self._in_force, self._faults
+            before = self._in_force, self._faults, self._refused
             state = self._update(batch)
-            if (self._in_force, self._faults) != before:
+            if (self._in_force, self._faults, self._refused) != before:
                 yield state
 
     def _update(self, batch: Batch) -> State:
@@ -91,13 +93,14 @@ class Folder:
                 "restore it; all objects stay in force",
             )
             self._faults = (Fault("", "", "", reason, action),)
-            return State(self._in_force, self._faults)
+            return State(self._in_force, self._faults, self._refused)
         self._files = found
         objects, faults = resolve(found, self._in_force)
         if self._store and objects != self._in_force:
             self._store.save(objects)
         self._in_force, self._faults = objects, tuple(sorted(faults))
-        return State(self._in_force, self._faults)
+        self._refused = _refused(found)
+        return State(self._in_force, self._faults, self._refused)
 
     def _unreachable(self, name: str, error: OSError) -> dict[str, _File]:
         """A file whose status, or a folder whose list, is not to be had: all that came from there is kept."""
@@ -111,7 +114,7 @@ class Folder:
 
     def _read(self, name: str, signature: tuple[int, int, int]) -> _File:
         objects: list[Object] = []
-        refused: set[Key] = set()
+        refused: dict[Key, Object] = {}
         faults: list[Fault] = []
         unknown = False
         try:
@@ -128,7 +131,7 @@ class Folder:
                 key = key_of(document.manifest)
                 problems = self._problems(document.manifest, key)
                 if problems:
-                    refused.add(key)
+                    refused.setdefault(key, Object(key, document.manifest, name))
                     faults += [
                         Fault(name, str(key), f, r, "correct it; its last good version stays", key)
                         for f, r in problems
@@ -141,7 +144,7 @@ class Folder:
             reason = f"cannot be read: {e.strerror}" if isinstance(e, OSError) and e.strerror else str(e)
             fault = Fault(name, "", "", reason, "correct it; what the file held before stays in force")
             return _File(signature, unknown=True, faults=(fault,))
-        return _File(signature, tuple(objects), frozenset(refused), unknown, tuple(faults))
+        return _File(signature, tuple(objects), refused, unknown, tuple(faults))
 
     def _problems(self, manifest: dict[str, Any], key: Key) -> list[tuple[str, str]]:
         try:
@@ -185,6 +188,17 @@ def resolve(
         if key not in result and file_now is not None and file_now.unknown:
             result[key] = previous
     return result, faults
+
+
+def _refused(files: Mapping[str, _File]) -> dict[Key, Object]:
+    """Objects as they are written that are refused everywhere they stand; of several the first in order of path."""
+    good = {o.key for file in files.values() for o in file.objects}
+    result: dict[Key, Object] = {}
+    for _, file in sorted(files.items()):
+        for key, refused in file.refused.items():
+            if key not in good:
+                result.setdefault(key, refused)
+    return result
 
 
 def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | OSError]]:

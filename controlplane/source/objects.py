@@ -48,6 +48,9 @@ class Object:
     key: Key
     manifest: Mapping[str, Any]
     file: str = ""  #: where it came from, relative to the source's root
+    stand_in: bool = (
+        False  #: nobody wrote it: it stands for one that is refused (:mod:`controlplane.standin`)
+    )
 
     @property
     def spec(self) -> Mapping[str, Any]:

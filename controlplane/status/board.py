@@ -136,13 +136,13 @@ class Board:
                 reason,
                 message[:1024],
                 waiting,
-                content is not None,
+                content is not None and not content.object.stand_in,
             )
 
         errors = [f for f in findings if f.severity is Severity.ERROR]
         if errors or refused is not None:
             text = "; ".join(_say(f) for f in errors) or "it does not fit its schema"
-            if refused is not None and content is not None:
+            if refused is not None and content is not None and not content.object.stand_in:
                 text += " (the last good version stays in force)"
             return verdict(Outcome.REFUSED, "Invalid", text)
         assert content is not None
