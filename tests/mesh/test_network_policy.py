@@ -1,0 +1,230 @@
+"""Kubernetes NetworkPolicy, and authorization by address: on one node (kernel), across nodes (node proxy), behind l7proxy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from lab import Lab, Pod, Talker
+from tests.mesh.helpers import (
+    ECHO,
+    HTTP,
+    authorization_policy,
+    echo_server,
+    echoes,
+    fetch,
+    http_server,
+)
+
+pytestmark = pytest.mark.privileged
+
+NAMESPACE = "netpol"
+OTHER = "netpol-other"
+SECOND = 9001
+EVERYBODY = {"alice", "bob", "carol"}
+
+
+@dataclass(frozen=True)
+class World:
+    """A server, and clients on its own node (``near``) and on the other one (``far``); carol is of another namespace."""
+
+    server: Pod
+    web: Pod
+    service: str
+    clients: dict[tuple[str, str], Pod]
+
+
+@pytest.fixture(scope="module")
+def world(lab: Lab) -> World:
+    lab.namespace(NAMESPACE)
+    lab.namespace(OTHER, labels={"team": "other"})
+    server = echo_server(lab, "server", node="node1", namespace=NAMESPACE, labels={"app": "server"})
+    server.serve(server.app("tcp_server", SECOND, "--greet"), SECOND)
+    web = http_server(lab, "web", node="node1", namespace=NAMESPACE, labels={"app": "web"})
+    service = lab.service("web", 80, target_port=HTTP, namespace=NAMESPACE)
+    clients = {
+        (where, who): lab.pod(f"{who}-{where}", node=node, namespace=namespace, labels={"app": who})
+        for where, node in (("near", "node1"), ("far", "node2"))
+        for who, namespace in (("alice", NAMESPACE), ("bob", NAMESPACE), ("carol", OTHER))
+    }
+    lab.apply(
+        {
+            "apiVersion": "networking.istio.io/v1",
+            "kind": "VirtualService",
+            "metadata": {"name": "web", "namespace": NAMESPACE},
+            "spec": {"hosts": ["web"], "http": [{"route": [{"destination": {"host": "web"}}]}]},
+        }
+    )
+    lab.settle()
+    return World(server, web, service, clients)
+
+
+@pytest.fixture(autouse=True)
+def no_policies(lab: Lab, world: World) -> Iterator[None]:
+    yield
+    for pattern in ("networkpolicy-*", "authorizationpolicy-*"):
+        for path in lab.cluster.policies.glob(pattern):
+            path.unlink()
+    lab.settle()
+
+
+def isolate(lab: Lab, app: str, *, name: str = "", namespace: str = NAMESPACE, **spec: Any) -> None:
+    lab.apply(
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": {"name": name or app, "namespace": namespace},
+            "spec": {"podSelector": {"matchLabels": {"app": app}}, **spec},
+        }
+    )
+
+
+def allowed(world: World, where: str, port: int = ECHO) -> set[str]:
+    """Who of the clients gets through."""
+    return {
+        who
+        for (place, who), pod in world.clients.items()
+        if place == where and echoes(pod, world.server.address, port, timeout=3) == ""
+    }
+
+
+def peers(*found: Any, port: int = 0) -> dict[str, Any]:
+    """One rule of ingress."""
+    return {"from": list(found)} | ({"ports": [{"port": port}]} if port else {})
+
+
+ALICE = {"podSelector": {"matchLabels": {"app": "alice"}}}
+OTHERS = {"namespaceSelector": {"matchLabels": {"team": "other"}}}
+
+
+@pytest.mark.parametrize("where", ["near", "far"])
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        pytest.param([], set(), id="default-deny"),
+        pytest.param([{}], EVERYBODY, id="allow-all"),
+        pytest.param([peers(ALICE)], {"alice"}, id="pods"),
+        pytest.param([peers(OTHERS)], {"carol"}, id="namespaces"),
+        pytest.param([peers({**OTHERS, **ALICE})], set(), id="pods-of-namespaces"),
+        pytest.param([peers(ALICE, port=SECOND), peers(OTHERS, port=ECHO)], {"carol"}, id="ports"),
+        pytest.param([{"ports": [{"port": 8000, "endPort": 9000}]}], EVERYBODY, id="range-of-ports"),
+        pytest.param([{"ports": [{"port": ECHO, "protocol": "UDP"}]}], set(), id="other-protocol"),
+        pytest.param([peers({"ipBlock": {"cidr": "0.0.0.0/0"}})], EVERYBODY, id="every-address"),
+        pytest.param([peers({"ipBlock": {"cidr": "192.0.2.0/24"}})], set(), id="other-addresses"),
+    ],
+)
+def test_ingress(lab: Lab, world: World, where: str, rules: list[dict[str, Any]], expected: set[str]):
+    isolate(lab, "server", ingress=rules)
+    lab.settle()
+    assert allowed(world, where) == expected
+
+
+@pytest.mark.parametrize("where", ["near", "far"])
+def test_a_block_of_addresses_and_its_exceptions(lab: Lab, world: World, where: str):
+    alice, bob = (world.clients[where, who].address for who in ("alice", "bob"))
+    isolate(lab, "server", ingress=[peers({"ipBlock": {"cidr": f"{alice}/32"}})])
+    lab.settle()
+    assert allowed(world, where) == {"alice"}
+    block = {"cidr": "0.0.0.0/0", "except": [f"{alice}/32", f"{bob}/32"]}
+    isolate(lab, "server", ingress=[peers({"ipBlock": block})])
+    lab.settle()
+    assert allowed(world, where) == {"carol"}
+
+
+@pytest.mark.parametrize("where", ["near", "far"])
+def test_policies_add_up_and_authorization_counts_too(lab: Lab, world: World, where: str):
+    isolate(lab, "server", name="one", ingress=[peers(ALICE)])
+    isolate(lab, "server", name="two", ingress=[peers(OTHERS)])
+    lab.settle()
+    assert allowed(world, where) == {"alice", "carol"}
+    deny = authorization_policy(
+        "deny", NAMESPACE, action="DENY", rules=[{"from": [{"source": {"namespaces": [OTHER]}}]}]
+    )
+    lab.apply(deny)
+    lab.settle()
+    assert allowed(world, where) == {"alice"}
+
+
+@pytest.mark.parametrize("where", ["near", "far"])
+def test_egress(lab: Lab, world: World, where: str):
+    to_server = {"to": [{"podSelector": {"matchLabels": {"app": "server"}}}], "ports": [{"port": ECHO}]}
+    isolate(lab, "alice", policyTypes=["Egress"])
+    isolate(lab, "bob", policyTypes=["Egress"], egress=[to_server])
+    lab.settle()
+    assert allowed(world, where) == {"bob", "carol"}
+    assert allowed(world, where, SECOND) == {"carol"}
+
+
+@pytest.mark.parametrize("where", ["near", "far"])
+def test_the_same_through_l7proxy(lab: Lab, world: World, where: str):
+    """Original ports: those of the endpoint that the proxy chose, at both ends."""
+
+    def answered() -> set[str]:
+        answers = {
+            who: fetch(pod, f"http://{world.service}/")[0]
+            for (place, who), pod in world.clients.items()
+            if place == where
+        }
+        for answer in answers.values():
+            assert answer.get("status") in (None, 200, 403, 503), answer
+            assert answer["seconds"] < 10, "nothing hangs"
+        return {who for who, answer in answers.items() if answer.get("status") == 200}
+
+    isolate(lab, "web", ingress=[peers(ALICE, OTHERS, port=HTTP)])
+    lab.settle()
+    assert answered() == {"alice", "carol"}
+    isolate(lab, "web", ingress=[peers(ALICE, port=80)])
+    lab.settle()
+    assert answered() == set()
+
+
+@pytest.mark.parametrize("where", ["near", "far"])
+@pytest.mark.parametrize(
+    ("action", "field", "expected"),
+    [
+        ("ALLOW", "ipBlocks", {"alice"}),
+        ("ALLOW", "notIpBlocks", {"bob", "carol"}),
+        ("DENY", "ipBlocks", {"bob", "carol"}),
+        ("DENY", "notIpBlocks", {"alice"}),
+    ],
+)
+def test_authorization_by_address(
+    lab: Lab, world: World, where: str, action: str, field: str, expected: set[str]
+):
+    source = {field: [f"{world.clients[where, 'alice'].address}/32"]}
+    policy = authorization_policy(
+        "by-address",
+        NAMESPACE,
+        action=action,
+        selector={"app": "server"},
+        rules=[{"from": [{"source": source}]}],
+    )
+    lab.apply(policy)
+    lab.settle()
+    assert allowed(world, where) == expected
+
+
+@pytest.mark.parametrize("where", ["near", "far"])
+@pytest.mark.parametrize("direction", ["ingress", "egress"])
+def test_what_is_no_longer_allowed_ends(lab: Lab, world: World, where: str, direction: str):
+    """Within a second of the file's rename; what is still allowed goes on."""
+    alice, bob = (world.clients[where, who] for who in ("alice", "bob"))
+    with Talker(alice) as ended, Talker(bob) as unaffected:
+        for talker in (ended, unaffected):
+            assert talker.open(world.server.address, ECHO).ok
+            assert talker("read")["text"]
+            assert talker.exchange().ok
+        since = time.monotonic()
+        if direction == "ingress":
+            isolate(lab, "server", ingress=[peers({"podSelector": {"matchLabels": {"app": "bob"}}})])
+        else:
+            isolate(lab, "alice", policyTypes=["Egress"])
+        while ended.exchange(timeout=5.0).ok:
+            assert time.monotonic() < since + 5
+            time.sleep(0.005)
+        assert time.monotonic() - since < 1.0
+        assert unaffected.exchange().ok
