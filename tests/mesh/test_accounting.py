@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 
 from lab import Lab, Metrics, Pod, Talker
-from tests.mesh.helpers import ECHO, HTTP, echo_server, events, eventually, fetch, http_server, principal
+from tests.mesh.helpers import (
+    ECHO,
+    HTTP,
+    echo_server,
+    echoes,
+    events,
+    eventually,
+    fetch,
+    http_server,
+    principal,
+)
 
 pytestmark = pytest.mark.privileged
 
@@ -19,6 +30,7 @@ OPENED = "istio_tcp_connections_opened_total"
 CLOSED = "istio_tcp_connections_closed_total"
 SENT = "istio_tcp_sent_bytes_total"
 RECEIVED = "istio_tcp_received_bytes_total"
+ZONES = {"node1": "eu-1a", "node2": "eu-1b"}
 
 
 @dataclass(frozen=True)
@@ -28,15 +40,27 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(lab: Lab) -> World:
+def world(lab: Lab) -> Iterator[World]:
     lab.namespace(NAMESPACE)
+    zones = lab.apply(
+        [
+            {
+                "apiVersion": "v1",
+                "kind": "Node",
+                "metadata": {"name": node, "labels": {"topology.kubernetes.io/zone": ZONES[node]}},
+            }
+            for node in ZONES
+        ]
+    )
     server = echo_server(lab, "server", node="node1", namespace=NAMESPACE, service_account="server")
     clients = {
         where: lab.pod(f"client-{where}", node=node, namespace=NAMESPACE, service_account=f"client-{where}")
         for where, node in (("near", "node1"), ("far", "node2"))
     }
     lab.settle()
-    return World(server, clients)
+    yield World(server, clients)
+    lab.withdraw(zones)
+    lab.settle()
 
 
 @dataclass(frozen=True)
@@ -163,3 +187,106 @@ def test_what_l7proxy_carries_is_counted_at_the_destination_once(lab: Lab, world
         lab.withdraw(file)
         web.delete()
         lab.settle()
+
+
+def test_what_the_kernel_says_has_zones_and_a_record_for_each_end(lab: Lab, world: World):
+    client, server = world.clients["near"], world.server
+    names = {"source": f"{NAMESPACE}/client-near", "destination": f"{NAMESPACE}/server"}
+    query = "&".join(f"{key}={value}" for key, value in names.items())
+
+    def records() -> list[dict[str, Any]]:
+        rows = lab.get_json("node1", "agent", f"/debug/flows?newest=1000&verdict=allowed&{query}")
+        return [row for row in rows if row["client"] == mine]
+
+    with Talker(client) as talker:
+        opened = talker.open(server.address, ECHO)
+        assert opened.ok
+        mine = "{}:{}".format(*opened["local"])
+        greeting = len(talker("read")["text"])
+        assert talker.exchange(size=777, times=10).ok
+        talker.close()
+    assert eventually(lambda: len(records()) == 2)
+    rows = {row["direction"]: row for row in records()}
+    assert rows.keys() == {"outbound", "inbound"}
+    out, into = rows["outbound"], rows["inbound"]
+    for row in rows.values():
+        assert row | names == row
+        assert (row["server"], row["protocol"], row["via"]) == (f"{server.address}:{ECHO}", "tcp", "direct")
+        assert (row["source_zone"], row["destination_zone"]) == ("eu-1a", "eu-1a")
+        assert row["destination_principal"] == "spiffe://" + principal(NAMESPACE, "server")
+    assert (out["pod"], into["pod"]) == (client.name, server.name)
+    assert (out["sent"], out["received"]) == (7770, 7770 + greeting)
+    assert (into["sent"], into["received"]) == (7770 + greeting, 7770)
+    zoned = lab.metrics("node1", "agent").total(
+        "mycel_flow_received_bytes_total",
+        source_zone="eu-1a",
+        destination_zone="eu-1a",
+        source_workload="client-near",
+        destination_workload="server",
+        reporter="destination",
+        protocol="tcp",
+        verdict="allowed",
+    )
+    labels = {"source_workload": "client-near", "destination_workload": "server", "reporter": "destination"}
+    assert zoned == lab.metrics("node1", "agent").total(RECEIVED, **labels) > 0
+
+
+def test_tunnels_have_no_account_in_the_kernel(lab: Lab, world: World):
+    """What goes to another node is counted by the node proxies; their own sockets are nobody's traffic."""
+    client, server = world.clients["far"], world.server
+    assert echoes(client, server.address, ECHO) == ""
+    principals = {
+        "source_principal": "spiffe://" + principal(NAMESPACE, "client-far"),
+        "destination_principal": "spiffe://" + principal(NAMESPACE, "server"),
+    }
+    eventually(lambda: totals(lab, "destination", client, server).opened > 0)
+    for node in lab.nodes:
+        agent = lab.metrics(node.name, "agent")
+        for name in ("mycel_flow_opened_total", "mycel_flow_sent_bytes_total", OPENED, SENT):
+            assert agent.total(name, **principals) == 0, (node.name, name)
+        ports = {row["port"] for row in lab.get_json(node.name, "agent", "/debug/flows")}
+        assert not ports & {15001, 15002, 15008}
+        for row in lab.get_json(node.name, "agent", "/debug/flows?newest=1000&verdict=allowed"):
+            assert row["server"].rpartition(":")[2] not in ("15001", "15002", "15008"), row
+
+
+def test_counts_and_records_go_on_while_no_agent_runs(lab: Lab, world: World):
+    client, server = world.clients["near"], world.server
+    before = totals(lab, "source", client, server)
+    seen = len(events(server, "close"))
+    written = read = 0
+    with Talker(client) as talker:
+
+        def talk(key: str, size: int) -> None:
+            nonlocal written, read
+            assert talker.open(server.address, ECHO, key).ok
+            read += len(talker("read", key)["text"])
+            more(key, size)
+
+        def more(key: str, size: int) -> None:
+            nonlocal written, read
+            assert talker.exchange(key, size=size, times=7).ok
+            written += 7 * size
+            read += 7 * size
+
+        talk("before", 100)
+        lab.kill("node1", "agent")
+        more("before", 1000)
+        for number in range(5):
+            talk(f"while {number}", 200 + number)
+        talker.close("while 0")
+        talker.close("while 1")
+        lab.start("node1", "agent")
+        more("before", 10)
+        more("while 2", 10)
+        now = Totals(6, 2, written, read)
+        assert settled(lambda: totals(lab, "source", client, server) - before, now) == now
+    now = Totals(6, 6, written, read)
+    assert settled(lambda: totals(lab, "source", client, server) - before, now) == now
+    assert eventually(lambda: len(events(server, "close")) == seen + 6)
+    # Records wait in the kernel for the agent that comes: all that this one knows are of those connections.
+    rows = lab.get_json(
+        "node1", "agent", f"/debug/flows?newest=1000&direction=outbound&source={NAMESPACE}/client-near"
+    )
+    assert len(rows) == 6
+    assert (sum(row["sent"] for row in rows), sum(row["received"] for row in rows)) == (written, read)
