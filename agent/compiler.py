@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from agent.frontends import Frontends, compile_frontends
 from agent.identities import Identities, label_of
 from agent.mesh import Mesh, is_ipv4
 from agent.networks import Compiler, Networks
 from agent.verdicts import Verdicts, verdicts
-from controlplane.api import Action, Authorization, Rule, Service, ServicePort, Workload
+from bpf.wire import IDENTITY_PLAIN
+from controlplane.api import Action, Authorization, Rule, Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +27,7 @@ class Peer:
     enrolled: bool
     identity: int
     zone: int = 0  #: its number, for the accounts; 0 is unknown
-
-
-@dataclass(frozen=True, slots=True)
-class ServiceEntry:
-    """Where connections to one (service address, port) go. ``backends`` are (address, port), sorted."""
-
-    service: str  #: ``NAMESPACE/NAME``
-    l7: bool
-    backends: tuple[tuple[str, int], ...]
-    affinity: int = 0  #: seconds for which a client keeps its backend; 0 is not at all
+    node: bool = False  #: a node, at which node ports are dialled
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +35,13 @@ class Tables:
     """Everything that follows from the state; IPv4 only, addresses as dotted text."""
 
     peers: Mapping[str, Peer]  #: by address
-    services: Mapping[tuple[str, int], ServiceEntry]  #: by (service address, port)
+    frontends: Frontends
     policies: Mapping[str, Verdicts]  #: by UID of an enrolled pod that is attached on this node
     networks: Mapping[str, Networks]  #: the same; without those that no NetworkPolicy selects
     identities: Mapping[str, int]  #: number by UID, of every workload
 
 
-EMPTY = Tables({}, {}, {}, {}, {})
+EMPTY = Tables({}, Frontends(), {}, {}, {})
 
 
 def compile_tables(
@@ -58,17 +51,19 @@ def compile_tables(
     attached: Mapping[str, tuple[str, ...]],
     numbers: Identities,
     host: Collection[str] = (),
+    before: Tables = EMPTY,
 ) -> Tables:
     """Compile.
 
     :param attached: the pods whose namespaces this agent holds: UID to addresses, as the container runtime gave them.
     :param numbers: the numbering, which grows by what is new.
     :param host: addresses of the node itself, beside those that the controller knows.
+    :param before: tables of an earlier state, of which is taken what is the same still.
     """
     numbered = {uid: numbers.number(label_of(mesh.workloads[uid])) for uid in sorted(mesh.workloads)}
     return Tables(
         peers=_peers(mesh, node, attached, numbered, numbers),
-        services=_services(mesh, node),
+        frontends=compile_frontends(mesh.services, node, before.frontends),
         policies=_policies(mesh, attached, numbers),
         networks=_networks(mesh, node, attached, host),
         identities=numbered,
@@ -82,11 +77,13 @@ def _peers(
     numbered: Mapping[str, int],
     numbers: Identities,
 ) -> dict[str, Peer]:
-    peers: dict[str, Peer] = {}
+    peers = _nodes(mesh, node, numbered, numbers)
     rank: dict[str, tuple[bool, bool, str]] = {}
     for uid, workload in mesh.workloads.items():
         # While a pod ends and its address is given away, two have it for a moment: the one that is ready, then any
         # fixed order. An enrolled one is preferred, because the doubt costs a refusal there, not a pass.
+        if workload.host_network:
+            continue
         order = (workload.ready, workload.enrolled, uid)
         zone = numbers.zone(workload.zone)
         for address in workload.addresses:
@@ -109,32 +106,26 @@ def _peers(
     return peers
 
 
-def _services(mesh: Mesh, node: str) -> dict[tuple[str, int], ServiceEntry]:
-    entries: dict[tuple[str, int], ServiceEntry] = {}
-    for key in sorted(mesh.services):
-        service = mesh.services[key]
-        for port in service.ports:
-            if port.protocol != "TCP":
-                continue
-            backends = _backends(service, port, node)
-            entry = ServiceEntry(key, port.l7, backends, service.session_affinity)
-            for address in service.addresses:
-                if is_ipv4(address):
-                    # Two services with one address are a fault of the source; the first by name has it.
-                    entries.setdefault((address, port.port), entry)
-    return entries
-
-
-def _backends(service: Service, port: ServicePort, node: str) -> tuple[tuple[str, int], ...]:
-    """The endpoints for clients of this node. With ``internalTrafficPolicy: Local`` no other node's, even if there is none.
-
-    Those that end take new connections only where no other does, as with kube-proxy (KEP-1669).
-    """
-    endpoints = [e for e in port.endpoints if is_ipv4(e.address)]
-    if service.internal_local:
-        endpoints = [e for e in endpoints if e.node == node]
-    living = [e for e in endpoints if not e.terminating]
-    return tuple(sorted({(e.address, e.port) for e in living or endpoints}))
+def _nodes(mesh: Mesh, node: str, numbered: Mapping[str, int], numbers: Identities) -> dict[str, Peer]:
+    """The nodes' own addresses, which pods of their network have too. Known by name where that can be one pod's only."""
+    peers: dict[str, Peer] = {}
+    for info in mesh.config.nodes:
+        for address in info.addresses:
+            peers[address] = Peer(
+                "", info.name == node, False, IDENTITY_PLAIN, numbers.zone(info.zone), node=True
+            )
+    dwellers: dict[str, set[tuple[str, str, int]]] = {}
+    for uid, workload in mesh.workloads.items():
+        if workload.host_network:
+            for address in workload.addresses:
+                dwellers.setdefault(address, set()).add((uid, workload.node, numbered[uid]))
+    for address, found in dwellers.items():
+        uid, where, _ = min(found)
+        several = {number for _, _, number in found}
+        identity = several.pop() if len(several) == 1 else IDENTITY_PLAIN
+        zone = numbers.zone(mesh.workloads[uid].zone)
+        peers[address] = Peer(uid, where == node, False, identity, zone, node=address in peers)
+    return peers
 
 
 def _policies(

@@ -119,12 +119,15 @@ def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mappi
                 for address, peer in sorted(kernel.peers().items())
             },
             "services": {
-                f"{address}:{port}": {
+                f"{frontend.address}:{frontend.port}/{frontend.protocol.name}": {
                     "l7": service.l7,
-                    "backends": [f"{b.address}:{b.port}" for b in service.backends],
+                    "backends": [
+                        f"{b.address}:{b.port}" + (f" weight {b.weight}" if b.weight != 1 else "")
+                        for b in sorted(service.backends)
+                    ],
                     "affinity_s": service.affinity,
                 }
-                for (address, port), service in sorted(kernel.services().items())
+                for frontend, service in sorted(kernel.services().items())
             },
             "pressure": {m: p._asdict() for m, p in sorted(kernel.pressure().items())},
         }

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from agent import kernel as facade
-from agent.compiler import ServiceEntry, Tables
+from agent.compiler import Tables
+from agent.frontends import Frontends, ServiceEntry
 from agent.kernel import Kernel, KernelError, MapFullError
 from agent.namespaces import Namespaces
 from agent.networks import OPEN, Networks
@@ -101,10 +102,8 @@ class Programmer:
                 self._policies[cookie] = _Policy(generation, found)
         of_pods = {address for pod in self._pods.values() for address in pod.addresses}
         self._peers = {a: peer for a, peer in kernel.peers().items() if a not in of_pods}
-        self._services = {
-            key: found._replace(backends=tuple(sorted(found.backends)))
-            for key, found in kernel.services().items()
-        }
+        #: What of each was written last; nothing of what a predecessor wrote is known but that it is there.
+        self._services: dict[facade.Frontend, ServiceEntry | None] = dict.fromkeys(kernel.services())
 
     @property
     def programmed(self) -> frozenset[int]:
@@ -166,7 +165,9 @@ class Programmer:
         addresses |= {address for pod in self._pods.values() for address in pod.addresses}
         peers = {a: peer for a, peer in tables.peers.items() if a not in addresses}
         for address, peer in peers.items():
-            told = facade.Peer(peer.local, peer.enrolled, peer.identity, peer.uid in joining, peer.zone)
+            told = facade.Peer(
+                peer.local, peer.enrolled, peer.identity, peer.uid in joining, peer.zone, peer.node
+            )
             if self._peers.get(address) != told:
                 try:
                     self._set_peer(address, told)
@@ -186,7 +187,7 @@ class Programmer:
             ),
             *(self._seal(cookie, slots, outcome) for cookie in kept - specs.keys()),
         )
-        errors += self._program_services(tables.services)
+        errors += self._program_services(tables.frontends)
         for address in self._peers.keys() - peers.keys():
             try:
                 self._kernel.remove_peer(address)
@@ -235,7 +236,7 @@ class Programmer:
             self._kernel.set_peer(address, peer)
         except MapFullError:
             # Not known as one of the mesh it would be dialled in plain text. Of others only the name is lost.
-            spare = next((a for a, other in self._peers.items() if not other.enrolled), None)
+            spare = next((a for a, other in self._peers.items() if not (other.enrolled or other.node)), None)
             if spare is None or not peer.enrolled:
                 raise
             self._kernel.remove_peer(spare)
@@ -323,19 +324,24 @@ class Programmer:
         for direction in Direction:
             self._networks.pop((cookie, direction), None)
 
-    def _program_services(self, services: Mapping[tuple[str, int], ServiceEntry]) -> Iterable[ResourceError]:
-        for (address, port), entry in services.items():
-            backends = tuple(facade.Backend(*backend) for backend in entry.backends)
-            wanted = facade.Service(entry.l7, backends, entry.affinity)
-            if self._services.get((address, port)) != wanted:
-                try:
-                    self._kernel.set_service(address, port, backends, l7=entry.l7, affinity=entry.affinity)
-                    self._services[address, port] = wanted
-                except (KernelError, MapFullError, ValueError) as error:
-                    yield ResourceError(f"service/{entry.service}", f"{address}:{port}: {error}")
-        for address, port in self._services.keys() - services.keys():
+    def _program_services(self, frontends: Frontends) -> Iterable[ResourceError]:
+        for frontend, entry in frontends.entries.items():
+            # Equal entries are mostly the same, so that of ten thousand only those that have changed cost anything.
+            known = self._services.get(frontend)
+            if known is entry or known == entry:
+                continue
+            address, port, protocol = frontend
             try:
-                self._kernel.remove_service(address, port)
-                del self._services[address, port]
+                self._kernel.set_service(
+                    address, port, entry.backends, protocol=protocol, l7=entry.l7, affinity=entry.affinity
+                )
+                self._services[frontend] = entry
+            except (KernelError, MapFullError, ValueError) as error:
+                yield ResourceError(f"service/{entry.service}", f"{address}:{port}/{protocol.name}: {error}")
+        for frontend in self._services.keys() - frontends.entries.keys():
+            address, port, protocol = frontend
+            try:
+                self._kernel.remove_service(address, port, protocol)
+                del self._services[frontend]
             except KernelError as error:
-                yield ResourceError("", f"service at {address}:{port}: {error}")
+                yield ResourceError("", f"service at {address}:{port}/{protocol.name}: {error}")

@@ -155,6 +155,7 @@ class Reconciler:
             attached=attached,
             numbers=self._state.numbers,
             host=self._programmer.host_addresses(),
+            before=self.tables,
         )
         self._state.save_numbers()
         unknown = {cookie for cookie, sandbox in sandboxes.items() if sandbox.uid not in mesh.workloads}
@@ -181,7 +182,7 @@ class Reconciler:
         now = self._now()
         self.passages.keep(self._state.pods.sandboxes().keys() | self._orphans)
         kinds = [api.ListenerKind.OUTBOUND, api.ListenerKind.HBONE]
-        if any(service.l7 for service in tables.services.values()):
+        if tables.frontends.l7:
             kinds.append(api.ListenerKind.OUTBOUND_L7)
         specs: dict[int, PodSpec] = {}
         for cookie, sandbox in sandboxes.items():

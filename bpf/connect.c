@@ -4,9 +4,12 @@
  * a listener of ours in the pod's own namespace; getpeername() goes on to answer what the application dialled.
  */
 #include "lib/address.h"
+#include "lib/balance.h"
+#include "lib/datagrams.h"
 #include "lib/helpers.h"
 #include "lib/policy.h"
 #include "lib/refusal.h"
+#include "lib/roles.h"
 
 #define PASS 1
 #define REFUSE 0
@@ -23,83 +26,6 @@ inline_always int refuse(int error)
 {
 	set_retval(-error);
 	return REFUSE;
-}
-
-/* A backend of the service, drawn at random; false when there is none. */
-inline_always bool draw(struct endpoint *key, struct service *service, struct endpoint *drawn)
-{
-	struct service now = *service;
-
-	/* Between the two lookups the service's backends may be swapped: then it is asked again, once. */
-	for (int attempt = 0; attempt < 2; attempt++) {
-		if (now.count == 0)
-			return false;
-		struct backend_key backend_key = {
-			.service = now.id,
-			.generation = now.generation,
-			.slot = random_u32() % now.count,
-		};
-		struct endpoint *backend = map_lookup(MAP(BACKENDS), &backend_key);
-
-		if (backend) {
-			*drawn = *backend;
-			return true;
-		}
-		service = map_lookup(MAP(SERVICES), key);
-		if (!service)
-			return false;
-		now = *service;
-	}
-	return false;
-}
-
-/* The backend that the client had last, if it still is one and the time is not over. */
-inline_always bool keeps(u64 netns, struct service *service, struct endpoint *kept)
-{
-	struct affinity_key key = { .netns = netns, .service = service->id };
-	struct affinity *last = map_lookup(MAP(AFFINITY), &key);
-	u64 timeout = (u64)(service->flags >> SERVICE_AFFINITY_SHIFT) * SECOND_NS;
-
-	if (!last)
-		return false;
-	/* Before the clock: another processor's dial of this moment is never later than ours. */
-	u64 used = *(volatile u64 *)&last->used;
-	u64 now = now_ns();
-
-	if (now - used >= timeout)
-		return false;
-	struct member_key member = {
-		.service = service->id,
-		.generation = service->generation,
-		.endpoint = last->endpoint,
-	};
-
-	if (!map_lookup(MAP(MEMBERS), &member))
-		return false;
-	*kept = member.endpoint;
-	last->used = now;
-	return true;
-}
-
-inline_always void keep(u64 netns, struct service *service, struct endpoint *drawn)
-{
-	struct affinity_key key = { .netns = netns, .service = service->id };
-	struct affinity value = { .endpoint = *drawn, .used = now_ns() };
-
-	map_update(MAP(AFFINITY), &key, &value, BPF_ANY);
-}
-
-/* Where a connection to the service goes; false when nowhere. */
-inline_always bool choose(u64 netns, struct endpoint *key, struct service *service, struct endpoint *chosen)
-{
-	if (!(service->flags & SERVICE_AFFINITY))
-		return draw(key, service, chosen);
-	if (keeps(netns, service, chosen))
-		return true;
-	if (!draw(key, service, chosen))
-		return false;
-	keep(netns, service, chosen);
-	return true;
 }
 
 /* To a listener of ours in the pod's own namespace. */
@@ -203,19 +129,27 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 			    key.port, DIRECTION_OUTBOUND);
 		return refuse(ECONNREFUSED);
 	}
-	struct service *service = map_lookup(MAP(SERVICES), &key);
+	struct service *service = service_at(&key, peer);
 
 	if (service && is_none(own))
 		return refuse_unaddressed(netns, pod, &key, 0);
-	if (service && (service->flags & SERVICE_L7))
+	if (service && (service->flags & SERVICE_L7)) {
+		struct endpoint known_as = {};
+
+		/* A node port, or an address from outside: l7proxy is told the service's own. */
+		if (service->count && draw(&key, service, &known_as)) {
+			state->destination_address = known_as.address;
+			state->destination_port = known_as.port;
+		}
 		return capture(dial, own, PORT_OUTBOUND_L7, state);
+	}
 	if (service) {
 		struct endpoint drawn = {};
 
 		if (!choose(netns, &key, service, &drawn) ||
 		    is_ipv4(&drawn.address) != is_ipv4(&key.address)) {
-			refuse_dial(netns, own, REASON_NO_BACKEND, pod->identity, 0, &key.address, key.port,
-				    DIRECTION_OUTBOUND);
+			refuse_dial(netns, own, REASON_NO_BACKEND, pod->identity, 0, &dial->said.address,
+				    dial->said.port, DIRECTION_OUTBOUND);
 			return refuse(ECONNREFUSED);
 		}
 		key = drawn;
@@ -309,14 +243,6 @@ inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod,
 	return PASS;
 }
 
-inline_always u32 role_of_current(void)
-{
-	u64 cgroup = current_cgroup_id();
-	u32 *role = map_lookup(MAP(ROLES), &cgroup);
-
-	return role ? *role : ROLE_NONE;
-}
-
 /* A pod that joins or leaves: what its applications dial goes as without a mesh. */
 inline_always bool passes(struct bpf_sock_addr *ctx, struct pod *pod, u32 role)
 {
@@ -332,6 +258,9 @@ inline_always bool passes(struct bpf_sock_addr *ctx, struct pod *pod, u32 role)
 
 int connect4(struct bpf_sock_addr *ctx)
 {
+	if (ctx->protocol == IPPROTO_UDP)
+		return direct4(ctx, true);
+
 	u64 netns = netns_cookie(ctx);
 	struct pod *pod = map_lookup(MAP(PODS), &netns);
 	u32 role = role_of_current();
@@ -355,6 +284,9 @@ int connect4(struct bpf_sock_addr *ctx)
 
 int connect6(struct bpf_sock_addr *ctx)
 {
+	if (ctx->protocol == IPPROTO_UDP)
+		return direct6(ctx, true);
+
 	u64 netns = netns_cookie(ctx);
 	struct pod *pod = map_lookup(MAP(PODS), &netns);
 	u32 role = role_of_current();
@@ -388,7 +320,10 @@ int getpeername4(struct bpf_sock_addr *ctx)
 	if (state && (state->flags & SOCKET_REWRITTEN)) {
 		ctx->user_ip4 = state->service_address.word[3];
 		ctx->user_port = state->service_port;
+		return PASS;
 	}
+	if (!state)
+		answer_as_dialled4(ctx);
 	return PASS;
 }
 
@@ -403,6 +338,9 @@ int getpeername6(struct bpf_sock_addr *ctx)
 		ctx->user_ip6[2] = state->service_address.word[2];
 		ctx->user_ip6[3] = state->service_address.word[3];
 		ctx->user_port = state->service_port;
+		return PASS;
 	}
+	if (!state)
+		answer_as_dialled6(ctx);
 	return PASS;
 }

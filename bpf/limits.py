@@ -47,6 +47,12 @@ LIMITS: Mapping[str, Limit] = {
     "affinity": Limit(
         1024, _MOST, "who dialled longest ago is forgotten: its next connection draws anew", forgets=True
     ),
+    "datagrams": Limit(
+        1024,
+        _MOST,
+        "of a UDP socket of several services the oldest is forgotten: a late answer comes from the endpoint's own address",
+        forgets=True,
+    ),
     "policies": Limit(16, 65536, "ADD fails and the pod does not start; CNI STATUS says so"),
     "connecting": Limit(1024, _MOST, "the connection is refused: nobody knows who dials"),
     "captured": Limit(1024, _MOST, "the connection is refused: nobody knows where it was to go"),
@@ -69,6 +75,7 @@ LIMITS: Mapping[str, Limit] = {
 #: Maps without a size of their own, and what happens when the kernel has no memory for another element.
 UNSIZED: Mapping[str, str] = {
     "counters": "it has a slot for each counter from the beginning",
+    "udp_sockets": "the datagram, or connect(), is refused with ENOMEM",
     "sockets": "the dial is refused with ENOMEM; one that comes in is ended by the agent",
 }
 

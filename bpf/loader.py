@@ -27,7 +27,7 @@ from bpf import links, maps, schema, seal, succession, wire
 from bpf.btf import Btf, BtfError
 
 _HERE = Path(__file__).parent
-_SOURCES = ("connect.c", "create.c", "sockops.c", "lookup.c", "iterators.c", "types.c")
+_SOURCES = ("connect.c", "datagrams.c", "create.c", "sockops.c", "lookup.c", "iterators.c", "types.c")
 _BPFFS_MAGIC = 0xCAFE4A11
 
 #: What one pod may have of a map that all write into: a part of it. More open connections to one listener of ours than that of
@@ -52,6 +52,11 @@ _CGROUP = (
     _Attachment(
         "getpeername6", links.PROG_CGROUP_SOCK_ADDR, links.CGROUP_INET6_GETPEERNAME, "link_getpeername6"
     ),
+    # Whose an answer is, before anything is sent elsewhere than to where the application says.
+    _Attachment("recvmsg4", links.PROG_CGROUP_SOCK_ADDR, links.CGROUP_UDP4_RECVMSG, "link_recvmsg4"),
+    _Attachment("recvmsg6", links.PROG_CGROUP_SOCK_ADDR, links.CGROUP_UDP6_RECVMSG, "link_recvmsg6"),
+    _Attachment("sendmsg4", links.PROG_CGROUP_SOCK_ADDR, links.CGROUP_UDP4_SENDMSG, "link_sendmsg4"),
+    _Attachment("sendmsg6", links.PROG_CGROUP_SOCK_ADDR, links.CGROUP_UDP6_SENDMSG, "link_sendmsg6"),
     _Attachment("connect4", links.PROG_CGROUP_SOCK_ADDR, links.CGROUP_INET4_CONNECT, "link_connect4"),
     _Attachment("connect6", links.PROG_CGROUP_SOCK_ADDR, links.CGROUP_INET6_CONNECT, "link_connect6"),
     _Attachment("sock_create", links.PROG_CGROUP_SOCK, links.CGROUP_INET_SOCK_CREATE, "link_sock_create"),

@@ -12,6 +12,9 @@ struct wire_types {
 	struct endpoint endpoint;
 	struct service service;
 	struct backend_key backend_key;
+	struct backend backend;
+	struct datagram_key datagram_key;
+	struct datagram_socket datagram_socket;
 	struct member_key member_key;
 	struct affinity_key affinity_key;
 	struct affinity affinity;

@@ -117,6 +117,7 @@ struct pod {
 #define PEER_LOCAL 1
 #define PEER_ENROLLED 2
 #define PEER_JOINING 4 /* or leaving: perhaps not captured, so its plain text is judged as anybody's */
+#define PEER_NODE 8    /* a node's own address: node ports are dialled there */
 struct peer {
 	__u64 netns; /* of a pod of this node, else 0 */
 	__u32 identity;
@@ -124,7 +125,7 @@ struct peer {
 	__u16 zone;
 };
 
-/* Key of services and listeners, value of backends. */
+/* Key of services and listeners. */
 struct endpoint {
 	struct address address;
 	__be16 port;
@@ -132,9 +133,13 @@ struct endpoint {
 	__u8 pad;
 };
 
-/* services: endpoint -> service. Its backends are those of (id, generation), all there before this names them. */
-#define SERVICE_L7 1
+/*
+ * services: endpoint -> service. Its backends are those of (id, generation), all there before this names them. Node ports
+ * stand under ::ffff:0.0.0.0 and ::.
+ */
+#define SERVICE_L7 1		 /* a backend, if there is one, is by what the proxy knows the service */
 #define SERVICE_AFFINITY 2	 /* a client keeps its backend */
+#define SERVICE_MEMBERS 4	 /* its backends are in members */
 #define SERVICE_AFFINITY_SHIFT 8 /* for so many seconds after it dialled last: flags >> this */
 struct service {
 	__u32 id;
@@ -143,14 +148,22 @@ struct service {
 	__u32 flags;
 };
 
-/* backends: backend_key -> endpoint; slots from 0 to count - 1. */
+/* backends: backend_key -> backend; slots from 0 to count - 1. */
 struct backend_key {
 	__u32 service;
 	__u32 generation;
 	__u32 slot;
 };
 
-/* members: member_key -> slot. The backends of services with SERVICE_AFFINITY, written and removed with them. */
+/* Who draws the slot takes this endpoint, or for all but share / 2^32 of the draws the one in another slot. */
+#define SHARE_WHOLE 0xffffffff
+struct backend {
+	struct endpoint endpoint;
+	__u32 other;
+	__u32 share;
+};
+
+/* members: member_key -> 0. The backends of services with SERVICE_MEMBERS, written and removed with them. */
 struct member_key {
 	__u32 service;
 	__u32 generation;
@@ -168,6 +181,25 @@ struct affinity {
 	struct endpoint endpoint;
 	__u32 filler;
 	__u64 used; /* nanoseconds, of the kernel's monotonic clock */
+};
+
+/*
+ * datagrams: datagram_key -> endpoint. Of UDP sockets that talk to several services (private to the programs): where its
+ * datagrams to a service go, and as whose an endpoint's are shown to it; forgotten when there is no room.
+ */
+#define DATAGRAM_CHOSEN 0
+#define DATAGRAM_ANSWERS 1
+struct datagram_key {
+	__u64 socket; /* cookie */
+	struct endpoint endpoint;
+	__u32 kind;
+};
+
+/* udp_sockets: storage of each UDP socket that used a service (private to the programs): which one, and by which endpoint. */
+struct datagram_socket {
+	struct endpoint service; /* port 0: none any more */
+	struct endpoint endpoint;
+	__u32 connected;
 };
 
 /*

@@ -23,13 +23,17 @@ ABI = 3
 PEER_LOCAL = 1
 PEER_ENROLLED = 2
 PEER_JOINING = 4
+PEER_NODE = 8
 #: Flags of :class:`Pod`.
 POD_PASSING = 1
 POD_OPEN = 2
-#: Flag of :class:`Service`.
+#: Flags of :class:`Service`.
 SERVICE_L7 = 1
 SERVICE_AFFINITY = 2
+SERVICE_MEMBERS = 4
 SERVICE_AFFINITY_SHIFT = 8
+#: In :class:`Backend`: the slot is all its own.
+SHARE_WHOLE = 0xFFFFFFFF
 #: Flags of :class:`Connection`.
 SOCKET_ACTIVE = 2
 SOCKET_REVOKED = 32
@@ -71,6 +75,13 @@ class Role(enum.IntEnum):
     L7PROXY = 3
     PROBER = 4
     ENVOY = 5
+
+
+class Protocol(enum.IntEnum):
+    """Of :class:`Endpoint`, as IP numbers them."""
+
+    TCP = 6
+    UDP = 17
 
 
 class Direction(enum.IntEnum):
@@ -288,7 +299,7 @@ class Peer(Record):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint(Record):
-    """Key of ``services`` and ``listeners``, value of ``backends``."""
+    """Key of ``services`` and ``listeners``."""
 
     LAYOUT = Layout("endpoint", address=ADDRESS, port=PORT, protocol=U8, pad=U8)
     address: str
@@ -348,6 +359,19 @@ class BackendKey(Record):
     service: int
     generation: int
     slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Backend(Record):
+    """Value of ``backends``."""
+
+    LAYOUT = Layout("backend", address=ADDRESS, port=PORT, protocol=U8, pad=U8, other=U32, share=U32)
+    address: str
+    port: int
+    protocol: int
+    pad: int
+    other: int
+    share: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -739,6 +763,9 @@ class Refusal(Record):
     reason: int
 
 
+#: Bytes of ``struct datagram_key`` and ``struct datagram_socket``, too.
+DATAGRAM_KEY_SIZE = 32
+DATAGRAM_SOCKET_SIZE = 44
 #: Bytes of ``struct socket_state``, which only the programs look into.
 SOCKET_STATE_SIZE = 168
 

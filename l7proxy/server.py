@@ -168,7 +168,7 @@ class Proxy:
         except (MapError, OSError) as error:
             _log.error("captured map not readable", reason=str(error))
             return None
-        return None if found is None else (found.service_address, found.service_port)
+        return None if found is None else (found.destination_address, found.destination_port)
 
     # -- what is worth a line ----------------------------------------------------------------------------------------
 

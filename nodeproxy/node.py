@@ -135,11 +135,11 @@ class NodeProxy:
             reset(self.loop, sock)
             return
         service = (found.service_address, found.service_port)
+        destination = (found.destination_address, found.destination_port)
         if kind is ListenerKind.OUTBOUND_L7:
             assert self._envoy is not None
-            self.handoffs.to_envoy(pod, sock, client, service, self._envoy)
+            self.handoffs.to_envoy(pod, sock, client, destination, self._envoy)
             return
-        destination = (found.destination_address, found.destination_port)
         Tunnel(self.tunnels, pod, sock, client, destination, service=service).start()
 
     # --- one process after another -----------------------------------------------------------------------------------

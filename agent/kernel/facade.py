@@ -23,10 +23,12 @@ from agent.kernel.model import (
     Event,
     FlowCounters,
     FlowKey,
+    Frontend,
     Network,
     Peer,
     Pod,
     Pressure,
+    Protocol,
     Service,
 )
 from agent.kernel.pods import Pods
@@ -311,22 +313,32 @@ class Kernel:
             return self._pods.peers()
 
     def set_service(
-        self, address: str, port: int, backends: Iterable[Backend], *, l7: bool = False, affinity: int = 0
+        self,
+        address: str,
+        port: int,
+        backends: Iterable[Backend],
+        *,
+        protocol: Protocol = Protocol.TCP,
+        l7: bool = False,
+        affinity: int = 0,
     ) -> None:
-        """Where connections to (service address, port) go; swapped at once for all of it. None refuses them.
+        """Where what is sent to (service address, port) goes. No backend refuses it.
 
+        At any moment each client gets one of the backends of before or of now, and on return of now.
+
+        :param l7: to l7proxy; the one backend, if there is any, is what that knows the service by.
         :param affinity: seconds for which a client keeps the backend that it dialled last, while that is one of them.
         """
-        with self._lock, naming(f"service {address}:{port}"):
-            self._services.set(wire.Endpoint(address, port), backends, l7=l7, affinity=affinity)
+        with self._lock, naming(f"service {address}:{port}/{protocol.name}"):
+            self._services.set(wire.Endpoint(address, port, protocol), backends, l7=l7, affinity=affinity)
 
-    def remove_service(self, address: str, port: int) -> None:
-        """Connections to it pass as to any unknown address."""
-        with self._lock, naming(f"service {address}:{port}"):
-            self._services.remove(wire.Endpoint(address, port))
+    def remove_service(self, address: str, port: int, protocol: Protocol = Protocol.TCP) -> None:
+        """What is sent to it passes as to any unknown address."""
+        with self._lock, naming(f"service {address}:{port}/{protocol.name}"):
+            self._services.remove(wire.Endpoint(address, port, protocol))
 
-    def services(self) -> dict[tuple[str, int], Service]:
-        """By (service address, port)."""
+    def services(self) -> dict[Frontend, Service]:
+        """All of them."""
         with self._lock:
             return self._services.all()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from bpf.wire import PROTOCOL_TCP, VERDICT_ALLOWED, Direction, Reason, Via
+from bpf.wire import PROTOCOL_TCP, VERDICT_ALLOWED, Direction, Protocol, Reason, Via
 
 __all__ = [
     "Backend",
@@ -14,10 +14,12 @@ __all__ = [
     "Event",
     "FlowCounters",
     "FlowKey",
+    "Frontend",
     "Network",
     "Peer",
     "Pod",
     "Pressure",
+    "Protocol",
     "Reason",
     "Via",
 ]
@@ -44,15 +46,25 @@ class Peer(NamedTuple):
     identity: int  #: 0 where there is none
     joining: bool = False  #: perhaps not captured yet: its plain text is judged as anybody's
     zone: int = 0  #: its number; 0 is unknown
+    node: bool = False  #: a node's own address, at which node ports are dialled
+
+
+class Frontend(NamedTuple):
+    """What pods dial for a service. The addresses 0.0.0.0 and :: stand for those of all nodes (``Peer.node``)."""
+
+    address: str
+    port: int
+    protocol: Protocol = Protocol.TCP
 
 
 class Backend(NamedTuple):
     address: str
     port: int
+    weight: int = 1  #: its share among the service's; 0 takes none
 
 
 class Service(NamedTuple):
-    """What the kernel has of one (service address, port)."""
+    """What the kernel has of one frontend."""
 
     l7: bool
     backends: tuple[Backend, ...]

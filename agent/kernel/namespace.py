@@ -152,9 +152,7 @@ def lacks(netns: int) -> list[str]:
         for family in _families():
             if not netlink.is_local_by_mark(family, DELIVERY_MARK):
                 version = 6 if family == socket.AF_INET6 else 4
-                found.append(
-                    f"delivered IPv{version} connections have no way back (rule or route is gone)"
-                )
+                found.append(f"delivered IPv{version} connections have no way back (rule or route is gone)")
         return found
 
     return inside(netns, work)

@@ -240,6 +240,7 @@ class Pods:
             (wire.PEER_LOCAL if peer.local else 0)
             | (wire.PEER_ENROLLED if peer.enrolled else 0)
             | (wire.PEER_JOINING if peer.joining else 0)
+            | (wire.PEER_NODE if peer.node else 0)
         )
         value = wire.Peer(0, peer.identity, flags, peer.zone).pack()
         if self._peers.lookup(key) != value:
@@ -264,6 +265,7 @@ class Pods:
                 peer.identity,
                 bool(peer.flags & wire.PEER_JOINING),
                 peer.zone,
+                bool(peer.flags & wire.PEER_NODE),
             )
         return found
 

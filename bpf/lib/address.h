@@ -23,6 +23,12 @@ inline_always bool is_ipv4(const struct address *address)
 	return !(address->word[0] | address->word[1] | (address->word[2] ^ bpf_htonl(0xffff)));
 }
 
+/* 0.0.0.0 or ::, which a socket takes for its own host. */
+inline_always bool is_this_host(const struct address *address)
+{
+	return is_none(address) || (is_ipv4(address) && !address->word[3]);
+}
+
 inline_always void set_ipv4(struct address *address, __be32 ipv4)
 {
 	address->word[0] = 0;

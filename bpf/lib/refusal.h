@@ -77,8 +77,9 @@ inline_always bool was_told(struct refusal *refusal, u64 period)
 }
 
 /* Refused at connect(): each attempt is counted. The client is the pod's address; it has no port yet. */
-inline_always void refuse_dial(u64 netns, const struct address *client, u32 reason, u32 source,
-			       u32 destination, const struct address *address, __be16 port, u32 direction)
+inline_always void refuse_first(u64 netns, const struct address *client, u32 reason, u32 source,
+				u32 destination, const struct address *address, __be16 port, u8 protocol,
+				u32 direction)
 {
 	struct flow_key flow = {
 		.source = source,
@@ -87,7 +88,7 @@ inline_always void refuse_dial(u64 netns, const struct address *client, u32 reas
 		.destination_zone = zone_of(address),
 		.port = port,
 		.verdict = reason,
-		.protocol = IPPROTO_TCP,
+		.protocol = protocol,
 		.direction = direction,
 	};
 	struct refusal refusal = {
@@ -100,6 +101,12 @@ inline_always void refuse_dial(u64 netns, const struct address *client, u32 reas
 	record_refused(netns, &refusal.tuple, &flow);
 	if (!was_told(&refusal, DIAL_NS))
 		tell(netns, &refusal.tuple, reason, source, destination);
+}
+
+inline_always void refuse_dial(u64 netns, const struct address *client, u32 reason, u32 source,
+			       u32 destination, const struct address *address, __be16 port, u32 direction)
+{
+	refuse_first(netns, client, reason, source, destination, address, port, IPPROTO_TCP, direction);
 }
 
 /* A connection has ended: what still comes of it belongs to no socket, and is no attempt to connect. */

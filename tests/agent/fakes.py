@@ -19,6 +19,7 @@ from agent.kernel import (
     Event,
     FlowCounters,
     FlowKey,
+    Frontend,
     Kernel,
     KernelError,
     MapFullError,
@@ -26,6 +27,7 @@ from agent.kernel import (
     Peer,
     Pod,
     Pressure,
+    Protocol,
     Service,
 )
 from bpf.wire import Role
@@ -51,7 +53,7 @@ class FakeKernel(Kernel):
         self.fake_classes: dict[int, dict[str, int]] = {}
         self.fake_networks: dict[tuple[int, Direction], Network] = {}
         self.fake_peers: dict[str, Peer] = {}
-        self.fake_services: dict[tuple[str, int], Service] = {}
+        self.fake_services: dict[Frontend, Service] = {}
         self.fake_listeners: dict[tuple[str, int], int] = {}  #: cookies
         self.fake_events, self.fake_events_writer = os.pipe()
         self.fake_fails = os.environ.get("FAKE_KERNEL_FAILS", "").split(",")
@@ -186,19 +188,27 @@ class FakeKernel(Kernel):
         }
 
     def set_service(
-        self, address: str, port: int, backends: Iterable[Backend], *, l7: bool = False, affinity: int = 0
+        self,
+        address: str,
+        port: int,
+        backends: Iterable[Backend],
+        *,
+        protocol: Protocol = Protocol.TCP,
+        l7: bool = False,
+        affinity: int = 0,
     ) -> None:
-        backends = tuple(backends)
-        self._write(
-            f"service {address}:{port} {','.join(f'{b.address}:{b.port}' for b in backends)}", (address, port)
-        )
-        self.fake_services[address, port] = Service(l7, backends, affinity)
+        frontend, wanted = Frontend(address, port, protocol), Service(l7, tuple(backends), affinity)
+        if self.fake_services.get(frontend) == wanted:
+            return
+        ends = ",".join(f"{b.address}:{b.port}" for b in wanted.backends)
+        self._write(f"service {address}:{port} {ends}", (address, port))
+        self.fake_services[frontend] = wanted
 
-    def remove_service(self, address: str, port: int) -> None:
+    def remove_service(self, address: str, port: int, protocol: Protocol = Protocol.TCP) -> None:
         self._write(f"no service {address}:{port}", (address, port))
-        self.fake_services.pop((address, port), None)
+        self.fake_services.pop(Frontend(address, port, protocol), None)
 
-    def services(self) -> dict[tuple[str, int], Service]:
+    def services(self) -> dict[Frontend, Service]:
         return dict(self.fake_services)
 
     def captured_fd(self) -> int:

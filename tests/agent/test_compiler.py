@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.compiler import Peer, ServiceEntry, compile_tables, policies_of
+from agent.compiler import Peer, compile_tables, policies_of
 from agent.identities import Identities, IdentitiesError, Label
 from agent.mesh import Mesh, apply
 from agent.verdicts import ANY_PORT, allowed, tells_workloads_apart, verdicts
@@ -13,7 +13,9 @@ from controlplane.api import (
     Action,
     Authorization,
     Endpoint,
+    MeshConfig,
     MtlsMode,
+    NodeInfo,
     Operation,
     Resource,
     ResourceError,
@@ -257,65 +259,31 @@ class TestPeersAndServices:
         )
         assert "10.0.1.1" not in tables.peers
 
+    def test_nodes_and_who_has_their_addresses(self):
+        """Known by name only where it can be one pod's; never in the mesh."""
+        state = mesh(
+            MeshConfig(
+                nodes=(NodeInfo("n1", ("10.99.0.11", "fd99::11")), NodeInfo("n2", ("10.99.0.12",))),
+            ),
+            workload("proxy", enrolled=False, host_network=True, addresses=("10.99.0.11",)),
+            workload("other", enrolled=False, host_network=True, addresses=("10.99.0.11",)),
+            workload("alone", node="n2", enrolled=False, host_network=True, addresses=("10.99.0.12",)),
+            workload("early", node="n3", enrolled=False, host_network=True, addresses=("10.99.0.13",)),
+        )
+        tables = compile_tables(state, node="n1", attached={}, numbers=Identities())
+        assert tables.peers == {
+            "10.99.0.11": Peer("uid-other", True, False, IDENTITY_PLAIN, node=True),
+            "fd99::11": Peer("", True, False, IDENTITY_PLAIN, node=True),
+            "10.99.0.12": Peer("uid-alone", False, False, tables.identities["uid-alone"], node=True),
+            "10.99.0.13": Peer("uid-early", False, False, tables.identities["uid-early"]),
+        }
+
     def test_two_with_one_address_the_ready_one_has_it_in_any_order(self):
         old = Workload("uid-old", "d", "old", "sa", "n2", "spiffe://d/ns/d/sa/x", ("10.0.2.1",), True, False)
         new = workload("new", node="n2", addresses=("10.0.2.1",), enrolled=False)
         for order in ((old, new), (new, old)):
             tables = compile_tables(mesh(*order), node="n1", attached={}, numbers=Identities())
             assert tables.peers["10.0.2.1"].uid == "uid-new"
-
-    def test_services(self):
-        ends = (
-            Endpoint("u2", "10.0.2.1", 8080, "n2"),
-            Endpoint("u1", "10.0.1.1", 8080, "n1"),
-            Endpoint("u6", "fd00::1", 1, "n1"),
-        )
-        service = Service(
-            "default",
-            "web",
-            "web.default.svc.cluster.local",
-            ("10.96.0.1", "fd01::1"),
-            (
-                ServicePort(80, l7=True, endpoints=ends),
-                ServicePort(53, protocol="UDP", endpoints=ends),
-                ServicePort(81),
-            ),
-        )
-        tables = compile_tables(mesh(service), node="n1", attached={}, numbers=Identities())
-        assert tables.services == {
-            ("10.96.0.1", 80): ServiceEntry("default/web", True, (("10.0.1.1", 8080), ("10.0.2.1", 8080))),
-            ("10.96.0.1", 81): ServiceEntry("default/web", False, ()),
-        }
-
-    def test_session_affinity(self):
-        service = Service("d", "web", "web.d", ("10.96.0.1",), (ServicePort(80),), session_affinity=10800)
-        tables = compile_tables(mesh(service), node="n1", attached={}, numbers=Identities())
-        assert tables.services["10.96.0.1", 80].affinity == 10800
-
-    @pytest.mark.parametrize(
-        ("local", "ending", "expected"),
-        [
-            (False, (), ("10.0.1.1", "10.0.2.1")),
-            (True, (), ("10.0.1.1",)),
-            (True, ("n2",), ("10.0.1.1",)),
-            # The node's own that ends is better than none, and another node's is none.
-            (True, ("n1",), ("10.0.1.1",)),
-            (False, ("n1",), ("10.0.2.1",)),
-            (False, ("n1", "n2"), ("10.0.1.1", "10.0.2.1")),
-        ],
-    )
-    def test_internal_traffic_policy_and_endpoints_that_end(self, local, ending, expected):
-        ends = tuple(
-            Endpoint(f"u-{node}", address, 8080, node, node in ending)
-            for node, address in (("n1", "10.0.1.1"), ("n2", "10.0.2.1"))
-        )
-        service = Service(
-            "d", "web", "web.d", ("10.96.0.1",), (ServicePort(80, endpoints=ends),), internal_local=local
-        )
-        for node, backends in (("n1", expected), ("n3", () if local else expected)):
-            tables = compile_tables(mesh(service), node=node, attached={}, numbers=Identities())
-            found = tables.services["10.96.0.1", 80].backends
-            assert found == tuple((address, 8080) for address in backends)
 
 
 class TestMesh:

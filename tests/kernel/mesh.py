@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -56,7 +57,7 @@ def run(netns: int, *command: str) -> str:
 
 
 class Sock(socket.socket):
-    """A TCP socket that tells addresses as everybody else here: (canonical text, port)."""
+    """A socket that tells addresses as everybody else here: (canonical text, port)."""
 
     def getpeername(self) -> tuple[str, int]:
         return _end(super().getpeername())
@@ -67,6 +68,15 @@ class Sock(socket.socket):
     def accept(self) -> tuple[socket.socket, tuple[str, int]]:
         sock, peer = super().accept()
         return Sock(fileno=sock.detach()), _end(peer)
+
+    def recvfrom(self, size: int, flags: int = 0) -> tuple[bytes, tuple[str, int]]:
+        data, peer = super().recvfrom(size, flags)
+        return data, _end(peer)
+
+    def answer(self, data: bytes, peer: tuple[str, int]) -> None:
+        """To whom :meth:`recvfrom` told."""
+        mapped = self.family == socket.AF_INET6 and ":" not in peer[0]
+        self.sendto(data, (f"::ffff:{peer[0]}", peer[1]) if mapped else peer)
 
 
 def _end(name: tuple[Any, ...]) -> tuple[str, int]:
@@ -99,7 +109,7 @@ class Worker:
         theirs.close()
         self._channel.recv(100)
 
-    def _call(self, call: str, *, fds: tuple[int, ...] = (), **arguments: Any) -> socket.socket | None:
+    def _call(self, call: str, *, fds: tuple[int, ...] = (), **arguments: Any) -> Sock | None:
         data = json.dumps({"call": call, "arguments": arguments}).encode()
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self._channel.sendmsg([data], rights)
@@ -158,36 +168,35 @@ class Worker:
         return sock
 
     def datagrams(
-        self,
-        address: tuple[str, int] | None = None,
-        *,
-        family: int = socket.AF_INET,
-        bind: tuple[str, int] | None = None,
-        options: tuple[tuple[int, int, int], ...] = (),
-    ) -> socket.socket:
+        self, address: tuple[str, int] | None = None, *, bind: tuple[str, int] | None = None
+    ) -> Sock:
         """A UDP socket of this process, connected when there is an address."""
-        sock = self._call("datagrams", address=address, family=family, bind=bind, options=options)
+        family: int = socket.AF_INET6 if self.ipv6 or self.mapped else socket.AF_INET
+        if address is not None:
+            address, family = self._family(address, None)
+        sock = self._call("datagrams", address=address, family=family, bind=bind)
         assert sock is not None
         sock.settimeout(3)
         return sock
 
     def send(self, sock: socket.socket, data: str, address: tuple[str, int] | None = None) -> None:
         """What it sends itself, the kernel sees as sent by this process."""
+        if address is not None:
+            address, _ = self._family(address, None)
         self._call("send", data=data, address=address, fds=(sock.fileno(),))
 
     def reconnect(self, sock: socket.socket, address: tuple[str, int]) -> None:
-        self._call("reconnect", address=address, fds=(sock.fileno(),))
+        self._call("reconnect", address=self._family(address, None)[0], fds=(sock.fileno(),))
 
-    def spread(
-        self,
-        address: tuple[str, int],
-        count: int,
-        *,
-        family: int = socket.AF_INET,
-        connecting: bool = False,
-    ) -> None:
+    def spread(self, address: tuple[str, int], count: int, *, connecting: bool = False) -> None:
         """A datagram from each of so many sockets."""
+        address, family = self._family(address, None)
         self._call("spread", address=address, count=count, family=family, connecting=connecting)
+
+    def crowd(self, addresses: Sequence[tuple[str, int]], count: int) -> None:
+        """So many sockets, one after the other, each of which sends to all of these."""
+        called = [self._family(address, None) for address in addresses]
+        self._call("crowd", addresses=[address for address, _ in called], count=count, family=called[0][1])
 
     def dial_with(
         self, fd: int, address: tuple[str, int], bind: tuple[str, int] | None = None, timeout: float = 3.0

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from agent.kernel import Backend, Direction, FlowKey, MapFullError, Peer, Pod, Reason, namespace
+from agent.kernel import Backend, Direction, FlowKey, Frontend, MapFullError, Peer, Pod, Reason, namespace
 from bpf.maps import CapturedMap
 from bpf.wire import PORT_HBONE, PORT_OUTBOUND, PORT_OUTBOUND_L7, Captured
 from tests.kernel.mesh import MPTCP, Node, Sock, TestPod, run
@@ -191,14 +191,19 @@ def test_nonblocking_connect_is_captured(node, client, remote):
 
 @all_families
 def test_l7_service_is_captured_whole(node, client, service, remote, captured, vip):
-    service((remote, 8080), l7=True)
-    with listen(node, client, PORT_OUTBOUND_L7) as listener, client.app.connect((vip, 80)) as sock:
-        accepted, peer = listener.accept()
-        with accepted:
-            assert sock.getpeername() == (vip, 80)
-            assert captured.find(client.cookie, *peer, PORT_OUTBOUND_L7) == Captured(
-                vip, vip, 80, 80, client.identity
-            )
+    """By an address from outside (or a node port) l7proxy is told the service's own, by which it knows it."""
+    outside = "2001:db8::7" if ":" in vip else "203.0.113.7"
+    service(l7=True)
+    service((vip, 80), l7=True, address=outside, port=30080)
+    with listen(node, client, PORT_OUTBOUND_L7) as listener:
+        for dialled in ((vip, 80), (outside, 30080)):
+            with client.app.connect(dialled) as sock:
+                accepted, peer = listener.accept()
+                with accepted:
+                    assert sock.getpeername() == dialled
+                    assert captured.find(client.cookie, *peer, PORT_OUTBOUND_L7) == Captured(
+                        vip, dialled[0], 80, dialled[1], client.identity
+                    )
 
 
 def test_without_listener_nothing_leaves(node, client, remote, captured):
@@ -476,7 +481,7 @@ def test_full_table_of_captured_refuses(tmp_path):
         assert node.kernel.pressure()["captured"].refused == 1
         # A table that is full leaves what was there as it was.
         node.kernel.set_service(VIP, 80, [Backend("10.77.0.10", 1)])
-        with pytest.raises(MapFullError, match=f"service {VIP}:81: map services: update: no room"):
+        with pytest.raises(MapFullError, match=f"service {VIP}:81/TCP: map services: update: no room"):
             node.kernel.set_service(VIP, 81, [Backend("10.77.0.10", 1)])
         with pytest.raises(MapFullError):
             node.kernel.set_service(VIP, 80, [Backend("10.77.0.10", n) for n in (1, 2, 3)])
@@ -485,7 +490,7 @@ def test_full_table_of_captured_refuses(tmp_path):
             for port in (80, 81):
                 with pytest.raises(ValueError, match=r"no IP address|no port"):
                     node.kernel.set_service(VIP, port, [Backend("10.77.0.10", 2), wrong])
-        assert node.kernel.services() == {(VIP, 80): (False, (Backend("10.77.0.10", 1),), 0)}
+        assert node.kernel.services() == {Frontend(VIP, 80): (False, (Backend("10.77.0.10", 1),), 0)}
         assert len(node.kernel._maps["backends"]) == 1
         pod.close()
     finally:

@@ -18,6 +18,7 @@ from agent.kernel import (
     Backend,
     Direction,
     FlowKey,
+    Frontend,
     Kernel,
     KernelError,
     MapFullError,
@@ -132,7 +133,7 @@ def test_loader_again_under_traffic(node, make_pod):
     with Kernel(node.pins) as successor:
         assert successor.pods()[server.cookie] == Pod(server.cookie, server.addresses, server.identity)
         assert successor.policy(server.cookie) == (1, {(client.identity, 0): True})
-        assert successor.services()["10.96.9.1", 80] == (False, (Backend(server.address, PORT),), 0)
+        assert successor.services()[Frontend("10.96.9.1", 80)] == (False, (Backend(server.address, PORT),), 0)
         key = FlowKey(client.identity, server.identity, PORT, Direction.OUTBOUND)
         sent = done["allowed"] * 100 + done["bytes"]
         deadline = time.monotonic() + 2
@@ -251,7 +252,16 @@ def everything_about(node, pod):
     cookie, address = struct.pack("=Q", pod.cookie), socket.inet_aton(pod.address)
     found = []
     for name, table in node.kernel._maps.items():
-        if name in ("sockets", "events", "records", "counters", "flows", "refused", "conversations"):
+        if name in (
+            "sockets",
+            "udp_sockets",
+            "events",
+            "records",
+            "counters",
+            "flows",
+            "refused",
+            "conversations",
+        ):
             continue
         for key in list(table.keys()):
             value = b"" if name in ("listeners", "policies") else table.lookup(key) or b""
@@ -399,7 +409,7 @@ def test_a_pod_without_room_leaves_nothing(tmp_path):
 def test_a_load_that_fails_changes_nothing(node, make_pod, tmp_path):
     """No headers, so nothing compiles; what is in force goes on to be."""
     before = in_force(node)
-    assert len(before) == 6
+    assert len(before) == 10
     done = load_without_headers(node, tmp_path, "--replace")
     assert done.returncode == 1
     assert "bpf.loader: the programs do not compile" in done.stderr

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from agent.kernel import Backend, Connection, Kernel
+from agent.kernel import Backend, Connection, Frontend, Kernel
 from bpf import wire
 from bpf.maps import Map
 from lab.processes import wait_until
@@ -87,7 +87,7 @@ def test_a_client_keeps_its_backend(node, servers, clients):
     first = {(client, port): drawn(node, client, port=port) for client in clients for port in (80, 81)}
     for (client, port), address in first.items():
         assert drawn(node, client, count=20, port=port) == address
-    assert node.kernel.services()[VIP, 80].affinity == 60
+    assert node.kernel.services()[Frontend(VIP, 80)].affinity == 60
 
 
 def test_while_it_is_one(node, servers, clients):
@@ -156,7 +156,7 @@ def test_members_go_with_their_backends(node, servers):
         table.update(orphan, bytes(4))
         with Kernel(node.pins) as successor:
             assert table.lookup(orphan) is None
-            assert successor.services()[VIP, 80] == (False, tuple(backends(servers)), 60)
+            assert successor.services()[Frontend(VIP, 80)] == (False, tuple(backends(servers)), 60)
     assert members(node) == before + BACKENDS
     node.kernel.remove_service(VIP, 80)
     assert members(node) == before
@@ -166,4 +166,4 @@ def test_members_go_with_their_backends(node, servers):
 def test_what_is_no_number_of_seconds(node, servers, affinity):
     with pytest.raises(ValueError, match="session affinity"):
         node.kernel.set_service(VIP, 80, backends(servers), affinity=affinity)
-    assert (VIP, 80) not in node.kernel.services()
+    assert Frontend(VIP, 80) not in node.kernel.services()

@@ -32,6 +32,10 @@ HOOKS = {
     "link_connect6": links.CGROUP_INET6_CONNECT,
     "link_getpeername4": links.CGROUP_INET4_GETPEERNAME,
     "link_getpeername6": links.CGROUP_INET6_GETPEERNAME,
+    "link_sendmsg4": links.CGROUP_UDP4_SENDMSG,
+    "link_sendmsg6": links.CGROUP_UDP6_SENDMSG,
+    "link_recvmsg4": links.CGROUP_UDP4_RECVMSG,
+    "link_recvmsg6": links.CGROUP_UDP6_RECVMSG,
 }
 
 
@@ -200,8 +204,8 @@ def test_what_only_remembers_begins_anew(own_node, later, monkeypatch):
     node.kernel.set_peer("10.88.0.9", Peer(False, True, 55))
     edit(
         later / "bpf/schema.py",
-        "wire.Flow.LAYOUT.size, 131072, maps.F_NO_PREALLOC",
-        "wire.Flow.LAYOUT.size, 131072, 1, 2",
+        "wire.Flow.LAYOUT.size, 131072, maps.F_NO_PREALLOC, 2",
+        "wire.Flow.LAYOUT.size, 131072, 1, 3",
     )
     # What an attempt left that did not come to its end is not taken for the newest.
     shutil.copytree(later, later.with_name("broken"))

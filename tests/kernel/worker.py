@@ -60,6 +60,53 @@ def listen(address, family, protocol, options):
     return sock
 
 
+def datagrams(address, family, bind):
+    """A UDP socket, connected when there is an address."""
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        if bind:
+            sock.bind(tuple(bind))
+        if address:
+            sock.connect(tuple(address))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def send(data, address, fds):
+    """With a socket of :func:`datagrams`; without an address, to what it is connected to."""
+    with socket.socket(fileno=fds[0]) as sock:
+        if address:
+            sock.sendto(data.encode(), tuple(address))
+        else:
+            sock.send(data.encode())
+
+
+def reconnect(address, fds):
+    with socket.socket(fileno=fds[0]) as sock:
+        sock.connect(tuple(address))
+
+
+def spread(address, count, family, connecting):
+    """A datagram from each of so many sockets."""
+    for _ in range(count):
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            if connecting:
+                sock.connect(tuple(address))
+                sock.send(b"x")
+            else:
+                sock.sendto(b"x", tuple(address))
+
+
+def crowd(addresses, count, family):
+    """So many sockets, each of which sends to all of these."""
+    for _ in range(count):
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            for address in addresses:
+                sock.sendto(b"x", tuple(address))
+
+
 def dial_with(address, bind, timeout, fds):
     """Dial with a socket that was made elsewhere."""
     sock = socket.socket(fileno=fds[0])
