@@ -20,7 +20,7 @@ from controlplane.model.endpoints import Backends, addresses, backends, external
 from controlplane.model.enrolment import Asked, asks, foreign_revision
 from controlplane.model.graph import Graph
 from controlplane.model.kubernetes import SPLICE, Pod, Port, ServiceView, canonical, said_of_splice, zone_of
-from controlplane.model.networkpolicy import groups_of, named_ports_of, network_policies_of, network_policy
+from controlplane.model.networkpolicy import membership, named_ports_of, network_policy
 from controlplane.model.snapshot import Assembly, Change, Changes, Snapshot
 from controlplane.model.world import (
     SPLICE_VALUES,
@@ -176,7 +176,7 @@ def _workload(g: Graph, key: Key) -> Workload | None:
         text = f"{first.key} has the same UID {pod.uid}: this pod is unknown to the mesh"
         g.findings.error(pod, "metadata.uid", text, "give every pod a UID of its own")
         return None
-    mode = mtls_of(g, pod)
+    mode, member = mtls_of(g, pod), membership(g, pod)
     return Workload(
         uid=pod.uid,
         namespace=pod.namespace,
@@ -196,8 +196,8 @@ def _workload(g: Graph, key: Key) -> Workload | None:
         splice=splices(g, pod),
         host_network=pod.host_network,
         zone=g.get(zone, pod.node),
-        groups=groups_of(g, pod),
-        network_policies=network_policies_of(g, pod),
+        groups=member.groups,
+        network_policies=member.policies,
         named_ports=named_ports_of(g, pod),
     )
 

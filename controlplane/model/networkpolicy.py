@@ -16,7 +16,7 @@ from controlplane.api import NetworkPeer, NetworkPolicy, NetworkPort, NetworkRul
 from controlplane.model import selectors
 from controlplane.model.graph import Graph
 from controlplane.model.kubernetes import Pod
-from controlplane.model.selectors import LabelSelector
+from controlplane.model.selectors import LabelSelector, SelectorIndex
 from controlplane.model.store import rows
 from controlplane.model.world import store
 from controlplane.source import Key, Object
@@ -53,9 +53,11 @@ class _Compiled(NamedTuple):
     port_names: frozenset[str]
 
 
-class _Selector(NamedTuple):
-    policy: str  #: ``NAMESPACE/NAME``
-    pods: LabelSelector
+class Membership(NamedTuple):
+    """What pods of one namespace with the same labels share."""
+
+    groups: tuple[str, ...] = ()  #: keys of all groups that they are in, sorted
+    policies: tuple[str, ...] = ()  #: keys of the policies that select them, sorted
 
 
 def network_policy(g: Graph, key: Key) -> NetworkPolicy | None:
@@ -63,18 +65,12 @@ def network_policy(g: Graph, key: Key) -> NetworkPolicy | None:
     return found.policy if found else None
 
 
-def network_policies_of(g: Graph, pod: Pod) -> tuple[str, ...]:
-    """Keys of the policies that select a pod, sorted. Nobody here judges for a pod outside of the mesh."""
-    if not pod.enrolled:
-        return ()
-    return tuple(s.policy for s in g.get(_selecting, pod.namespace) if s.pods.matches(pod.labels))
-
-
-def groups_of(g: Graph, pod: Pod) -> tuple[str, ...]:
-    """Keys of all groups that a pod is in, sorted."""
-    if pod.host_network:
-        return ()
-    return tuple(key for key, pods in g.get(_groups_in, pod.namespace) if pods.matches(pod.labels))
+def membership(g: Graph, pod: Pod) -> Membership:
+    """A pod's groups, and policies where somebody here judges: not for a pod outside of the mesh."""
+    if pod.host_network or not g.get(_are_any, None):
+        return Membership()
+    found = g.get(_membership, (pod.namespace, tuple(sorted(pod.labels.items()))))
+    return found if pod.enrolled else Membership(found.groups)
 
 
 def named_ports_of(g: Graph, pod: Pod) -> tuple[tuple[str, str, int], ...]:
@@ -160,14 +156,24 @@ def _of_namespace(g: Graph, namespace: str) -> list[_Compiled]:
     return [c for o in found if (c := g.get(_compiled, o.key))]
 
 
-def _selecting(g: Graph, namespace: str) -> tuple[_Selector, ...]:
-    """What a namespace's policies select, by key."""
-    return tuple(
-        sorted(
-            _Selector(f"{namespace}/{c.policy.name}", c.pods)
-            for c in _of_namespace(g, namespace)
-            if c.policy.ingress is not None or c.policy.egress is not None
-        )
+def _are_any(g: Graph, _: None) -> bool:
+    return bool(g.read(store(g).by_kind, (GROUP, KIND)))
+
+
+def _membership(g: Graph, of: tuple[str, tuple[tuple[str, str], ...]]) -> Membership:
+    """Of pods with these labels. Most share theirs with others, and a change here mostly changes nothing for them."""
+    namespace, labels = of[0], dict(of[1])
+    return Membership(
+        g.get(_groups_in, namespace).matching(labels), g.get(_selecting, namespace).matching(labels)
+    )
+
+
+def _selecting(g: Graph, namespace: str) -> SelectorIndex:
+    """What a namespace's policies select."""
+    return SelectorIndex.of(
+        (f"{namespace}/{c.policy.name}", c.pods)
+        for c in _of_namespace(g, namespace)
+        if c.policy.ingress is not None or c.policy.egress is not None
     )
 
 
@@ -187,14 +193,14 @@ def _wide_groups(g: Graph, _: None) -> frozenset[Group]:
     return frozenset().union(*(g.get(_wide_groups_of, key) for key in keys))
 
 
-def _groups_in(g: Graph, namespace: str) -> tuple[tuple[str, LabelSelector], ...]:
-    """The groups that pods of a namespace may be in, by key."""
+def _groups_in(g: Graph, namespace: str) -> SelectorIndex:
+    """The groups that pods of a namespace may be in."""
     groups = g.get(_own_groups, namespace)
     wide = g.get(_wide_groups, None)
     if wide:
         labels = _labels_of(g, namespace)
         groups |= {x for x in wide if x.namespaces.matches(labels)}
-    return tuple(sorted((x.key, x.pods) for x in groups))
+    return SelectorIndex.of((x.key, x.pods) for x in groups)
 
 
 def _labels_of(g: Graph, namespace: str) -> Mapping[str, str]:

@@ -67,6 +67,36 @@ class LabelSelector(NamedTuple):
         return ",".join(map(str, self.requirements)) or "*"
 
 
+class SelectorIndex(NamedTuple):
+    """Keys by their selectors. What a pod is compared with is what asks for one of its labels, not all there are."""
+
+    by_label: Mapping[tuple[str, str], tuple[tuple[str, LabelSelector], ...]]
+    others: tuple[tuple[str, LabelSelector], ...]  #: those that ask for no label with a certain value
+
+    @classmethod
+    def of(cls, items: Iterable[tuple[str, LabelSelector]]) -> SelectorIndex:
+        by_label: dict[tuple[str, str], tuple[tuple[str, LabelSelector], ...]] = {}
+        others = []
+        for item in sorted(items):
+            wanted = [
+                (r.key, r.values[0])
+                for r in item[1].requirements
+                if r.operator == "In" and len(r.values) == 1
+            ]
+            if wanted:
+                by_label[wanted[0]] = (*by_label.get(wanted[0], ()), item)
+            else:
+                others.append(item)
+        return cls(by_label, tuple(others))
+
+    def matching(self, labels: Mapping[str, str]) -> tuple[str, ...]:
+        """The keys whose selectors match, sorted."""
+        found = [key for key, selector in self.others if selector.matches(labels)]
+        for pair in labels.items():
+            found += [key for key, selector in self.by_label.get(pair, ()) if selector.matches(labels)]
+        return tuple(sorted(found))
+
+
 def validate(written: Mapping[str, Any] | None, path: str) -> Iterator[tuple[str, str]]:
     """(field, reason) of what is wrong with one that its schema accepts."""
     for key in (written or {}).get("matchLabels") or ():
