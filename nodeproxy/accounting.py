@@ -1,5 +1,7 @@
 """What the node proxy counts: ``istio_tcp_*`` with Istio's labels, and one log line for each tunnel at its end.
 
+The same is in ``mycel_flow_*`` with zones and verdicts, as the agent has it of what the kernel counts.
+
 Owns the records of open tunnels and the totals of closed ones; both come from one record (:class:`Flow`), which is closed
 exactly once. Metrics include open tunnels, so that a long connection is seen while it lasts. Of totals there are at most
 :data:`MAX_SERIES`: the workloads of a mesh and their versions come and go while this process lives, and those that a tunnel
@@ -14,7 +16,7 @@ from __future__ import annotations
 import enum
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -55,6 +57,7 @@ class Party(NamedTuple):
     principal: str = "unknown"  #: ``spiffe://...``
     app: str = "unknown"
     version: str = "unknown"
+    zone: str = "unknown"
 
 
 UNKNOWN = Party()
@@ -82,6 +85,20 @@ class Labels(NamedTuple):
     request_protocol: str
     response_flags: str
     connection_security_policy: str
+    # Istio has no labels for these.
+    source_zone: str
+    destination_zone: str
+
+
+_ISTIO = Labels._fields[: Labels._fields.index("source_zone")]
+_FLOW = (
+    "reporter", "source_workload", "source_workload_namespace", "source_principal", "source_zone",
+    "destination_workload", "destination_workload_namespace", "destination_principal", "destination_zone",
+    "destination_service", "protocol", "verdict", "measured_in",
+)  # fmt: skip
+#: Label ``verdict`` by how a tunnel came out; what is not here failed.
+_VERDICTS = {Outcome.OK.value: "allowed", Outcome.DENIED.value: "policy"}
+_FAILED = "failed"
 
 
 class Counts(Protocol):
@@ -157,6 +174,7 @@ class Flow:
             "tcp",
             outcome.value,
             "mutual_tls",
+            s.zone, d.zone,
         )  # fmt: skip
 
 
@@ -235,17 +253,20 @@ class Accounting(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """:mod:`prometheus_client`'s way to ask."""
-        names = Labels._fields
+        snapshot = self.snapshot()
         families = [
-            CounterMetricFamily("istio_tcp_connections_opened", "Tunnels opened.", labels=names),
-            CounterMetricFamily("istio_tcp_connections_closed", "Tunnels closed.", labels=names),
-            CounterMetricFamily("istio_tcp_received_bytes", "Bytes that clients sent.", labels=names),
-            CounterMetricFamily("istio_tcp_sent_bytes", "Bytes that clients were sent.", labels=names),
+            CounterMetricFamily("istio_tcp_connections_opened", "Tunnels opened.", labels=_ISTIO),
+            CounterMetricFamily("istio_tcp_connections_closed", "Tunnels closed.", labels=_ISTIO),
+            CounterMetricFamily("istio_tcp_received_bytes", "Bytes that clients sent.", labels=_ISTIO),
+            CounterMetricFamily("istio_tcp_sent_bytes", "Bytes that clients were sent.", labels=_ISTIO),
         ]
-        for labels, values in self.snapshot().items():
+        for labels, values in _summed(
+            (key[: len(_ISTIO)], values) for key, values in snapshot.items()
+        ).items():
             for family, value in zip(families, values, strict=True):
                 family.add_metric(labels, value)
         yield from families
+        yield from _flow_metrics(snapshot)
         yield CounterMetricFamily(
             "mycel_nodeproxy_series_dropped", "Series that gave way to newer ones.", value=self._dropped
         )
@@ -268,3 +289,41 @@ class Accounting(Collector):
             }
             for flow in list(self._open)
         ]
+
+
+_Values = tuple[int, int, int, int]
+
+
+def _summed(rows: Iterable[tuple[tuple[str, ...], _Values]]) -> dict[tuple[str, ...], _Values]:
+    sums: dict[tuple[str, ...], _Values] = {}
+    for labels, (a, b, c, d) in rows:
+        w, x, y, z = sums.get(labels, (0, 0, 0, 0))
+        sums[labels] = (w + a, x + b, y + c, z + d)
+    return sums
+
+
+def _flow_metrics(snapshot: Mapping[Labels, _Values]) -> Iterator[Metric]:
+    def counter(name: str, text: str) -> CounterMetricFamily:
+        return CounterMetricFamily(f"mycel_flow_{name}", text, labels=_FLOW)
+
+    opened = counter("opened", "Tunnels opened.")
+    closed = counter("closed", "Tunnels closed.")
+    refused = counter("refused", "Tunnels refused, and those that failed before they were open.")
+    received = counter("received_bytes", "Bytes that clients sent.")
+    sent = counter("sent_bytes", "Bytes that clients were sent.")
+    for labels, values in _summed((_flow_labels(key), values) for key, values in snapshot.items()).items():
+        if labels[_FLOW.index("verdict")] != "allowed":
+            refused.add_metric(labels, values[0])
+            continue
+        for family, value in zip((opened, closed, received, sent), values, strict=True):
+            family.add_metric(labels, value)
+    yield from (opened, closed, refused, received, sent)
+
+
+def _flow_labels(key: Labels) -> tuple[str, ...]:
+    fields = key._asdict() | {
+        "protocol": "tcp",
+        "verdict": _VERDICTS.get(key.response_flags, _FAILED),
+        "measured_in": "node proxy",
+    }
+    return tuple(fields[name] for name in _FLOW)

@@ -196,7 +196,7 @@ class Delivery:
         self._flow = Flow(
             Reporter.DESTINATION,
             source,
-            party_of_pod(pod),
+            party_of_pod(pod, inbound.mesh),
             ("", "", ""),
             (authority_of(*self._client), request.authority),
             inbound.loop.now,

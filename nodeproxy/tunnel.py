@@ -54,14 +54,16 @@ STATUS = {
 Ready = Callable[[Outcome], None]
 
 
-def party_of_pod(pod: Pod) -> Party:
+def party_of_pod(pod: Pod, mesh: Mesh) -> Party:
     d = pod.described
-    return Party(d.workload_name, d.namespace, d.identity, d.app, d.version)
+    workload = mesh.at(d.address)
+    zone = workload.zone if workload is not None and workload.uid == d.uid else ""
+    return Party(d.workload_name, d.namespace, d.identity, d.app, d.version, zone or "unknown")
 
 
 def party_of_workload(workload: Workload) -> Party:
     w = workload
-    return Party(w.workload_name, w.namespace, w.identity, w.app, w.version)
+    return Party(w.workload_name, w.namespace, w.identity, w.app, w.version, w.zone or "unknown")
 
 
 class Tunnels:
@@ -150,7 +152,7 @@ class Tunnel:
         self._timer = tunnels.loop.later(UNKNOWN_PATIENCE, self._unknown)
         self.flow = Flow(
             Reporter.SOURCE,
-            party_of_pod(pod),
+            party_of_pod(pod, tunnels.mesh),
             Party(),
             ("", "", ""),
             (authority_of(*client), authority_of(*destination)),

@@ -240,6 +240,12 @@ def test_tunnels_have_no_account_in_the_kernel(lab: Lab, world: World):
         "destination_principal": "spiffe://" + principal(NAMESPACE, "server"),
     }
     eventually(lambda: totals(lab, "destination", client, server).opened > 0)
+    for node, reporter in (("node2", "source"), ("node1", "destination")):
+        zones = {"source_zone": "eu-1b", "destination_zone": "eu-1a", "verdict": "allowed"}
+        metrics = lab.metrics(node, "nodeproxy")
+        expected = metrics.total(RECEIVED, reporter=reporter, **principals)
+        found = metrics.total("mycel_flow_received_bytes_total", reporter=reporter, **principals, **zones)
+        assert found == expected > 0
     for node in lab.nodes:
         agent = lab.metrics(node.name, "agent")
         for name in ("mycel_flow_opened_total", "mycel_flow_sent_bytes_total", OPENED, SENT):
