@@ -93,6 +93,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="namespaces that are never in the mesh",
     )
     parser.add_argument(
+        "--splice",
+        type=_switch,
+        default=True,
+        metavar="on|off",
+        help="off: connections between two pods of this node go by TCP, as between nodes",
+    )
+    parser.add_argument(
         "--flow-log",
         default="",
         metavar="FILE|-",
@@ -112,6 +119,12 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1000000")
     return int(text)
+
+
+def _switch(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+    return text == "on"
 
 
 def _namespaced(text: str) -> str:

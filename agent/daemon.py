@@ -39,6 +39,7 @@ from agent.proxies import Proxies
 from agent.refusals import Refusals
 from agent.roles import RoleError, Roles, vouch
 from agent.sockets import PodSockets
+from agent.splice import Splicer
 from agent.storage import Storage
 from agent.stream import Settings, Stream
 from agent.sweeper import Sweeper
@@ -93,6 +94,7 @@ class Options:
     cni_bundle: Path = BUNDLE
     daemonset: str = ""
     outside: tuple[str, ...] = ()
+    splice: bool = True
     flow_log: str = ""
     flow_log_rate: int = RATE
     flow_records: int = KEEP
@@ -233,10 +235,12 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
     )
     node.tell(proxies)
     enrolment = EnrolmentFile(options.run)
+    splicer = Splicer(kernel.splices, on=options.splice)
 
     async def apply(update: Update) -> tuple[ResourceError, ...]:
         errors = await node.apply(update)
         enrolment.write(node.mesh)
+        splicer.changed()
         return errors
 
     stream = Stream(
@@ -311,6 +315,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
         serving.set()
         tasks.start(sweeper.run(), name="sweep of late connections")
         tasks.start(flow_log.run(), name="flow records")
+        tasks.start(splicer.run(), name="splice")
         tasks.start(cni.watch_notes(), name="notes")
         tasks.start(proxies.watch(), name="return of proxies")
         if options.prober == "auto":

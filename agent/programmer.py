@@ -48,6 +48,7 @@ class PodSpec(NamedTuple):
     #: It is on its way out: its verdicts stay as they are.
     leaving: bool = False
     zone: int = 0
+    splice: bool = True
 
     @property
     def pod(self) -> facade.Pod:
@@ -58,6 +59,7 @@ class PodSpec(NamedTuple):
             passing=self.stage is Stage.PREPARED,
             open=self.stage is not Stage.ENROLLED,
             zone=self.zone,
+            splice=self.splice,
         )
 
 

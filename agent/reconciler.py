@@ -201,7 +201,14 @@ class Reconciler:
                 workload = mesh.workloads.get(sandbox.uid)
                 zone = self._state.numbers.zone(workload.zone) if workload is not None else 0
                 specs[cookie] = PodSpec(
-                    sandbox.uid, cookie, (address,), number, stage, leaving=not enrolled, zone=zone
+                    sandbox.uid,
+                    cookie,
+                    (address,),
+                    number,
+                    stage,
+                    leaving=not enrolled,
+                    zone=zone,
+                    splice=workload is None or workload.splice,
                 )
         return specs
 

@@ -67,6 +67,8 @@ LIMITS: Mapping[str, Limit] = {
     "recent": Limit(
         1024, _MOST, "the oldest is forgotten: a refusal may be told and counted again", forgets=True
     ),
+    "splices": Limit(16, _MOST, "the connection goes by TCP"),
+    "splice_sockets": Limit(16, _MOST, "the connection goes by TCP"),
     "events": Limit(
         4096, 1 << 26, "it is refused all the same; the event is lost and counted", power_of_two=True
     ),
@@ -76,6 +78,10 @@ LIMITS: Mapping[str, Limit] = {
 UNSIZED: Mapping[str, str] = {
     "counters": "it has a slot for each counter from the beginning",
     "udp_sockets": "the datagram, or connect(), is refused with ENOMEM",
+    "splice_counters": "it has a slot for each counter from the beginning",
+    "splice_ends": "the connection goes by TCP, and what is read after its end is not counted",
+    "splice_programs": "it has the one slot that it needs",
+    "splice_wakes": "the agent has been woken already",
     "sockets": "the dial is refused with ENOMEM; one that comes in is ended by the agent",
 }
 

@@ -13,12 +13,14 @@ from typing import NamedTuple
 # enum bpf_attach_type
 CGROUP_SOCK_OPS = 3
 CGROUP_INET_SOCK_CREATE = 2
+SK_MSG_VERDICT = 7
 CGROUP_INET4_CONNECT = 10
 CGROUP_INET6_CONNECT = 11
 CGROUP_UDP4_SENDMSG = 14
 CGROUP_UDP6_SENDMSG = 15
 CGROUP_UDP4_RECVMSG = 19
 CGROUP_UDP6_RECVMSG = 20
+TRACE_RAW_TP = 23
 TRACE_ITER = 28
 CGROUP_INET4_GETPEERNAME = 29
 CGROUP_INET6_GETPEERNAME = 30
@@ -27,6 +29,7 @@ SK_LOOKUP = 36
 # enum bpf_prog_type
 PROG_CGROUP_SOCK = 9
 PROG_SOCK_OPS = 13
+PROG_SK_MSG = 16
 PROG_CGROUP_SOCK_ADDR = 18
 PROG_TRACING = 26
 PROG_SK_LOOKUP = 30
@@ -175,19 +178,38 @@ def program_btf_id(number: int) -> int:
         os.close(program)
 
 
-def load_iterator(name: str, target: str, code: bytes) -> int:
-    """Load compiled instructions as an iterator over ``target`` (bcc knows one program for each target only).
+def attach_tracepoint(program: int) -> int:
+    """A link of a program that :func:`load_tracing` loaded for a tracepoint."""
+    return _check(_lib.bpf_raw_tracepoint_open(None, program), "attach tracepoint")
 
+
+def attach_to_map(program: int, map_fd: int, attach_type: int) -> None:
+    """Attach a program to a map of sockets, in place of the one before; those that are in it already keep theirs.
+
+    It stays attached as long as the map lives (links of such maps are newer than the oldest kernel that we run on).
+    """
+    _check(_lib.bpf_prog_attach(program, map_fd, attach_type, 0), "attach to map")
+
+
+def has_target(target: str, attach_type: int) -> bool:
+    """Whether this kernel has an iterator (TRACE_ITER) or tracepoint (TRACE_RAW_TP) of that name."""
+    return int(_lib.libbpf_find_vmlinux_btf_id(target.encode(), attach_type)) > 0
+
+
+def load_tracing(name: str, target: str, attach_type: int, code: bytes) -> int:
+    """Load compiled instructions for the iterator or tracepoint ``target``.
+
+    :param attach_type: TRACE_ITER (bcc knows one program for each target only) or TRACE_RAW_TP (typed arguments).
     :raises LinkError: the verifier refuses it; the message has its log.
     """
     attach_btf_id = _check(
-        _lib.libbpf_find_vmlinux_btf_id(target.encode(), TRACE_ITER), f"iterator {target} in the kernel's BTF"
+        _lib.libbpf_find_vmlinux_btf_id(target.encode(), attach_type), f"{target} in the kernel's BTF"
     )
     log = ctypes.create_string_buffer(1 << 20)
     for log_level in (0, 1):
         options = _ProgLoadOptions(
             sz=ctypes.sizeof(_ProgLoadOptions),
-            expected_attach_type=TRACE_ITER,
+            expected_attach_type=attach_type,
             attach_btf_id=attach_btf_id,
             log_level=log_level,
             log_size=len(log) if log_level else 0,

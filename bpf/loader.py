@@ -27,7 +27,7 @@ from bpf import links, maps, schema, seal, succession, wire
 from bpf.btf import Btf, BtfError
 
 _HERE = Path(__file__).parent
-_SOURCES = ("connect.c", "datagrams.c", "create.c", "sockops.c", "lookup.c", "iterators.c", "types.c")
+_SOURCES = ("connect.c", "datagrams.c", "create.c", "sockops.c", "lookup.c", "iterators.c", "splice.c", "types.c")
 _BPFFS_MAGIC = 0xCAFE4A11
 
 #: What one pod may have of a map that all write into: a part of it. More open connections to one listener of ours than that of
@@ -76,7 +76,10 @@ _ITERATORS = (
     _Iterator("bpf_iter__bpf_sk_storage_map__connections", *_OF_SOCKETS, "connections"),
     _Iterator("bpf_iter__bpf_sk_storage_map__refused", *_OF_SOCKETS, "refused_now"),
     _Iterator("bpf_iter__bpf_map_elem__silent", "bpf_map_elem", "conversations", "silent"),
+    _Iterator("bpf_iter__bpf_sk_storage_map__splice", "bpf_sk_storage_map", "splice_ends", "splice"),
 )
+_RECV_TRACEPOINT = "sock_recv_length"
+_RECV_LINK = "tracepoint_sock_recv_length"
 
 
 class LoadError(Exception):
@@ -118,6 +121,15 @@ def kernel_macros(btf: Btf) -> dict[str, int]:
         "SOCK_FLAGS": btf.offset("sock_common", "skc_flags"),
         "SOCK_STATE": btf.offset("sock_common", "skc_state"),
         "SOCK_DONE": btf.enumerator("sock_flags", "SOCK_DONE"),
+        "SOCK_ZEROCOPY": btf.enumerator("sock_flags", "SOCK_ZEROCOPY"),
+        "SOCK_URGINLINE": btf.enumerator("sock_flags", "SOCK_URGINLINE"),
+        "SOCK_SHUTDOWN": btf.offset("sock", "sk_shutdown"),
+        "SOCK_SOCKET": btf.offset("sock", "sk_socket"),
+        "SOCK_ULP": btf.offset("inet_connection_sock", "icsk_ulp_ops"),
+        "SOCKET_FILE": btf.offset("socket", "file"),
+        "FILE_FLAGS": btf.offset("file", "f_flags"),
+        "TCP_SOCK_DATA_SEGS_OUT": btf.offset("tcp_sock", "data_segs_out"),
+        "TCP_SOCK_FASTOPEN_RSK": btf.offset("tcp_sock", "fastopen_rsk"),
     }
 
 
@@ -156,11 +168,12 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = Fal
             if not replace and not others and seal.holds(folder, sealed, pinned):
                 return {"maps_made": [], "versions_replaced": [], "programs_replaced": [], "namespaces": 0}
             programs, iterators = _compile(opened, macros, stack)
-            succession.take_links(folder, others, [attachment.link for attachment in _CGROUP])
+            succession.take_links(folder, others, [*(attachment.link for attachment in _CGROUP), _RECV_LINK])
             replaced = [name for name in _CGROUP if _attach(folder, name, programs[name.function], target)]
             namespaces = _attach_namespaces(folder, programs["sk_lookup"])
             for iterator in _ITERATORS:
                 _attach_iterator(folder / iterator.pin, iterators[iterator.pin], opened[iterator.table].fd)
+            _attach_splice(folder, programs, opened)
             seal.put(folder, sealed, pinned)
             for other in others:
                 succession.remove(other)
@@ -270,6 +283,7 @@ def _compile(
     for function, program_type, attach_type in (
         *wanted,
         ("sk_lookup", links.PROG_SK_LOOKUP, links.SK_LOOKUP),
+        ("splice_message", links.PROG_SK_MSG, links.SK_MSG_VERDICT),
     ):
         try:
             programs[function] = module.load_func(function, program_type, attach_type=attach_type).fd
@@ -277,8 +291,17 @@ def _compile(
             raise LoadError(f"program {function}: {error}") from None
     iterators: dict[str, int] = {}
     for one in _ITERATORS:
-        iterators[one.pin] = links.load_iterator(one.pin, one.target, module.dump_func(one.function))
+        iterators[one.pin] = links.load_tracing(
+            one.pin, one.target, links.TRACE_ITER, module.dump_func(one.function)
+        )
         stack.callback(os.close, iterators[one.pin])
+    if links.has_target(_RECV_TRACEPOINT, links.TRACE_RAW_TP):
+        for function in ("sock_recv_length", "sock_recv_length_entry"):
+            code = module.dump_func(function)
+            programs[function] = links.load_tracing(
+                function[-15:], _RECV_TRACEPOINT, links.TRACE_RAW_TP, code
+            )
+            stack.callback(os.close, programs[function])
     # Its descriptors are closed with the module.
     stack.callback(module.cleanup)
     return programs, iterators
@@ -336,6 +359,27 @@ def _attach_iterator(path: Path, program: int, table: int) -> None:
         links.pin(link, str(path))
     finally:
         os.close(link)
+
+
+def _attach_splice(folder: Path, programs: dict[str, int], opened: dict[str, maps.Map]) -> None:
+    """What the splice has besides its hooks in sock_ops. Without the tracepoint (Linux 6.3) it stays off.
+
+    The tracepoint's own program stays as it is, and calls the one in the array: two that count what was read, for a moment,
+    would let the splice lose its order.
+    """
+    if _RECV_TRACEPOINT not in programs:
+        opened["splice_counters"].update(
+            struct.pack("=I", wire.SpliceCounter.OFF), struct.pack("=Q", wire.SPLICE_UNSUPPORTED)
+        )
+        return
+    links.attach_to_map(programs["splice_message"], opened["splice_sockets"].fd, links.SK_MSG_VERDICT)
+    opened["splice_programs"].update(bytes(4), struct.pack("=I", programs["sock_recv_length"]))
+    if not (folder / _RECV_LINK).exists():
+        link = links.attach_tracepoint(programs["sock_recv_length_entry"])
+        try:
+            links.pin(link, str(folder / _RECV_LINK))
+        finally:
+            os.close(link)
 
 
 def _size(text: str) -> tuple[str, int]:

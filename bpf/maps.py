@@ -21,6 +21,7 @@ from bpf.wire import Captured, CapturedKey
 # enum bpf_map_type
 HASH = 1
 ARRAY = 2
+PROG_ARRAY = 3
 ARRAY_OF_MAPS = 12
 HASH_OF_MAPS = 13
 LRU_HASH = 9

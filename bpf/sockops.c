@@ -9,6 +9,7 @@
 #include "lib/helpers.h"
 #include "lib/policy.h"
 #include "lib/refusal.h"
+#include "lib/splice.h"
 
 inline_always bool tuple_of(struct bpf_sock_ops *ctx, bool active, struct tuple *tuple)
 {
@@ -72,6 +73,9 @@ inline_always void dialling(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 		return;
 	struct who who = { .netns = state->netns, .identity = state->identity, .kind = state->kind };
 
+	if (splice_may_begin(state))
+		who.splice = socket_cookie(ctx);
+
 	if (state->kind == VIA_CAPTURED) {
 		struct captured_key key = {
 			.netns = state->netns,
@@ -119,6 +123,7 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	struct socket_state state = {};
 	struct who *who;
 	struct peer *peer;
+	u64 splice = 0;
 	u32 reason;
 
 	if (!pod || !tuple_of(ctx, false, &tuple))
@@ -132,6 +137,7 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 		state.kind = who->kind;
 		state.identity = who->identity;
 		drop_connecting(who->netns, &tuple);
+		splice = who->splice;
 	} else {
 		/* A client that dialled, was admitted and has already gone took its record along: it was this one. */
 		peer = map_lookup(MAP(PEERS), &tuple.client_address);
@@ -185,9 +191,11 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 		account_open(stored);
 	else
 		stored->flags |= SOCKET_OPEN;
+	if (stored->flags & SOCKET_COUNTED)
+		splice_begin(ctx, sk, netns, pod->flags & POD_NO_SPLICE ? 0 : splice, 1);
 }
 
-inline_always void connected(struct bpf_sock *sk)
+inline_always void connected(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 {
 	struct socket_state *state = storage_get(MAP(SOCKETS), sk, 0, 0);
 
@@ -197,6 +205,8 @@ inline_always void connected(struct bpf_sock *sk)
 		account_open(state);
 	else
 		state->flags |= SOCKET_OPEN;
+	if (state->flags & SOCKET_COUNTED)
+		splice_begin(ctx, sk, state->netns, splice_may_begin(state) ? socket_cookie(ctx) : 0, 0);
 }
 
 inline_always void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u32 old_state)
@@ -216,8 +226,11 @@ inline_always void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u32 old
 	if ((state->flags & SOCKET_COUNTED) && (state->flags & SOCKET_OPEN)) {
 		void *tcp = to_tcp_sock(sk);
 
-		if (tcp)
-			account_close(state, tcp, old_state);
+		if (tcp) {
+			u64 read = account_close(state, sk, tcp, old_state);
+
+			splice_closed(sk, &state->flow, read);
+		}
 	}
 	if (state->flags & SOCKET_OPEN)
 		note_closed(&tuple);
@@ -235,10 +248,13 @@ int sock_ops(struct bpf_sock_ops *ctx)
 		dialling(ctx, sk);
 		break;
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
-		connected(sk);
+		connected(ctx, sk);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		accepted(ctx, sk);
+		break;
+	case BPF_SOCK_OPS_RTT_CB:
+		splice_rtt(ctx, sk);
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		if (ctx->args[1] == BPF_TCP_CLOSE)

@@ -37,6 +37,8 @@ struct wire_types {
 	struct conversation conversation;
 	struct flow_record flow_record;
 	struct socket_state socket_state;
+	struct splice_end splice_end;
+	struct splice splice;
 	struct connection connection;
 	struct event event;
 	struct refusal refusal;

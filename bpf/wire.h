@@ -105,6 +105,7 @@ struct address {
  */
 #define POD_PASSING 1 /* its applications' dials pass as without a mesh */
 #define POD_OPEN 2    /* plain text that arrives is not judged: no sk_lookup there */
+#define POD_NO_SPLICE 4
 struct pod {
 	struct address address4; /* none: it has no address of that family */
 	struct address address6;
@@ -300,6 +301,7 @@ struct who {
 	__u32 generation; /* of the policy that admitted it last; 0 until then */
 	__u32 kind;
 	__u32 pad;
+	__u64 splice; /* its cookie, if the connection may be spliced */
 };
 
 /*
@@ -429,6 +431,70 @@ struct socket_state {
 	__u32 generation;
 	__u16 kind;
 	__u16 flags;
+};
+
+/*
+ * The splice (lib/splice.h; private to the programs). splice_ends: storage of each end that has an account, with an id if its
+ * connection may be spliced. splices: id -> splice, from when one of the ends asks for it. splice_sockets (a sockhash): id << 1 | side -> the socket.
+ */
+#define SPLICE_READS 3		/* of an end, before it enters */
+#define SPLICE_CAP (1 << 20)	/* bytes sent and not yet read, of one direction */
+#define SPLICE_BULK (512 << 10) /* bytes of one direction for each message of the other, from which it stays out */
+
+#define SPLICE_WANTED 1 /* splice_end.flags: it is in splices */
+#define SPLICE_IN 2	/* in splice_sockets */
+#define SPLICE_NEVER 4	/* not again */
+#define SPLICE_CLOSED 8
+struct splice_end {
+	__u64 id; /* the cookie of the socket that dialled; 0: never */
+	__u64 netns;
+	__u64 read;	 /* what recv gave to the application */
+	__u32 sent_base; /* the first sequence number of what it sends */
+	__u32 read_base; /* and of what it reads */
+	__u32 reads;
+	__u32 side; /* 0: it dialled */
+	__u64 flags;
+	__u64 accounted; /* SPLICE_CLOSED: what of read is in the flow */
+	struct flow_key flow;
+	__u32 pad;
+};
+
+#define SPLICE_READY 1	/* splice.flags, << side */
+#define SPLICE_JOINED 4 /* << side: in splice_sockets */
+#define SPLICE_GONE 16	/* << side: closed */
+#define SPLICE_LEAVING 64
+#define SPLICE_READY_BOTH 3
+#define SPLICE_RUNS 15 /* both ready, both joined, and nothing else */
+struct splice_side {
+	__u64 redirected; /* what was sent past TCP */
+	__u64 read;	  /* splice_end.read, perhaps a little older */
+	__u32 sent_base;
+	__u32 read_base;
+	__u32 redirects; /* all that is sent and not yet read was redirected */
+	__u32 pad[9];	 /* what the two ends write lies apart */
+};
+
+struct splice {
+	struct splice_side side[2];
+	__u64 flags;
+};
+
+/* What the iterator "splice" writes, a __u32 for each end with which it did something. */
+enum splice_step {
+	SPLICE_ENTERED = 1,
+	SPLICE_LEFT = 2,
+	SPLICE_WAITS = 3, /* it has to leave, and its application has not read everything yet */
+};
+
+/* splice_counters: two words of state, then what happened since the map was made. */
+enum splice_counter {
+	SPLICE_COUNTER_OFF = 0,	  /* not 0: nothing is spliced on this node */
+	SPLICE_COUNTER_WOKEN = 1, /* the agent was woken, and has not walked yet */
+	SPLICE_COUNTER_ENTERED,
+	SPLICE_COUNTER_LEFT,
+	SPLICE_COUNTER_OVERFLOWS,
+	SPLICE_COUNTER_FULL,
+	SPLICE_COUNTER_COUNT,
 };
 
 /* What the iterators over open connections write, one after another. */

@@ -27,6 +27,7 @@ PEER_NODE = 8
 #: Flags of :class:`Pod`.
 POD_PASSING = 1
 POD_OPEN = 2
+POD_NO_SPLICE = 4
 #: Flags of :class:`Service`.
 SERVICE_L7 = 1
 SERVICE_AFFINITY = 2
@@ -493,12 +494,13 @@ class Tuple(Record):
 class Who(Record):
     """Value of ``connecting``."""
 
-    LAYOUT = Layout("who", netns=U64, identity=U32, generation=U32, kind=U32, pad=U32)
+    LAYOUT = Layout("who", netns=U64, identity=U32, generation=U32, kind=U32, pad=U32, splice=U64)
     netns: int
     identity: int
     generation: int
     kind: int
     pad: int = 0
+    splice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -768,6 +770,33 @@ DATAGRAM_KEY_SIZE = 32
 DATAGRAM_SOCKET_SIZE = 44
 #: Bytes of ``struct socket_state``, which only the programs look into.
 SOCKET_STATE_SIZE = 168
+#: The same of ``struct splice_end`` and ``struct splice``.
+SPLICE_END_SIZE = 80
+SPLICE_SIZE = 136
+
+
+#: In the slot OFF: this kernel cannot.
+SPLICE_UNSUPPORTED = 2
+
+
+class SpliceStep(enum.IntEnum):
+    """What the iterator ``splice`` did with an end of a connection."""
+
+    ENTERED = 1
+    LEFT = 2
+    WAITS = 3  #: it has to leave, and its application has not read everything yet
+
+
+class SpliceCounter(enum.IntEnum):
+    """Slots of ``splice_counters``: two words of state, then what happened since the map was made."""
+
+    OFF = 0  #: not 0: nothing is spliced on this node
+    WOKEN = 1  #: the agent was woken, and has not walked yet
+    ENTERED = 2
+    LEFT = 3
+    OVERFLOWS = 4
+    FULL = 5
+
 
 #: Slots of the map ``counters``: refusals by :class:`Reason`, then these.
 COUNTER_FULL = {

@@ -35,6 +35,7 @@ from agent.kernel.pods import Pods
 from agent.kernel.policies import Policies, Verdicts, network_elements
 from agent.kernel.ring import RingReader
 from agent.kernel.services import Services
+from agent.kernel.splices import Splices
 from bpf import schema, usage, wire
 from bpf.limits import UNSIZED
 from bpf.maps import Map, MapFullError
@@ -77,7 +78,7 @@ class Kernel:
                 spec.name: stack.enter_context(Map.open(str(self._folder / spec.name)))
                 for spec in schema.MAPS
             }
-            for name in ("program_sk_lookup", "accounts", "connections", "refused_now", "silent"):
+            for name in ("program_sk_lookup", "accounts", "connections", "refused_now", "silent", "splice"):
                 if not (self._folder / name).exists():
                     raise KernelError(f"pins {self._folder}: {name} is not there")
             self._events = RingReader(maps["events"])
@@ -90,6 +91,9 @@ class Kernel:
             self._counters = stack.enter_context(Map.open(str(self._folder / "counters")))
             self._flows = stack.enter_context(Map.open(str(self._folder / "flows")))
             self._refused = stack.enter_context(Map.open(str(self._folder / "refused")))
+            #: Connections between two pods of this node that go past TCP.
+            self.splices = Splices(self._folder, maps)
+            stack.callback(self.splices.close)
             self._maps = maps
             self._usage = {
                 spec.name: Usage(maps[spec.name])

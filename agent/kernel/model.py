@@ -36,6 +36,7 @@ class Pod(NamedTuple):
     #: The same, for what arrives: plain text is not judged.
     open: bool = False
     zone: int = 0  #: its number; 0 is unknown
+    splice: bool = True  #: its connections with pods of this node may go past TCP
 
 
 class Peer(NamedTuple):

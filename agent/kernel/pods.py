@@ -97,6 +97,7 @@ class Pods:
             if pod.passing or pod.open:
                 peer_flags |= wire.PEER_JOINING
             flags = (wire.POD_PASSING if pod.passing else 0) | (wire.POD_OPEN if pod.open else 0)
+            flags |= 0 if pod.splice else wire.POD_NO_SPLICE
             for address in filter(None, (address4, address6)):
                 peer = wire.Peer(pod.netns_cookie, pod.identity, peer_flags, pod.zone)
                 self._peers.update(address_key(address), peer.pack())
@@ -273,7 +274,9 @@ class Pods:
 def _pod(cookie: int, pod: wire.Pod) -> Pod:
     passing, is_open = bool(pod.flags & wire.POD_PASSING), bool(pod.flags & wire.POD_OPEN)
     addresses = tuple(filter(None, (pod.address4, pod.address6)))
-    return Pod(cookie, addresses, pod.identity, passing, is_open, pod.zone)
+    return Pod(
+        cookie, addresses, pod.identity, passing, is_open, pod.zone, not pod.flags & wire.POD_NO_SPLICE
+    )
 
 
 def _purge(table: Map, about: Callable[[bytes], bool]) -> None:

@@ -15,6 +15,7 @@
 #include "lib/helpers.h"
 #include "lib/record.h"
 #include "lib/refusal.h"
+#include "lib/splice.h"
 
 #define STATES_WITH_FIN_SENT                                                            \
 	((1 << BPF_TCP_FIN_WAIT1) | (1 << BPF_TCP_FIN_WAIT2) | (1 << BPF_TCP_CLOSING) | \
@@ -100,12 +101,15 @@ inline_always void account_open(struct socket_state *state)
 	state->flags |= SOCKET_OPEN;
 }
 
-inline_always void account_close(struct socket_state *state, void *tcp, u32 old_state)
+/* What was counted as read. */
+inline_always u64 account_close(struct socket_state *state, void *sk, void *tcp, u32 old_state)
 {
 	u64 sent = bytes_written(tcp, old_state, state->flags & SOCKET_ACTIVE);
 	u64 received = bytes_read(tcp);
 	u64 retransmits = LOAD(u32, tcp, TCP_SOCK_TOTAL_RETRANS);
 	u32 rtt_us = smoothed_rtt(tcp);
+
+	spliced_bytes(sk, &sent, &received);
 	u64 sent_before = __sync_lock_test_and_set(&state->sent, ACCOUNT_CLOSED);
 	u64 received_before = __sync_lock_test_and_set(&state->received, ACCOUNT_CLOSED);
 	u64 retransmits_before = __sync_lock_test_and_set(&state->retransmits, ACCOUNT_CLOSED);
@@ -121,7 +125,7 @@ inline_always void account_close(struct socket_state *state, void *tcp, u32 old_
 	struct flow_record *record = new_record();
 
 	if (!record)
-		return;
+		return received;
 	record->netns = state->netns;
 	record->started = state->opened;
 	record->ended = now_ns();
@@ -136,6 +140,24 @@ inline_always void account_close(struct socket_state *state, void *tcp, u32 old_
 	record->kind = state->kind;
 	record->pad = 0;
 	submit_record(record);
+	return received;
+}
+
+/*
+ * An application may read what its socket still has when the connection is closed: it is counted then. read is all that recv gave;
+ * of two readers the one with more adds for both.
+ */
+inline_always void account_late_read(struct splice_end *end, u64 read)
+{
+	u64 before = *(volatile u64 *)&end->accounted;
+	struct flow_key key = end->flow;
+	struct flow *flow;
+
+	if (read <= before || __sync_val_compare_and_swap(&end->accounted, before, read) != before)
+		return;
+	flow = flow_of(&key);
+	if (flow)
+		__sync_fetch_and_add(&flow->received, read - before);
 }
 
 /*

@@ -255,6 +255,10 @@ def everything_about(node, pod):
         if name in (
             "sockets",
             "udp_sockets",
+            "splice_ends",
+            "splice_counters",
+            "splice_wakes",
+            "splice_programs",
             "events",
             "records",
             "counters",

@@ -1,0 +1,82 @@
+"""Takes connections between two pods of this node into the splice and lets them out again.
+
+Owns when the kernel's walk runs: when the kernel says that it would have something to do, and then at most every
+:data:`PERIOD`, since a walk more often costs more than the splice gains. Nothing runs while nothing is to be done. Which
+connections may enter, and when one can leave without losing a byte, the programs know (``bpf/lib/splice.h``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Protocol
+
+from agent.kernel.splices import Walk
+from bpf.wire import SpliceCounter
+from common import logs
+
+_log = logs.get(__name__)
+
+#: Seconds between two walks, at least.
+PERIOD = 0.2
+#: Seconds until applications that do not read what they have are looked at again, at most.
+_LONGEST = 5.0
+
+
+class Kernel(Protocol):
+    """The kernel's half, as far as this needs it."""
+
+    @property
+    def supported(self) -> bool: ...
+    def switch(self, on: bool) -> None: ...
+    def fd(self) -> int: ...
+    def hush(self) -> None: ...
+    def walk(self) -> Walk: ...
+    def counters(self) -> Mapping[SpliceCounter, int]: ...
+
+
+class Splicer:
+    """:param on: whether connections of this node may enter at all; those that are in leave otherwise."""
+
+    def __init__(self, kernel: Kernel, *, on: bool = True) -> None:
+        self._kernel = kernel
+        self._on = on
+        self._wake = asyncio.Event()
+
+    def changed(self) -> None:
+        """Pods, or what they may, have changed."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until cancelled. What is in the splice stays there."""
+        if not self._kernel.supported:
+            _log.warning("nothing is spliced: this kernel has no tracepoint sock_recv_length (Linux 6.3)")
+            return
+        loop = asyncio.get_running_loop()
+        self._kernel.switch(self._on)
+
+        def woken() -> None:
+            self._kernel.hush()
+            self._wake.set()
+
+        # A predecessor may have been woken and not have walked.
+        self._wake.set()
+        loop.add_reader(self._kernel.fd(), woken)
+        try:
+            pause = PERIOD
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                try:
+                    walk = await asyncio.to_thread(self._kernel.walk)
+                except OSError as error:
+                    _log.error("connections cannot enter or leave the splice", reason=str(error))
+                    walk = Walk(0, 0, 1)
+                if walk.waiting:
+                    pause = PERIOD if walk.left else min(2 * pause, _LONGEST)
+                    loop.call_later(pause, self._wake.set)
+                else:
+                    pause = PERIOD
+                await asyncio.sleep(PERIOD)
+        finally:
+            loop.remove_reader(self._kernel.fd())
