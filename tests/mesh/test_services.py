@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +28,13 @@ class World:
 def world(lab: Lab) -> World:
     lab.namespace(NAMESPACE)
     servers = {
-        node: echo_server(lab, f"server-{node}", node=node, namespace=NAMESPACE, labels={"app": "server"})
+        node: echo_server(
+            lab,
+            f"server-{node}",
+            node=node,
+            namespace=NAMESPACE,
+            labels={"app": "server", "which": f"server-{node}"},
+        )
         for node in ("node1", "node2")
     }
     clients = {node: lab.pod(f"client-{node}", node=node, namespace=NAMESPACE) for node in ("node1", "node2")}
@@ -58,6 +66,73 @@ def service(lab: Lab, request: pytest.FixtureRequest) -> Iterator[str]:
 def reached(client: Pod, address: str, count: int) -> set[str]:
     """The servers' addresses, as they see them."""
     return {str(greeting(client, address, ECHO)["local"][0]) for _ in range(count)}
+
+
+def shares(client: Pod, address: str, count: int, port: int = ECHO) -> Counter[str]:
+    """How many of as many connections each server got, by its address."""
+    done = client.run(
+        client.app("traffic", address, port, "--count", count, "--interval", 0, "--greeted"), timeout=60
+    )
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {r["outcome"] for r in records} == {"ok"}, records
+    return Counter(r["greeting"]["local"][0] for r in records)
+
+
+@pytest.mark.parametrize(("first", "second", "least", "most"), [(75, 25, 40, 75), (100, 0, 80, 80)])
+def test_tcp_routes_share_connections(
+    lab: Lab, world: World, service: str, first: int, second: int, least: int, most: int
+):
+    """Weights of destinations, drawn by the kernel for each connection. The bounds are five standard deviations wide."""
+    hosts = ("server-node1", "server-node2")
+    subsets = [{"name": h, "labels": {"which": h}} for h in hosts]
+    routes = [
+        {"destination": {"host": "chosen", "subset": h}, "weight": w}
+        for h, w in zip(hosts, (first, second), strict=True)
+    ]
+    common = {"metadata": {"name": "chosen", "namespace": NAMESPACE}}
+    kinds = {
+        "DestinationRule": {"host": "chosen", "subsets": subsets},
+        "VirtualService": {"hosts": ["chosen"], "tcp": [{"route": routes}]},
+    }
+    manifests = [
+        {"apiVersion": "networking.istio.io/v1", "kind": kind, **common, "spec": spec}
+        for kind, spec in kinds.items()
+    ]
+    with lab.applied(manifests):
+        found = shares(world.clients["node1"], service, 80)
+        assert least <= found[world.servers["node1"].address] <= most, found
+
+
+@pytest.mark.parametrize(
+    "service",
+    [
+        {
+            "type": "NodePort",
+            "externalIPs": ["192.0.2.77"],
+            "ports": [{"name": "tcp", "port": ECHO, "nodePort": 30777, "protocol": "TCP"}],
+        }
+    ],
+    indirect=True,
+)
+def test_external_addresses_and_node_ports(lab: Lab, world: World, service: str):
+    """From pods of the mesh, with their identity: nothing but the mesh answers there in this lab."""
+    addresses = {node.name: node.address_on_fabric for node in lab.nodes}
+    nodes = [
+        {
+            "apiVersion": "v1",
+            "kind": "Node",
+            "metadata": {"name": name},
+            "status": {"addresses": [{"type": "InternalIP", "address": address}]},
+        }
+        for name, address in addresses.items()
+    ]
+    everywhere = {server.address for server in world.servers.values()}
+    with lab.applied(nodes):
+        for client in world.clients.values():
+            assert set(shares(client, "192.0.2.77", 16)) == everywhere
+            for address in addresses.values():
+                assert set(shares(client, address, 16, 30777)) == everywhere
+        assert dial(world.clients["node1"], "192.0.2.77", ECHO + 1, timeout=1) != ""
 
 
 def test_without_affinity_every_endpoint_gets_some(world: World, service: str):
