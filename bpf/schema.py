@@ -124,8 +124,12 @@ MAPS = (
 OVERFLOW_KEYS = {
     table: tuple(
         wire.FlowKey(0, 0, 0, 0, 0, verdict, protocol, direction, 0)
-        for protocol in (wire.PROTOCOL_TCP, wire.PROTOCOL_UDP)
+        for protocol in protocols
         for direction in wire.Direction
     )
-    for table, verdict in (("flows", wire.VERDICT_ALLOWED), ("refused", wire.VERDICT_SEVERAL))
+    for table, verdict, protocols in (
+        ("flows", wire.VERDICT_ALLOWED, (wire.PROTOCOL_TCP, wire.PROTOCOL_UDP)),
+        # Of others it is only counted what was refused.
+        ("refused", wire.VERDICT_SEVERAL, (wire.PROTOCOL_TCP, wire.PROTOCOL_UDP, 0)),
+    )
 }

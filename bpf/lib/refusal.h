@@ -15,25 +15,31 @@
 /* An application that dials again and again is told of once in a while. */
 #define DIAL_NS (5 * SECOND_NS)
 
+/* The others together have one account for what finds no room. */
+inline_always bool is_counted_apart(u8 protocol)
+{
+	return protocol == IPPROTO_TCP || protocol == IPPROTO_UDP;
+}
+
 inline_always void count_refused(struct flow_key *flow, u64 number, u64 bytes)
 {
 	struct refusals *refusals = map_lookup(MAP(REFUSED), flow);
 	struct refusals none = {};
 
 	if (!refusals) {
-		if (map_update(MAP(REFUSED), flow, &none, BPF_NOEXIST) == -7 /* E2BIG */) {
-			/* Somebody scans ports: the rest is counted under port 0, which the loader put there. */
-			count(COUNTER_FULL_REFUSED);
-			struct flow_key other = {
-				.verdict = VERDICT_SEVERAL,
-				.protocol = flow->protocol,
-				.direction = flow->direction,
-			};
+		map_update(MAP(REFUSED), flow, &none, BPF_NOEXIST);
+		refusals = map_lookup(MAP(REFUSED), flow);
+	}
+	if (!refusals) {
+		/* Somebody scans ports: the rest is counted under port 0, which the loader put there. */
+		count(COUNTER_FULL_REFUSED);
+		struct flow_key other = {
+			.verdict = VERDICT_SEVERAL,
+			.protocol = is_counted_apart(flow->protocol) ? flow->protocol : 0,
+			.direction = flow->direction,
+		};
 
-			refusals = map_lookup(MAP(REFUSED), &other);
-		} else {
-			refusals = map_lookup(MAP(REFUSED), flow);
-		}
+		refusals = map_lookup(MAP(REFUSED), &other);
 	}
 	if (!refusals)
 		return;

@@ -293,7 +293,7 @@ def test_fast_open(node, make_pod):
 
 def test_accounts_without_room(tmp_path):
     """What no longer fits is counted all the same, under nobody's name."""
-    node = Node(tmp_path, sizes=("flows=5", "refused=5"))
+    node = Node(tmp_path, sizes=("flows=5", "refused=7"))
     try:
         client, server = TestPod(node, "10.77.0.10", 20), TestPod(node, "10.77.0.11", 21)
         client.enrol({})
@@ -319,7 +319,7 @@ def test_accounts_without_room(tmp_path):
         assert flows[FlowKey(0, 0, 0, Direction.INBOUND, verdict=VERDICT_SEVERAL)].refused == 2
         pressure = node.kernel.pressure()
         assert pressure["flows"].used == 5 and pressure["flows"].refused > 0
-        assert pressure["refused"][:3] == (5, 5, 2)
+        assert pressure["refused"][:3] == (7, 7, 2)
         client.close()
         server.close()
     finally:
