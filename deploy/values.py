@@ -84,6 +84,12 @@ class Agent(_Values, frozen=True):
             description="Loading the kernel programs needs LLVM for a second: 110 MB, and its file pages."
         ),
     ] = Resources(Quantities("50m", "128Mi"), MemoryLimit("640Mi"))
+    flow_log: Annotated[
+        str,
+        msgspec.Meta(
+            description="Flow records as JSON lines: - for standard output, or a file below node.stateDir."
+        ),
+    ] = ""
     max_unavailable: Annotated[
         Name | int,
         msgspec.Meta(

@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {
         "tolerations": [{"key": "k", "operator": "Equal", "value": "true", "effect": "NoSchedule"}],
     },
     "agent": {
+        "flowLog": "-",
         "priorityClassName": "higher",
         "resources": {"requests": {"cpu": "1m", "memory": "1Mi"}, "limits": {"memory": "2Gi"}},
         "maxUnavailable": 3,
