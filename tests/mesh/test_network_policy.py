@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.privileged
 NAMESPACE = "netpol"
 OTHER = "netpol-other"
 SECOND = 9001
-EVERYBODY = {"alice", "bob", "carol"}
+EVERYBODY = ("alice", "bob", "carol")
+PLACES = ("near", "far")
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,22 @@ def isolate(lab: Lab, app: str, *, name: str = "", namespace: str = NAMESPACE, *
     )
 
 
-def allowed(world: World, where: str, port: int = ECHO) -> set[str]:
-    """Who of the clients gets through."""
+def each(world: World, asks: Callable[[Pod], bool]) -> dict[str, set[str]]:
+    """Who of the clients gets through, near and far. All ask at once."""
+    with ThreadPoolExecutor(len(world.clients)) as threads:
+        outcomes = dict(zip(world.clients, threads.map(asks, world.clients.values()), strict=True))
     return {
-        who
-        for (place, who), pod in world.clients.items()
-        if place == where and echoes(pod, world.server.address, port, timeout=3) == ""
+        place: {who for (p, who), passed in outcomes.items() if p == place and passed} for place in PLACES
     }
+
+
+def allowed(world: World, port: int = ECHO) -> dict[str, set[str]]:
+    return each(world, lambda pod: echoes(pod, world.server.address, port, timeout=3) == "")
+
+
+def both(*who: str) -> dict[str, set[str]]:
+    """The same near and far."""
+    return {place: set(who) for place in PLACES}
 
 
 def peers(*found: Any, port: int = 0) -> dict[str, Any]:
@@ -101,111 +112,101 @@ ALICE = {"podSelector": {"matchLabels": {"app": "alice"}}}
 OTHERS = {"namespaceSelector": {"matchLabels": {"team": "other"}}}
 
 
-@pytest.mark.parametrize("where", ["near", "far"])
 @pytest.mark.parametrize(
     ("rules", "expected"),
     [
-        pytest.param([], set(), id="default-deny"),
+        pytest.param([], (), id="default-deny"),
         pytest.param([{}], EVERYBODY, id="allow-all"),
-        pytest.param([peers(ALICE)], {"alice"}, id="pods"),
-        pytest.param([peers(OTHERS)], {"carol"}, id="namespaces"),
-        pytest.param([peers({**OTHERS, **ALICE})], set(), id="pods-of-namespaces"),
-        pytest.param([peers(ALICE, port=SECOND), peers(OTHERS, port=ECHO)], {"carol"}, id="ports"),
+        pytest.param([peers(ALICE)], ("alice",), id="pods"),
+        pytest.param([peers(OTHERS)], ("carol",), id="namespaces"),
+        pytest.param([peers({**OTHERS, **ALICE})], (), id="pods-of-namespaces"),
+        pytest.param([peers(ALICE, port=SECOND), peers(OTHERS, port=ECHO)], ("carol",), id="ports"),
         pytest.param([{"ports": [{"port": 8000, "endPort": 9000}]}], EVERYBODY, id="range-of-ports"),
-        pytest.param([{"ports": [{"port": ECHO, "protocol": "UDP"}]}], set(), id="other-protocol"),
+        pytest.param([{"ports": [{"port": ECHO, "protocol": "UDP"}]}], (), id="other-protocol"),
         pytest.param([peers({"ipBlock": {"cidr": "0.0.0.0/0"}})], EVERYBODY, id="every-address"),
-        pytest.param([peers({"ipBlock": {"cidr": "192.0.2.0/24"}})], set(), id="other-addresses"),
+        pytest.param([peers({"ipBlock": {"cidr": "192.0.2.0/24"}})], (), id="other-addresses"),
     ],
 )
-def test_ingress(lab: Lab, world: World, where: str, rules: list[dict[str, Any]], expected: set[str]):
+def test_ingress(lab: Lab, world: World, rules: list[dict[str, Any]], expected: tuple[str, ...]):
     isolate(lab, "server", ingress=rules)
     lab.settle()
-    assert allowed(world, where) == expected
+    assert allowed(world) == both(*expected)
 
 
-@pytest.mark.parametrize("where", ["near", "far"])
-def test_a_block_of_addresses_and_its_exceptions(lab: Lab, world: World, where: str):
-    alice, bob = (world.clients[where, who].address for who in ("alice", "bob"))
-    isolate(lab, "server", ingress=[peers({"ipBlock": {"cidr": f"{alice}/32"}})])
+def test_a_block_of_addresses_and_its_exceptions(lab: Lab, world: World):
+    blocks = {who: [f"{world.clients[p, who].address}/32" for p in PLACES] for who in EVERYBODY}
+    isolate(lab, "server", ingress=[peers(*({"ipBlock": {"cidr": b}} for b in blocks["alice"]))])
     lab.settle()
-    assert allowed(world, where) == {"alice"}
-    block = {"cidr": "0.0.0.0/0", "except": [f"{alice}/32", f"{bob}/32"]}
+    assert allowed(world) == both("alice")
+    block = {"cidr": "0.0.0.0/0", "except": [*blocks["alice"], *blocks["bob"]]}
     isolate(lab, "server", ingress=[peers({"ipBlock": block})])
     lab.settle()
-    assert allowed(world, where) == {"carol"}
+    assert allowed(world) == both("carol")
 
 
-@pytest.mark.parametrize("where", ["near", "far"])
-def test_policies_add_up_and_authorization_counts_too(lab: Lab, world: World, where: str):
+def test_policies_add_up_and_authorization_counts_too(lab: Lab, world: World):
     isolate(lab, "server", name="one", ingress=[peers(ALICE)])
     isolate(lab, "server", name="two", ingress=[peers(OTHERS)])
     lab.settle()
-    assert allowed(world, where) == {"alice", "carol"}
+    assert allowed(world) == both("alice", "carol")
     deny = authorization_policy(
         "deny", NAMESPACE, action="DENY", rules=[{"from": [{"source": {"namespaces": [OTHER]}}]}]
     )
     lab.apply(deny)
     lab.settle()
-    assert allowed(world, where) == {"alice"}
+    assert allowed(world) == both("alice")
 
 
-@pytest.mark.parametrize("where", ["near", "far"])
-def test_egress(lab: Lab, world: World, where: str):
+def test_egress(lab: Lab, world: World):
     to_server = {"to": [{"podSelector": {"matchLabels": {"app": "server"}}}], "ports": [{"port": ECHO}]}
     isolate(lab, "alice", policyTypes=["Egress"])
     isolate(lab, "bob", policyTypes=["Egress"], egress=[to_server])
     lab.settle()
-    assert allowed(world, where) == {"bob", "carol"}
-    assert allowed(world, where, SECOND) == {"carol"}
+    assert allowed(world) == both("bob", "carol")
+    assert allowed(world, SECOND) == both("carol")
 
 
-def answered(world: World, where: str) -> set[str]:
+def answered(world: World) -> dict[str, set[str]]:
     """Who of the clients has an answer through l7proxy."""
-    answers = {
-        who: fetch(pod, f"http://{world.service}/")[0]
-        for (place, who), pod in world.clients.items()
-        if place == where
-    }
-    for answer in answers.values():
+
+    def asks(pod: Pod) -> bool:
+        (answer,) = fetch(pod, f"http://{world.service}/")
         assert answer.get("status") in (None, 200, 403, 503), answer
         assert answer["seconds"] < 10, "nothing hangs"
-    return {who for who, answer in answers.items() if answer.get("status") == 200}
+        return answer.get("status") == 200
+
+    return each(world, asks)
 
 
-@pytest.mark.parametrize("where", ["near", "far"])
-def test_ingress_through_l7proxy(lab: Lab, world: World, where: str):
+def test_ingress_through_l7proxy(lab: Lab, world: World):
     isolate(lab, "web", ingress=[peers(ALICE, OTHERS, port=HTTP)])
     lab.settle()
-    assert answered(world, where) == {"alice", "carol"}
+    assert answered(world) == both("alice", "carol")
     isolate(lab, "web", ingress=[peers(ALICE, port=80)])
     lab.settle()
-    assert answered(world, where) == set()
+    assert answered(world) == both()
 
 
-@pytest.mark.parametrize("where", ["near", "far"])
-def test_egress_through_l7proxy(lab: Lab, world: World, where: str):
+def test_egress_through_l7proxy(lab: Lab, world: World):
     """The endpoint that the proxy chose is judged, by its own port; not the service that was dialled."""
     web = {"to": [{"podSelector": {"matchLabels": {"app": "web"}}}]}
     isolate(lab, "alice", policyTypes=["Egress"], egress=[{**web, "ports": [{"port": HTTP}]}])
     isolate(lab, "bob", policyTypes=["Egress"], egress=[{**web, "ports": [{"port": 80}]}])
     lab.settle()
-    assert answered(world, where) == {"alice", "carol"}
+    assert answered(world) == both("alice", "carol")
 
 
-@pytest.mark.parametrize("where", ["near", "far"])
 @pytest.mark.parametrize(
     ("action", "field", "expected"),
     [
-        ("ALLOW", "ipBlocks", {"alice"}),
-        ("ALLOW", "notIpBlocks", {"bob", "carol"}),
-        ("DENY", "ipBlocks", {"bob", "carol"}),
-        ("DENY", "notIpBlocks", {"alice"}),
+        ("ALLOW", "ipBlocks", ("alice",)),
+        ("ALLOW", "notIpBlocks", ("bob", "carol")),
+        ("DENY", "ipBlocks", ("bob", "carol")),
+        ("DENY", "notIpBlocks", ("alice",)),
     ],
 )
-def test_authorization_by_address(
-    lab: Lab, world: World, where: str, action: str, field: str, expected: set[str]
-):
-    source = {field: [f"{world.clients[where, 'alice'].address}/32"]}
+def test_authorization_by_address(lab: Lab, world: World, action: str, field: str, expected: tuple[str, ...]):
+    source = {field: [f"{world.clients[place, 'alice'].address}/32" for place in PLACES]}
     policy = authorization_policy(
         "by-address",
         NAMESPACE,
@@ -215,7 +216,7 @@ def test_authorization_by_address(
     )
     lab.apply(policy)
     lab.settle()
-    assert allowed(world, where) == expected
+    assert allowed(world) == both(*expected)
 
 
 @pytest.mark.parametrize("where", ["near", "far"])
