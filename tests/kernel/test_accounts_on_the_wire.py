@@ -269,3 +269,19 @@ def test_a_pod_that_ends_with_what_it_wrote_under_way(node, make_pod):
     talk.client.close()
     talk.settled(25_000, 0, 1)
     talk.close()
+
+
+def test_read_when_the_connection_is_over(talk):
+    """A socket whose connection has ended still gives what came before: that is read then, and counted then."""
+    talk.client.shutdown(socket.SHUT_WR)
+    assert talk.server.recv(1) == b""
+    talk.server.sendall(b"x" * 5000)
+    talk.server.close()
+    talk.settled(0, 0, 1)
+    read = 0
+    while data := talk.client.recv(700):
+        read += len(data)
+        talk.settled(0, read, 1)
+    assert read == 5000
+    talk.close()
+    talk.settled(0, 5000, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import socket
 import struct
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from agent.flowlog import FlowLog, Names, Sink
 from agent.kernel import Direction, FlowKey, Kernel, MapFullError, Peer, Reason
 from bpf import wire
 from bpf.wire import Conversation, ConversationKey, FlowRecord, Via
@@ -378,3 +380,26 @@ def rtt(sock: socket.socket) -> int:
     """``tcpi_rtt``, microseconds."""
     info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
     return int(struct.unpack_from("=I", info, 68)[0])
+
+
+def test_the_agent_s_log_of_them(node, pods, tmp_path):
+    """From the kernel's ring buffer to lines in a file."""
+    client, server = pods
+    path = tmp_path / "flows"
+    names = Names(
+        lambda n: f"shop/{n}", lambda n: "", lambda zone: "unknown", lambda cookie: f"shop/{cookie}"
+    )
+    log = FlowLog(node.kernel, names, sink=Sink(str(path)))
+    talk(client, server, [(123, 456)])
+    with pytest.raises(PermissionError):
+        client.app.connect((server.address, PORT + 1))
+    until(lambda: log.drain(time.monotonic()) >= 0 and log.counts.written == 3)
+    log.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(one["direction"], one["verdict"], one["reason"], one["sent"]) for one in log.newest({})] == [
+        (one["direction"], one["verdict"], one["reason"], one["sent"]) for one in reversed(lines)
+    ]
+    by = {(one["direction"], one["verdict"]): one for one in lines}
+    assert by["outbound", "allowed"]["sent"] == by["inbound", "allowed"]["received"] == 123
+    assert by["outbound", "allowed"]["pod"] == f"shop/{client.cookie}"
+    assert by["inbound", "refused"]["reason"] == "policy"
