@@ -101,13 +101,15 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
 class Enroll(msgspec.Struct, frozen=True, tag="enroll"):
     """A pod of this node is in the mesh. Descriptors: a listening, non-blocking socket for each of ``listeners``.
 
+    Of a pod with addresses of both families it is an IPv6 socket that takes IPv4 too, as ``::ffff:a.b.c.d``.
+
     Sent again with other values (and no listeners) when the workload's description changes. The pair (uid, netns_cookie)
     is the key: the same UID with another cookie is a new sandbox of the same pod.
     """
 
     uid: str
     netns_cookie: int
-    address: str  #: IPv4, dotted
+    address: str  #: the first of ``addresses``
     namespace: str
     name: str
     service_account: str
@@ -116,6 +118,18 @@ class Enroll(msgspec.Struct, frozen=True, tag="enroll"):
     app: str = "unknown"
     version: str = "unknown"
     listeners: tuple[ListenerKind, ...] = ()
+    addresses: tuple[
+        str, ...
+    ] = ()  #: canonical, at most one of each family, IPv4 first; none: ``address`` alone
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Its addresses."""
+        return self.addresses or (self.address,)
+
+    def own_like(self, address: str) -> str:
+        """Its address of the same family as another one; empty if it has none."""
+        return next((own for own in self.own if (":" in own) == (":" in address)), "")
 
 
 class Withdraw(msgspec.Struct, frozen=True, tag="withdraw", omit_defaults=True):
@@ -150,6 +164,7 @@ class GetSockets(msgspec.Struct, frozen=True, tag="get-sockets"):
     netns_cookie: int
     purpose: Purpose
     count: int = 1
+    ipv6: bool = False  #: the family
 
 
 class Sockets(msgspec.Struct, frozen=True, tag="sockets"):

@@ -14,7 +14,7 @@ import msgspec
 
 from agent import processes
 from agent.enrolment import outside
-from agent.mesh import is_ipv4
+from agent.mesh import one_of_each_family
 from agent.namespaces import Namespaces
 from agent.pods import Attachment, AttachmentKey, Refusal
 from agent.programmer import Programmer
@@ -100,10 +100,10 @@ class Attaching:
                 uid=attachment.pod_uid,
             )
             return
-        if workload.enrolled and not any(is_ipv4(address) for address in attachment.addresses):
+        if workload.enrolled and not one_of_each_family(attachment.addresses):
             raise Refusal(
                 protocol.ERR_REFUSED,
-                f"pod {workload.namespace}/{workload.name} is in the mesh and has no IPv4 address",
+                f"pod {workload.namespace}/{workload.name} is in the mesh and has no address",
                 f"addresses: {', '.join(attachment.addresses) or 'none'}",
             )
         attachment = msgspec.structs.replace(

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from agent.packets import Connection
 from agent.pods import Attachment, AttachmentKey, Refusal
+from bpf import wire
 from cni import protocol
 from common import logs
 
@@ -150,6 +151,14 @@ def key_of(request: dict[str, Any]) -> AttachmentKey:
     return AttachmentKey(str(request.get("container_id", "")), str(request.get("ifname", "")))
 
 
+def _canonical(address: str) -> str:
+    """As others write it; what is no address stays as it is, and is nobody's."""
+    try:
+        return wire.canonical(address)
+    except ValueError:
+        return address
+
+
 def attachment_of(request: dict[str, Any]) -> Attachment:
     addresses = request.get("addresses")
     return Attachment(
@@ -157,7 +166,7 @@ def attachment_of(request: dict[str, Any]) -> Attachment:
         ifname=str(request.get("ifname", "")),
         network=str(request.get("network", "")),
         netns_path=str(request.get("netns", "")),
-        addresses=tuple(str(a) for a in addresses) if isinstance(addresses, list) else (),
+        addresses=tuple(_canonical(str(a)) for a in addresses) if isinstance(addresses, list) else (),
         pod_uid=str(request.get("pod_uid", "")),
         pod_namespace=str(request.get("pod_namespace", "")),
         pod_name=str(request.get("pod_name", "")),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from agent.frontends import Frontends, compile_frontends
 from agent.identities import Identities, label_of
-from agent.mesh import Mesh, is_ipv4
+from agent.mesh import Mesh
 from agent.networks import Compiler, Networks
 from agent.verdicts import Verdicts, verdicts
 from bpf.wire import IDENTITY_PLAIN
@@ -32,7 +32,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Everything that follows from the state; IPv4 only, addresses as dotted text."""
+    """Everything that follows from the state; addresses as canonical text."""
 
     peers: Mapping[str, Peer]  #: by address
     frontends: Frontends
@@ -87,7 +87,7 @@ def _peers(
         order = (workload.ready, workload.enrolled, uid)
         zone = numbers.zone(workload.zone)
         for address in workload.addresses:
-            if is_ipv4(address) and (address not in rank or order > rank[address]):
+            if address not in rank or order > rank[address]:
                 rank[address] = order
                 # An enrolled pod of this node that is not attached has nobody who would judge at its end: it counts
                 # as remote, and who dials it has to find a node proxy there.
@@ -97,8 +97,6 @@ def _peers(
     for uid, addresses in attached.items():
         known = mesh.workloads.get(uid)
         for address in addresses:
-            if not is_ipv4(address):
-                continue
             if known is None:
                 peers.pop(address, None)
             else:

@@ -31,7 +31,7 @@ class Candidate(NamedTuple):
     uid: str
     namespace: str
     name: str
-    address: str  #: IPv4
+    addresses: tuple[str, ...]  #: at most one of each family
 
 
 class Book(Protocol):
@@ -95,13 +95,13 @@ class Live:
         candidates = {candidate.uid: candidate for candidate in self._book.candidates()}
         if not candidates:
             return False
-        found = await self._find((c.uid, c.address) for c in candidates.values())
+        found = await self._find((c.uid, c.addresses) for c in candidates.values())
         for uid, sandbox in found.items():
             candidate = candidates.pop(uid)
             attachment = Attachment(
                 container_id=f"{_PREFIX}{uid}",
                 ifname=next((name for name in sandbox.interfaces if name != "lo"), "lo"),
-                addresses=(candidate.address,),
+                addresses=candidate.addresses,
                 pod_uid=uid,
                 pod_namespace=candidate.namespace,
                 pod_name=candidate.name,
@@ -132,7 +132,7 @@ class Live:
         self._complained = missing
         return bool(missing)
 
-    async def _find(self, wanted: Iterable[tuple[str, str]]) -> dict[str, sandboxes.Sandbox]:
+    async def _find(self, wanted: Iterable[tuple[str, tuple[str, ...]]]) -> dict[str, sandboxes.Sandbox]:
         return await asyncio.to_thread(sandboxes.find, tuple(wanted), not_in=(self._host_netns,))
 
     async def _look_after(self, attachment: Attachment) -> None:
@@ -141,7 +141,7 @@ class Live:
         Not every runtime keeps a process for the sandbox (CRI-O does not): a pod whose container is restarted has none meanwhile.
         """
         while True:
-            found = await self._find([(attachment.pod_uid, attachment.addresses[0])])
+            found = await self._find([(attachment.pod_uid, attachment.addresses)])
             sandbox = found.get(attachment.pod_uid)
             if sandbox is not None:
                 os.close(sandbox.fd)

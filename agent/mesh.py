@@ -7,7 +7,7 @@ reported by key and reason, and its last good version stays. No I/O, no kernel, 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -192,3 +192,12 @@ def is_address(text: str) -> bool:
 def is_ipv4(text: str) -> bool:
     """Whether this is a dotted IPv4 address; ``text`` is known to be an address."""
     return ":" not in text
+
+
+def one_of_each_family(addresses: Iterable[str]) -> tuple[str, ...]:
+    """The first IPv4 and the first IPv6 address, in this order; what holds on one link only is nobody's address."""
+    found: dict[bool, str] = {}
+    for address in addresses:
+        if is_address(address) and not ipaddress.ip_address(address).is_link_local:
+            found.setdefault(is_ipv4(address), address)
+    return tuple(found[family] for family in (True, False) if family in found)

@@ -13,7 +13,7 @@ from agent.attaching import Attaching
 from agent.compiler import Tables
 from agent.identities import Identities
 from agent.live import Candidate, is_found_running
-from agent.mesh import Mesh, is_ipv4
+from agent.mesh import Mesh, one_of_each_family
 from agent.namespaces import Namespaces
 from agent.passage import Stage
 from agent.pods import Attachment, AttachmentKey, Pods
@@ -135,12 +135,11 @@ class Node:
     def candidates(self) -> Sequence[Candidate]:
         attached = {attachment.pod_uid for attachment in self.state.pods}
         return [
-            Candidate(workload.uid, workload.namespace, workload.name, address)
+            Candidate(workload.uid, workload.namespace, workload.name, addresses)
             for workload in self.state.mesh.workloads.values()
             if workload.enrolled and workload.node == self.name and workload.uid not in attached
             # Without an address its sandbox is still being made, and will come by ADD.
-            for address in [next(filter(is_ipv4, workload.addresses), "")]
-            if address
+            if (addresses := one_of_each_family(workload.addresses))
         ]
 
     def found_running(self) -> Sequence[Attachment]:

@@ -67,19 +67,21 @@ class Enrolled(Protocol):
 class Sockets(Protocol):
     """Sockets in pods' namespaces. Descriptors that are returned belong to the caller; failures are SocketErrors."""
 
-    async def listener(self, netns_cookie: int, address: str, kind: api.ListenerKind) -> int:
-        """A listening socket, which nothing comes to yet."""
+    async def listener(self, netns_cookie: int, addresses: tuple[str, ...], kind: api.ListenerKind) -> int:
+        """A listening socket for all of a pod's addresses, which nothing comes to yet."""
         ...
 
-    def publish(self, address: str, kind: api.ListenerKind, fd: int) -> None:
+    def publish(self, addresses: tuple[str, ...], kind: api.ListenerKind, fd: int) -> None:
         """Make it the one that the kernel knows: what dials from now on comes to it, and to no other."""
         ...
 
-    def live(self, address: str, kind: api.ListenerKind) -> int:
-        """The cookie (SO_COOKIE) of the one that the kernel knows; 0 when there is none, or it is closed."""
+    def live(self, addresses: tuple[str, ...], kind: api.ListenerKind) -> int:
+        """The cookie (SO_COOKIE) of the one that the kernel knows; 0 when there is none, not for all, or it is closed."""
         ...
 
-    async def outgoing(self, netns_cookie: int, purpose: api.Purpose, count: int) -> list[int]: ...
+    async def outgoing(
+        self, netns_cookie: int, purpose: api.Purpose, count: int, *, ipv6: bool
+    ) -> list[int]: ...
 
 
 class _Outgoing(NamedTuple):
@@ -355,7 +357,7 @@ class Proxies:
                     if not self._lacks(session, pod, kind):
                         continue
                     try:
-                        made[kind] = await self._sockets.listener(pod.netns_cookie, pod.address, kind)
+                        made[kind] = await self._sockets.listener(pod.netns_cookie, pod.own, kind)
                     except SocketError as error:
                         # Refused there until the next attempt; the proxy still learns of the pod.
                         self._no_listener(pod, kind, error)
@@ -365,17 +367,17 @@ class Proxies:
                 # Only now that it has them: were this process to end in between, the old ones would go on to serve.
                 for kind, fd in made.items():
                     try:
-                        self._sockets.publish(pod.address, kind, fd)
+                        self._sockets.publish(pod.own, kind, fd)
                     except SocketError as error:
                         self._no_listener(pod, kind, error)
                     else:
-                        session.holds[pod.netns_cookie, kind] = self._sockets.live(pod.address, kind)
+                        session.holds[pod.netns_cookie, kind] = self._sockets.live(pod.own, kind)
             finally:
                 _close(made.values())
 
     def _lacks(self, session: Session, pod: api.Enroll, kind: api.ListenerKind) -> bool:
         """Whether it needs a listener: what it has is not the one that the kernel knows."""
-        live = self._sockets.live(pod.address, kind)
+        live = self._sockets.live(pod.own, kind)
         if not live:
             return True
         if session.returned or not session.serving:
@@ -397,7 +399,9 @@ class Proxies:
             error = f"count {request.count} is not from 1 to {_MAX_SOCKETS}"
         else:
             try:
-                fds = await self._sockets.outgoing(request.netns_cookie, request.purpose, request.count)
+                fds = await self._sockets.outgoing(
+                    request.netns_cookie, request.purpose, request.count, ipv6=request.ipv6
+                )
             except SocketError as failure:
                 error = str(failure)
         try:

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from agent import api
 from agent.compiler import EMPTY, Tables, compile_tables
-from agent.mesh import Mesh, is_ipv4
+from agent.mesh import Mesh, one_of_each_family
 from agent.namespaces import Namespaces
 from agent.passage import GRACE, Passages, Stage
 from agent.pods import Sandbox
@@ -187,11 +187,13 @@ class Reconciler:
         specs: dict[int, PodSpec] = {}
         for cookie, sandbox in sandboxes.items():
             enrolled = self._is_enrolled(mesh, sandbox)
-            address = _first_ipv4(sandbox)
+            addresses = one_of_each_family(sandbox.addresses)
             stage: Stage | None
             if enrolled:
                 reachable = self.passages.stage(cookie) is not Stage.PREPARED or all(
-                    self._programmer.has_listener(address, kind.port) for kind in kinds
+                    self._programmer.has_listener(address, kind.port)
+                    for kind in kinds
+                    for address in addresses
                 )
                 stage = self.passages.join(cookie, running=True, reachable=reachable, now=now)
             else:
@@ -203,7 +205,7 @@ class Reconciler:
                 specs[cookie] = PodSpec(
                     sandbox.uid,
                     cookie,
-                    (address,),
+                    addresses,
                     number,
                     stage,
                     leaving=not enrolled,
@@ -232,7 +234,7 @@ class Reconciler:
 
     def _is_enrolled(self, mesh: Mesh, sandbox: Sandbox) -> bool:
         workload = mesh.workloads.get(sandbox.uid)
-        return workload is not None and workload.enrolled and _first_ipv4(sandbox) != ""
+        return workload is not None and workload.enrolled and bool(one_of_each_family(sandbox.addresses))
 
     async def _tell(self, mesh: Mesh, enrolled: Mapping[int, Sandbox]) -> None:
         """Tell the proxies what has changed since they were told last."""
@@ -250,10 +252,12 @@ class Reconciler:
                 await self.proxies.withdraw(pod.uid, cookie, drain=runs_on)
         for cookie, sandbox in enrolled.items():
             workload = mesh.workloads[sandbox.uid]
+            addresses = one_of_each_family(sandbox.addresses)
             pod = api.Enroll(
                 uid=workload.uid,
                 netns_cookie=cookie,
-                address=_first_ipv4(sandbox),
+                address=addresses[0],
+                addresses=addresses,
                 namespace=workload.namespace,
                 name=workload.name,
                 service_account=workload.service_account,
@@ -318,7 +322,3 @@ class Reconciler:
                 self._programmer.forget_accounts(set(self.tables.identities.values()))
             except OSError as error:
                 _log.error("kernel cannot be looked at", reason=str(error))
-
-
-def _first_ipv4(sandbox: Sandbox) -> str:
-    return next((address for address in sandbox.addresses if is_ipv4(address)), "")

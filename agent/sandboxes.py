@@ -58,12 +58,12 @@ def processes_of_pods(proc: Path = Path("/proc")) -> Iterator[tuple[int, str]]:
 
 
 def find(
-    wanted: Collection[tuple[str, str]], *, not_in: Collection[int], proc: Path = Path("/proc")
+    wanted: Collection[tuple[str, tuple[str, ...]]], *, not_in: Collection[int], proc: Path = Path("/proc")
 ) -> dict[str, Sandbox]:
     """The namespaces of running pods, by UID.
 
-    :param wanted: (UID, IPv4 address) of each. The address has to be the namespace's own: a container may make namespaces of
-        its own, which have the pod's cgroup too.
+    :param wanted: (UID, addresses) of each. All have to be the namespace's own: a container may make namespaces of its own,
+        which have the pod's cgroup too.
     :param not_in: inodes of namespaces that are no pod's, such as the node's.
     """
     addresses = dict(wanted)
@@ -86,7 +86,7 @@ def find(
     return found
 
 
-def _look(pid: int, address: str, seen: set[int], proc: Path) -> Sandbox | None:
+def _look(pid: int, addresses: tuple[str, ...], seen: set[int], proc: Path) -> Sandbox | None:
     try:
         fd = os.open(proc / str(pid) / "ns/net", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -97,7 +97,11 @@ def _look(pid: int, address: str, seen: set[int], proc: Path) -> Sandbox | None:
             seen.add(inode)
 
             def work() -> tuple[str, ...] | None:
-                return tuple(name for _, name in socket.if_nameindex()) if _is_local(address) else None
+                return (
+                    tuple(name for _, name in socket.if_nameindex())
+                    if all(map(_is_local, addresses))
+                    else None
+                )
 
             interfaces = namespace.inside(fd, work)
             if interfaces is not None:
@@ -115,7 +119,7 @@ def _started(pid: int, proc: Path) -> int:
 
 
 def _is_local(address: str) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sock:
         try:
             sock.bind((address, 0))
         except OSError:

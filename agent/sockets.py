@@ -24,26 +24,28 @@ class PodSockets:
         self._kernel = kernel
         self._namespaces = namespaces
 
-    async def listener(self, netns_cookie: int, address: str, kind: api.ListenerKind) -> int:
+    async def listener(self, netns_cookie: int, addresses: tuple[str, ...], kind: api.ListenerKind) -> int:
         return await self._do(
-            netns_cookie, lambda netns: self._kernel.make_listener(netns, (address,), kind.port)
+            netns_cookie, lambda netns: self._kernel.make_listener(netns, addresses, kind.port)
         )
 
-    def publish(self, address: str, kind: api.ListenerKind, fd: int) -> None:
+    def publish(self, addresses: tuple[str, ...], kind: api.ListenerKind, fd: int) -> None:
         try:
-            self._kernel.set_listener(address, kind.port, fd)
+            for address in addresses:
+                self._kernel.set_listener(address, kind.port, fd)
         except (KernelError, OSError) as error:
             raise SocketError(str(error)) from None
 
-    def live(self, address: str, kind: api.ListenerKind) -> int:
-        return self._kernel.listener(address, kind.port)
+    def live(self, addresses: tuple[str, ...], kind: api.ListenerKind) -> int:
+        found = {self._kernel.listener(address, kind.port) for address in addresses}
+        return found.pop() if len(found) == 1 else 0
 
-    async def outgoing(self, netns_cookie: int, purpose: api.Purpose, count: int) -> list[int]:
+    async def outgoing(self, netns_cookie: int, purpose: api.Purpose, count: int, *, ipv6: bool) -> list[int]:
         create = {
             api.Purpose.OUTBOUND: self._kernel.create_outbound,
             api.Purpose.DELIVERY: self._kernel.create_delivery,
         }[purpose]
-        return await self._do(netns_cookie, lambda netns: create(netns, count))
+        return await self._do(netns_cookie, lambda netns: create(netns, count, ipv6=ipv6))
 
     async def _do(self, netns_cookie: int, work: Callable[[int], _T]) -> _T:
         try:

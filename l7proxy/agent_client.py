@@ -33,7 +33,9 @@ class Handler(Protocol):
 
     def on_withdraw(self, message: api.Withdraw) -> None: ...
 
-    def on_sockets(self, key: PodKey, count: int, found: list[socket.socket], error: str) -> None: ...
+    def on_sockets(
+        self, key: PodKey, count: int, found: list[socket.socket], error: str, *, ipv6: bool
+    ) -> None: ...
 
     def on_agent_lost(self) -> None: ...
 
@@ -55,7 +57,7 @@ class AgentClient:
         self._handler = handler
         self._sock: socket.socket | None = None
         self._next_id = 1
-        self._asked: dict[int, tuple[PodKey, int]] = {}
+        self._asked: dict[int, tuple[PodKey, int, bool]] = {}
         self._lost: asyncio.Event = asyncio.Event()
         self.connected = False
         self._serving = False  #: ready to serve, which every agent is told
@@ -90,20 +92,20 @@ class AgentClient:
                 _log.warning("agent connection broke", reason=str(error))
                 self._lost.set()  # the next one is told by Hello
 
-    def get_sockets(self, key: PodKey, count: int) -> bool:
+    def get_sockets(self, key: PodKey, count: int, ipv6: bool) -> bool:
         """Ask for sockets in a pod's namespace. False: the agent is away, ask again later."""
         sock = self._sock
         if sock is None or not self.connected:
             return False
         number = self._next_id
         self._next_id += 1
-        message = api.GetSockets(number, key[0], key[1], api.Purpose.OUTBOUND, count)
+        message = api.GetSockets(number, key[0], key[1], api.Purpose.OUTBOUND, count, ipv6)
         try:
             seqpacket.send(sock, api.encode(message))
         except OSError as error:
             _log.warning("agent does not keep up", reason=str(error))
             return False
-        self._asked[number] = (key, count)
+        self._asked[number] = (key, count, ipv6)
         return True
 
     async def _session(self) -> None:
@@ -189,7 +191,7 @@ class AgentClient:
                         sock.close()
                     return
                 error = message.error or ("" if found else "the agent sent none")
-                self._handler.on_sockets(asked[0], asked[1], found, error)
+                self._handler.on_sockets(asked[0], asked[1], found, error, ipv6=asked[2])
 
 
 def _close(fds: tuple[int, ...]) -> None:

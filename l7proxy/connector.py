@@ -74,8 +74,10 @@ class Connector:
 
     async def _dial(self, pool: HostPool, timeout: float) -> UpstreamConnection:
         loop = asyncio.get_running_loop()
+        if not pool.pod.enroll.own_like(pool.endpoint.address):
+            raise ConnectError("the pod has no address of the endpoint's family")
         try:
-            sock = await pool.pod.sockets.take()
+            sock = await pool.pod.sockets(ipv6=":" in pool.endpoint.address).take()
         except AgentError as error:
             raise ConnectError(str(error)) from None
         try:
@@ -96,9 +98,12 @@ class Connector:
     async def _hand_over(self, pool: HostPool, client_port: int) -> UpstreamConnection:
         loop = asyncio.get_running_loop()
         enroll = pool.pod.enroll
+        own = enroll.own_like(pool.endpoint.address)
+        if not own:
+            raise ConnectError("the pod has no address of the endpoint's family")
         header = nodeproxy.encode(
             nodeproxy.Handoff(
-                (enroll.address, client_port),
+                (own, client_port),
                 (pool.endpoint.address, pool.endpoint.port),
                 {nodeproxy.Tlv.SOURCE_UID: enroll.uid.encode()},
             )

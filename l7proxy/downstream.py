@@ -38,6 +38,14 @@ CLOSING = 60.0
 _RESET = struct.pack("ii", 1, 0)  # struct linger: no lingering
 
 
+def _end_of(name: object) -> tuple[str, int] | None:
+    """Address and port of a socket's name; of an IPv4-mapped address the IPv4 address. None for what has no peer any more."""
+    if not isinstance(name, tuple):
+        return None
+    address: str = name[0]
+    return address[7:] if address.startswith("::ffff:") and "." in address else address, name[1]
+
+
 class DownstreamConnection(asyncio.Protocol):
     __slots__ = (
         "_aborting", "_closing", "_config", "_destination", "_known", "_pumping", "_reader", "_tunnel", "_unsent", "held",
@@ -88,14 +96,14 @@ class DownstreamConnection(asyncio.Protocol):
             self._closing = True
             self.transport.abort()
             return
-        peer = self.transport.get_extra_info("peername")
+        peer = _end_of(self.transport.get_extra_info("peername"))
         original = self.proxy.original_destination(self.pod.enroll.netns_cookie, peer) if peer else None
-        if original is None or self.pod.withdrawn:
+        if peer is None or original is None or self.pod.withdrawn:
             self.proxy.uncaptured(self.pod, peer)
             self._closing = True
             self.transport.abort()
             return
-        self.peer = (peer[0], peer[1])
+        self.peer = peer
         self.original = original
         self.pod.downstream.add(self)
         self.proxy.connections += 1

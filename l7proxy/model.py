@@ -24,6 +24,11 @@ class LbPolicy(enum.Enum):
     LEAST_REQUEST = "LEAST_REQUEST"
 
 
+def host_port(address: str, port: int) -> str:
+    """As URLs and the access log have it (RFC 3986, section 3.2.2)."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """One address of a cluster, and the workload behind it (empty strings where the controller did not say)."""
@@ -47,7 +52,7 @@ class Endpoint:
     host: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "host", f"{self.address}:{self.port}")
+        object.__setattr__(self, "host", host_port(self.address, self.port))
         object.__setattr__(
             self, "key", f"{self.uid}/{self.node}/{int(self.enrolled)}/{self.address}:{self.port}"
         )

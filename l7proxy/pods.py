@@ -7,6 +7,7 @@ Owns, for each pod, its description, its downstream connections, its upstream po
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 from collections import deque
 from collections.abc import Callable
@@ -112,10 +113,15 @@ class Sockets:
         self._waiters.clear()
 
 
+def _ask(request: Callable[[int, bool], bool], ipv6: bool, count: int) -> bool:
+    return request(count, ipv6)
+
+
 class Pod:
-    def __init__(self, enroll: Enroll, request: Callable[[int], bool]) -> None:
+    def __init__(self, enroll: Enroll, request: Callable[[int, bool], bool]) -> None:
+        """``request(count, ipv6)`` asks the agent for sockets and returns at once."""
         self.enroll = enroll
-        self.sockets = Sockets(request)
+        self._sockets = {ipv6: Sockets(functools.partial(_ask, request, ipv6)) for ipv6 in (False, True)}
         self.downstream: set[DownstreamConnection] = set()
         self.pools: dict[str, HostPool] = {}
         #: metric series of requests that reached no endpoint; see l7proxy.metrics
@@ -125,6 +131,19 @@ class Pod:
         self.replaced: list[asyncio.Server] = []  #: earlier ones, for what was on its way to them
         self.withdrawn = False
         self.left = False  #: the mesh, and runs on
+
+    def sockets(self, *, ipv6: bool) -> Sockets:
+        """Those of a family."""
+        return self._sockets[ipv6]
+
+    def replenish(self) -> None:
+        """Keep sockets ready of each family that the pod has."""
+        for ipv6 in {":" in address for address in self.enroll.own}:
+            self._sockets[ipv6].replenish()
+
+    def agent_lost(self) -> None:
+        for sockets in self._sockets.values():
+            sockets.agent_lost()
 
     @property
     def key(self) -> PodKey:
@@ -161,5 +180,6 @@ class Pod:
         for pool in list(self.pools.values()):
             pool.close()
         self.pools.clear()
-        self.sockets.close("the pod was withdrawn")
+        for sockets in self._sockets.values():
+            sockets.close("the pod was withdrawn")
         _log.info("pod withdrawn", uid=self.enroll.uid, pod=f"{self.enroll.namespace}/{self.enroll.name}")

@@ -29,7 +29,7 @@ from l7proxy.downstream import DownstreamConnection
 from l7proxy.errors import ProtocolError
 from l7proxy.headers import RequestIds
 from l7proxy.metrics import Metrics
-from l7proxy.model import EMPTY, Config, Destination, Endpoint
+from l7proxy.model import EMPTY, Config, Destination, Endpoint, host_port
 from l7proxy.pods import Pod, PodKey
 from l7proxy.pool import HostPool
 from l7proxy.record import Record
@@ -179,13 +179,13 @@ class Proxy:
         self._warn("a pod has too many connections, further ones are closed", pod.enroll.name)
 
     def unserved(self, connection: DownstreamConnection) -> None:
-        destination = "{}:{}".format(*connection.original)
+        destination = host_port(*connection.original)
         self._warn(
             "no configuration for a destination, answered 503", destination, pod=connection.pod.enroll.name
         )
 
     def no_cluster(self, connection: DownstreamConnection, cluster: str) -> None:
-        destination = "{}:{}".format(*connection.original)
+        destination = host_port(*connection.original)
         self._warn("route to a cluster that does not exist, answered 503", cluster, destination=destination)
 
     def bad_request(self, connection: DownstreamConnection, error: ProtocolError) -> None:
@@ -237,17 +237,17 @@ class Proxy:
         self._unconfirmed.discard(key)
         pod = self.pods.get(key)
         if pod is None:
-            pod = self.pods[key] = Pod(message, lambda count: self.agent.get_sockets(key, count))
+            pod = self.pods[key] = Pod(message, lambda count, ipv6: self.agent.get_sockets(key, count, ipv6))
             _log.info(
                 "pod enrolled",
                 uid=message.uid,
                 pod=f"{message.namespace}/{message.name}",
-                address=message.address,
+                addresses=",".join(message.own),
             )
         elif pod.enroll != message:
             pod.describe(message)
         pod.left = False
-        pod.sockets.replenish()
+        pod.replenish()
         for kind, sock in listeners.items():
             if kind is not api.ListenerKind.OUTBOUND_L7 or self._alone:
                 sock.close()
@@ -279,7 +279,9 @@ class Proxy:
         if pod is not None:
             pod.withdraw()
 
-    def on_sockets(self, key: PodKey, count: int, found: list[socket.socket], error: str) -> None:
+    def on_sockets(
+        self, key: PodKey, count: int, found: list[socket.socket], error: str, *, ipv6: bool
+    ) -> None:
         pod = self.pods.get(key)
         if pod is None:
             for sock in found:
@@ -287,11 +289,11 @@ class Proxy:
             return
         if error:
             self._warn("agent gives no sockets", pod.enroll.name, reason=error)
-        pod.sockets.arrived(count, found, error)
+        pod.sockets(ipv6=ipv6).arrived(count, found, error)
 
     def on_agent_lost(self) -> None:
         for pod in self.pods.values():
-            pod.sockets.agent_lost()
+            pod.agent_lost()
 
     # -- one process after another -----------------------------------------------------------------------------------
 
@@ -336,7 +338,7 @@ class Proxy:
                 self._access_log.flush()
             now = monotonic()
             for pod in self.pods.values():
-                pod.sockets.replenish()
+                pod.replenish()
             if self.connector.node_proxy_changed():
                 renewals = 3  # also for what was being connected
             if renewals:
@@ -447,7 +449,7 @@ class Proxy:
         config = self.config
         return {
             "version": config.version,
-            "destinations": {f"{a}:{p}": d.manager.route_name for (a, p), d in config.hosts.items()},
+            "destinations": {host_port(a, p): d.manager.route_name for (a, p), d in config.hosts.items()},
             "clusters": {name: [e.host for e in found] for name, found in config.endpoints.items()},
             "pods": [f"{pod.enroll.namespace}/{pod.enroll.name}" for pod in list(self.pods.values())],
         }

@@ -5,6 +5,7 @@ Knows how Kubernetes writes Namespace, ServiceAccount, Service and Pod, and noth
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import json
 import os
@@ -22,6 +23,12 @@ from lab.errors import LabError
 MESH_LABEL = {"istio.io/dataplane-mode": "ambient"}
 
 
+def ipv6_of(address: str) -> str:
+    """The IPv6 address that goes with an IPv4 one of the lab: ``fd96::1:2`` with ``10.96.1.2``, where there is IPv6."""
+    _, network, third, fourth = address.split(".")
+    return str(ipaddress.ip_address(f"fd{network}::{int(third):x}:{int(fourth):x}"))
+
+
 @dataclass
 class PodRecord:
     """A pod as the cluster knows it."""
@@ -35,6 +42,7 @@ class PodRecord:
     ports: Sequence[int] = ()
     uid: str = field(default_factory=lambda: str(uuid.uuid4()))
     address: str = ""
+    address6: str = ""
     ready: bool = False
 
     def manifest(self) -> dict[str, Any]:
@@ -57,7 +65,7 @@ class PodRecord:
         status: dict[str, Any] = {"phase": "Running" if self.address else "Pending"}
         if self.address:
             status["podIP"] = self.address
-            status["podIPs"] = [{"ip": self.address}]
+            status["podIPs"] = [{"ip": address} for address in (self.address, self.address6) if address]
         status["conditions"] = [{"type": "Ready", "status": "True" if self.ready else "False"}]
         return {
             "apiVersion": "v1",
@@ -80,11 +88,12 @@ class Cluster:
     :param staging: a folder on the same file system that nobody watches; files are renamed from there.
     """
 
-    def __init__(self, folder: Path, staging: Path, subnet: str = "10.96") -> None:
+    def __init__(self, folder: Path, staging: Path, subnet: str = "10.96", *, ipv6: bool = False) -> None:
         self.objects = folder / "cluster"
         self.policies = folder / "policies"
         self._staging = staging
         self._subnet = subnet
+        self._ipv6 = ipv6
         self._numbers = itertools.count(10)
         for path in (self.objects, self.policies, staging):
             path.mkdir(parents=True, exist_ok=True)
@@ -137,7 +146,7 @@ class Cluster:
                 "spec": {
                     "type": "ClusterIP",
                     "clusterIP": address,
-                    "clusterIPs": [address],
+                    "clusterIPs": [address, ipv6_of(address)] if self._ipv6 else [address],
                     "selector": dict(selector),
                     "ports": [dict(port) for port in ports],
                 },

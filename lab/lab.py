@@ -24,7 +24,7 @@ from typing import Any, Self
 from lab import cgroups
 from lab import state as states
 from lab.capture import Capture
-from lab.cluster import Cluster, PodRecord
+from lab.cluster import Cluster, PodRecord, ipv6_of
 from lab.errors import LabError
 from lab.mesh import ADMIN_PORTS, COMPONENTS, CONTROL_ADDRESS, CONTROLLER, MeshProcesses
 from lab.metrics import Metrics
@@ -41,6 +41,8 @@ class Lab:
 
     :param nodes: how many.
     :param mesh: run the mesh; without, pods have Debian's CNI plugins only and nothing of ours runs.
+    :param ipv6: nodes, pods, services and outsiders have IPv6 addresses too (:func:`lab.cluster.ipv6_of` their IPv4 ones, but
+        for pods).
     :param arguments: more command line arguments by component.
     :param components: those to start on each node (the others can be started later).
     """
@@ -50,12 +52,14 @@ class Lab:
         nodes: int = 2,
         *,
         mesh: bool = True,
+        ipv6: bool = False,
         components: Sequence[str] = COMPONENTS,
         arguments: Mapping[str, Sequence[str]] | None = None,
         log_level: str = "info",
     ) -> None:
         self._count = nodes
         self.mesh = mesh
+        self.ipv6 = ipv6
         self._components = tuple(components)
         self._arguments = dict(arguments or {})
         self._log_level = log_level
@@ -164,7 +168,7 @@ class Lab:
         self.cgroup.mkdir()
         (self.folder / "logs").mkdir()
         (self.folder / "nodes").mkdir()
-        self.cluster = Cluster(self.folder / "config", self.folder / "staging")
+        self.cluster = Cluster(self.folder / "config", self.folder / "staging", ipv6=self.ipv6)
         with ThreadPoolExecutor(self._count + 2) as pool:
             fabric = pool.submit(hold, "fabric", self.cgroup / "fabric")
             control = pool.submit(hold, "control", self.cgroup / "control")
@@ -175,6 +179,7 @@ class Lab:
                     cgroup=self.cgroup / f"node{number}",
                     folder=self.folder / "nodes" / f"node{number}",
                     mesh=self.mesh,
+                    ipv6=self.ipv6,
                 )
                 for number in range(1, self._count + 1)
             ]
@@ -202,6 +207,12 @@ class Lab:
             for node in self._nodes.values()
             if node is not place
         )
+        if self.ipv6:
+            routes += f"addr add {ipv6_of(address)}/64 dev eth0 nodad\n" + "".join(
+                f"route add {node.subnet6} via {ipv6_of(node.address_on_fabric)}\n"
+                for node in self._nodes.values()
+                if node is not place
+            )
         place.ip(f"link set eth0 up\naddr add {address}/24 dev eth0\n{routes}")
         states.note(self.state, place.name, net=place.net, cgroup=place.cgroup, mount=place.mount)
 
@@ -406,10 +417,10 @@ class Lab:
         names = [node] if node else list(self._nodes)
         return Capture(self.fabric.net, names)
 
-    def probe(self, pod: Pod, port: int, timeout: float = 2.0) -> bool:
+    def probe(self, pod: Pod, port: int, timeout: float = 2.0, *, address: str = "") -> bool:
         """A TCP probe as the kubelet of the pod's node makes it: from the node, by a process of the kubelet's cgroup."""
         done = pod.node.run(
-            pod.node.app("dial", pod.address, port, "--timeout", timeout),
+            pod.node.app("dial", address or pod.address, port, "--timeout", timeout),
             cgroup=pod.node.kubelet,
             check=False,
             timeout=timeout + 5,

@@ -34,6 +34,10 @@ mount -t tmpfs -o mode=755 lab /etc/cni/net.d
 """
 _SYSCTLS = {
     "net/ipv4/ip_forward": "1",
+    "net/ipv6/conf/all/forwarding": "1",
+    # Nobody has an address twice here, and looking for it takes a second.
+    "net/ipv6/conf/all/accept_dad": "0",
+    "net/ipv6/conf/default/accept_dad": "0",
     # Where the bridge filter happens to be loaded it would cost every row of the benchmark, for no rule at all.
     "net/bridge/bridge-nf-call-iptables": "0",
     "net/bridge/bridge-nf-call-ip6tables": "0",
@@ -74,9 +78,10 @@ class Node(Place):
 
     :param folder: the node's folder in the lab's, for logs, plugins and credentials.
     :param mesh: chain our plugin after Debian's.
+    :param ipv6: its pods have IPv6 addresses too.
     """
 
-    def __init__(self, number: int, *, cgroup: Path, folder: Path, mesh: bool) -> None:
+    def __init__(self, number: int, *, cgroup: Path, folder: Path, mesh: bool, ipv6: bool = False) -> None:
         name = f"node{number}"
         folder.mkdir(parents=True)
         self.number = number
@@ -85,6 +90,8 @@ class Node(Place):
         self.top = cgroup
         self.address_on_fabric = f"10.99.0.{10 + number}"
         self.subnet = f"10.244.{number}.0/24"
+        self.subnet6 = f"fd44:0:0:{number}::/64"
+        self.ipv6 = ipv6
         for part in (
             "kubepods",
             "runtime",
@@ -132,6 +139,8 @@ class Node(Place):
         return folder
 
     def _conflist(self, settings: dict[str, Any]) -> dict[str, Any]:
+        subnets = [self.subnet, self.subnet6] if self.ipv6 else [self.subnet]
+        defaults = ["0.0.0.0/0", "::/0"] if self.ipv6 else ["0.0.0.0/0"]
         plugins: list[dict[str, Any]] = [
             {
                 "type": "bridge",
@@ -140,8 +149,8 @@ class Node(Place):
                 "ipMasq": False,
                 "ipam": {
                     "type": "host-local",
-                    "ranges": [[{"subnet": self.subnet}]],
-                    "routes": [{"dst": "0.0.0.0/0"}],
+                    "ranges": [[{"subnet": subnet}] for subnet in subnets],
+                    "routes": [{"dst": destination} for destination in defaults],
                 },
             }
         ]
@@ -152,7 +161,8 @@ class Node(Place):
     def add_netns(self, name: str) -> Path:
         """A new network namespace, bound in the node's ``/run/netns``; its path as seen from here."""
         target = f"/run/netns/{name}"
-        self.run(["/bin/sh", "-ec", f"touch {target}; exec unshare --net={target} ip link set lo up"])
+        inside = "echo 0 >/proc/sys/net/ipv6/conf/default/accept_dad; exec ip link set lo up"
+        self.run(["/bin/sh", "-ec", f"touch {target}; exec unshare --net={target} /bin/sh -ec '{inside}'"])
         return self.root / target.removeprefix("/")
 
     def remove_netns(self, name: str) -> None:

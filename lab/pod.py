@@ -51,11 +51,14 @@ class Pod(Place):
             raise
         #: Seconds that the whole chain's ADD took.
         self.add_seconds = time.monotonic() - started
-        self.address: str = result["ips"][0]["address"].split("/")[0]
+        addresses = [ip["address"].partition("/")[0] for ip in result["ips"]]
+        self.address: str = addresses[0]
+        #: Empty in a lab without IPv6.
+        self.address6: str = next((address for address in addresses if ":" in address), "")
         self._announce(
             next(i["mac"] for i in result["interfaces"] if i.get("sandbox") and i["name"] == IFNAME)
         )
-        record.address = self.address
+        record.address, record.address6 = self.address, self.address6
         cluster.put(record.manifest())
 
     @property

@@ -50,6 +50,8 @@ _DESCRIPTORS = 1 / 8
 _RATE_KEPT = 0.8  #: of a rate that was higher, each second
 
 SocketWaiter = Callable[[socket.socket | None], None]
+#: Of a stock: a pod's UID and netns cookie, what its sockets are for, whether they are IPv6's.
+_StockKey = tuple[str, int, Purpose, bool]
 
 
 @dataclass(eq=False)
@@ -66,6 +68,10 @@ class Pod:
     @property
     def address(self) -> str:
         return self.described.address
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return self.described.own
 
     @property
     def identity(self) -> str:
@@ -135,8 +141,8 @@ class AgentClient:
         self._socket: socket.socket | None = None
         self._outgoing: collections.deque[bytes] = collections.deque()
         self._retry = _RETRY_FIRST
-        self._stocks: dict[tuple[str, int, Purpose], _Stock] = {}
-        self._requests: dict[int, tuple[tuple[str, int, Purpose], int]] = {}
+        self._stocks: dict[_StockKey, _Stock] = {}
+        self._requests: dict[int, tuple[_StockKey, int]] = {}
         self._last_request = 0
         self._named: set[tuple[str, int]] = set()
         self._sweep: Timer | None = None
@@ -302,8 +308,9 @@ class AgentClient:
                 self._loop.later(LINGER, functools.partial(self._loop.close, old))
             pod.listeners[kind] = listener
             self._owner.on_listener(pod, kind, listener)
-        for purpose in Purpose:
-            self._fill((*key, purpose))
+        for ipv6 in {":" in address for address in pod.addresses}:
+            for purpose in Purpose:
+                self._fill((*key, purpose, ipv6))
 
     def _withdraw_unnamed(self) -> None:
         for key in [key for key, pod in self.pods.items() if key not in self._named and not pod.left]:
@@ -328,8 +335,8 @@ class AgentClient:
         for listener in pod.listeners.values():
             self._loop.close(listener)
         pod.listeners.clear()
-        for purpose in Purpose:
-            stock = self._stocks.pop((*key, purpose), None)
+        for stock_key in [known for known in self._stocks if known[:2] == key]:
+            stock = self._stocks.pop(stock_key, None)
             if stock is not None:
                 for sock in stock.ready:
                     sock.close()
@@ -340,9 +347,12 @@ class AgentClient:
 
     # --- sockets ----------------------------------------------------------------------------------------------------
 
-    def get_socket(self, pod: Pod, purpose: Purpose, callback: SocketWaiter) -> None:
-        """Call back with an unconnected socket in the pod's namespace, maybe at once; None after :data:`PATIENCE`."""
-        key = (pod.uid, pod.netns_cookie, purpose)
+    def get_socket(self, pod: Pod, purpose: Purpose, address: str, callback: SocketWaiter) -> None:
+        """Call back with an unconnected socket in the pod's namespace, maybe at once; None after :data:`PATIENCE`.
+
+        :param address: what it is to dial, which says the family.
+        """
+        key = (pod.uid, pod.netns_cookie, purpose, ":" in address)
         if pod.withdrawn:
             callback(None)
             return
@@ -364,7 +374,7 @@ class AgentClient:
         stock.waiters.append(item)
         self._fill(key)
 
-    def _fill(self, key: tuple[str, int, Purpose]) -> None:
+    def _fill(self, key: _StockKey) -> None:
         if not self.connected or key[:2] not in self.pods:
             return
         stock = self._stocks.setdefault(key, _Stock(STOCK[key[2]]))
@@ -377,7 +387,8 @@ class AgentClient:
             stock.asked += count
             self._last_request += 1
             self._requests[self._last_request] = (key, count)
-            self._send(api.GetSockets(self._last_request, *key, count))
+            uid, cookie, purpose, ipv6 = key
+            self._send(api.GetSockets(self._last_request, uid, cookie, purpose, count, ipv6))
 
     def _look(self) -> None:
         """Every second: stocks follow what is taken from them. Without an agent they stay, for nothing can be had back."""

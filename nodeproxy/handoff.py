@@ -77,10 +77,23 @@ class Handoffs:
 
     def listen_for_envoy(self) -> None:
         """Take the dials of a real Envoy, which the kernel turns to here. :raises OSError: the port is taken."""
-        listener = socket.socket()
+        self._listen_for_envoy(socket.AF_INET, "127.0.0.1")
+        try:
+            self._listen_for_envoy(socket.AF_INET6, "::1")
+        except OSError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise
+            _log.info("no IPv6 here: Envoy has none either", reason=str(error))
+
+    def _listen_for_envoy(self, family: int, address: str) -> None:
+        listener = socket.socket(family)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", ListenerKind.OUTBOUND.port))
-        listener.listen(1024)
+        try:
+            listener.bind((address, ListenerKind.OUTBOUND.port))
+            listener.listen(1024)
+        except OSError:
+            listener.close()
+            raise
         cookie = int.from_bytes(listener.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8), "little")
 
         def arrived(sock: socket.socket, peer: tuple[str, int]) -> None:
@@ -132,7 +145,7 @@ class Handoffs:
         """The client's pod: of this node, at that address, and of that UID if one is given."""
         uid = handoff.source_uid
         for pod in self.agent.pods.values():
-            if pod.address == handoff.client[0] and (not uid or pod.uid == uid):
+            if handoff.client[0] in pod.addresses and (not uid or pod.uid == uid):
                 return pod
         return None
 
@@ -235,7 +248,7 @@ class _Arrival:
             return
         destination = self._destination or handoff.destination
         workload = every.mesh.at(destination[0])
-        local = any(p.address == destination[0] for p in every.agent.pods.values())
+        local = any(destination[0] in p.addresses for p in every.agent.pods.values())
         own = every.mesh.workloads.get(pod.uid)
         if not every.mesh.synced:
             self._fail(Status.IDENTITY, "the mesh is not known yet")
@@ -245,7 +258,9 @@ class _Arrival:
             self._timer = every.loop.later(
                 CONNECT_TIMEOUT, lambda: self._fail(Status.TIMEOUT, "connect timeout")
             )
-            every.agent.get_socket(pod, Purpose.OUTBOUND, lambda sock: self._dial(sock, destination))
+            every.agent.get_socket(
+                pod, Purpose.OUTBOUND, destination[0], lambda sock: self._dial(sock, destination)
+            )
         else:
             trace = handoff.tlvs.get(Tlv.TRACEPARENT, b"").decode("ascii", "replace")
             self._over = True

@@ -178,6 +178,7 @@ class Delivery:
         self._sock: socket.socket | None = None
         self._relay: Relay | None = None
         self._port = 0
+        self._address = ""  #: the pod's that is meant
         self._own_port = True
         self._broken = Outcome.RESET  #: what an open tunnel that breaks off counts as
         self._timer = inbound.loop.later(SOURCE_PATIENCE, self._unknown)
@@ -224,10 +225,10 @@ class Delivery:
             self._refuse(400, Outcome.INVALID, f"method {self._request.method}")
             return
         target = split_authority(self._request.authority)
-        if target is None or target[0] != self._pod.address or target[1] in _OWN_PORTS:
+        if target is None or target[0] not in self._pod.addresses or target[1] in _OWN_PORTS:
             self._refuse(400, Outcome.INVALID, f"authority {self._request.authority} is not of this pod")
             return
-        self._port = target[1]
+        self._address, self._port = target
         trust = self._all.mesh.trust
         try:
             if trust is None:
@@ -247,8 +248,22 @@ class Delivery:
         if refusal:
             self._refuse(401, Outcome.DENIED, refusal)
             return
+        if not self._has_client():
+            self._refuse(400, Outcome.INVALID, f"the client has no address of the family of {self._address}")
+            return
         self._all.open[self] = None
-        self._all.agent.get_socket(self._pod, Purpose.DELIVERY, self._have_socket)
+        self._all.agent.get_socket(self._pod, Purpose.DELIVERY, self._address, self._have_socket)
+
+    def _has_client(self) -> bool:
+        """Whether there is a client's address to deliver from: a peer may carry one family in a connection of the other."""
+        source = self._all.mesh.at(self._link.remote[0])
+        known = (self._client[0], *(source.addresses if source is not None else ()))
+        found = next((one for one in known if (":" in one) == (":" in self._address)), None)
+        if found is None:
+            return False
+        if found != self._client[0]:
+            self._client = (found, 0)
+        return True
 
     def judge_again(self, verdicts: dict[_Question, str]) -> None:
         """After a change. ``verdicts`` remembers those of this round: empty is allowed, else the reason."""
@@ -290,7 +305,7 @@ class Delivery:
         self._timer = self._all.loop.later(CONNECT_TIMEOUT, self._too_slow)
         try:
             self._bind(sock)
-            code = sock.connect_ex((self._pod.address, self._port))
+            code = sock.connect_ex((self._address, self._port))
         except OSError as error:
             code = error.errno or errno.EIO
         if code in (0, errno.EINPROGRESS):
@@ -300,7 +315,7 @@ class Delivery:
             self._own_port = False
             self._sock = None
             self._all.loop.close(sock)
-            self._all.agent.get_socket(self._pod, Purpose.DELIVERY, self._have_socket)
+            self._all.agent.get_socket(self._pod, Purpose.DELIVERY, self._address, self._have_socket)
         else:
             self._refuse(503, Outcome.UNREACHABLE, os.strerror(code))
 

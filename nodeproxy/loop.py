@@ -99,7 +99,7 @@ class Loop:
             self._closing.append(sock)
 
     def listen(self, listener: socket.socket, arrived: Callable[[socket.socket, Any], None]) -> None:
-        """Accept from a non-blocking listener until it is closed; ``arrived`` owns the socket, and gets the peer's address."""
+        """Accept from a non-blocking listener until it is closed; ``arrived`` gets the socket and :func:`end_of` the peer."""
 
         def accept(_events: int) -> None:
             for _ in range(_ACCEPTS):
@@ -117,7 +117,7 @@ class Loop:
                     return
                 prepare(sock)
                 try:
-                    arrived(sock, peer)
+                    arrived(sock, end_of(peer))
                 except Exception:  # a bug of ours: it ends this connection, never the listener
                     _log.exception("a connection could not be taken")
                     reset(self, sock)
@@ -229,6 +229,14 @@ def prepare(sock: socket.socket) -> None:
     sock.setblocking(False)
     with contextlib.suppress(OSError):  # not TCP: the unix socket of handed-over streams
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def end_of(name: Any) -> Any:
+    """Address and port of a TCP socket's name; an IPv4-mapped address is the IPv4 address. Others' names stay as they are."""
+    if not isinstance(name, tuple) or len(name) < 4:
+        return name
+    address: str = name[0]
+    return address[7:] if address.startswith("::ffff:") and "." in address else address, name[1]
 
 
 def reset(loop: Loop, sock: socket.socket) -> None:

@@ -241,7 +241,7 @@ class NodeProxy:
         """For the debug page; called by another thread."""
         return {
             "pods": {
-                pod.uid: {"address": pod.address, "listeners": [kind.value for kind in pod.listeners]}
+                pod.uid: {"addresses": pod.addresses, "listeners": [kind.value for kind in pod.listeners]}
                 for pod in list(self.agent.pods.values())
             },
             "certificates": self.certificates.states(),

@@ -126,7 +126,7 @@ class Pool:
                 return
             dialled.link = Link(self._loop, sock, tls, dialled, client=True, remote=remote)
 
-        self._agent.get_socket(group.pod, Purpose.OUTBOUND, have)
+        self._agent.get_socket(group.pod, Purpose.OUTBOUND, group.key.address, have)
 
     def serve(self, group: _Group) -> None:
         """Give streams to those who wait, as far as there is room."""

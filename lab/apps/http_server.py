@@ -111,6 +111,10 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+class Server6(Server):
+    address_family = socket.AF_INET6
+
+
 parser = argparse.ArgumentParser()
 parser.add_argument("port", type=int)
 parser.add_argument("--name", default=socket.gethostname())
@@ -118,4 +122,4 @@ parser.add_argument("--version", default="")
 parser.add_argument("--bind", default="0.0.0.0")
 options = parser.parse_args()
 Handler.name, Handler.version = options.name, options.version
-Server((options.bind, options.port), Handler).serve_forever()
+(Server6 if ":" in options.bind else Server)((options.bind, options.port), Handler).serve_forever()

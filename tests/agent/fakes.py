@@ -134,11 +134,11 @@ class FakeKernel(Kernel):
         """As when the proxy that holds it dies."""
         del self.fake_listeners[address, port]
 
-    def create_outbound(self, netns: int, count: int = 1) -> list[int]:
+    def create_outbound(self, netns: int, count: int = 1, *, ipv6: bool = False) -> list[int]:
         return [socket.socket().detach() for _ in range(count)]
 
-    def create_delivery(self, netns: int, count: int = 1) -> list[int]:
-        return self.create_outbound(netns, count)
+    def create_delivery(self, netns: int, count: int = 1, *, ipv6: bool = False) -> list[int]:
+        return self.create_outbound(netns, count, ipv6=ipv6)
 
     def set_policy(
         self,

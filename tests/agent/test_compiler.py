@@ -220,10 +220,11 @@ class TestPeersAndServices:
             workload("here", addresses=("10.0.1.1", "fd00::1")),
             workload("there", node="n2", addresses=("10.0.2.1",), enrolled=False),
         )
-        attached = {"uid-here": ("10.0.1.1",)}
+        attached = {"uid-here": ("10.0.1.1", "fd00::1")}
         tables = compile_tables(state, node="n1", attached=attached, numbers=Identities())
         assert tables.peers == {
             "10.0.1.1": Peer("uid-here", True, True, tables.identities["uid-here"]),
+            "fd00::1": Peer("uid-here", True, True, tables.identities["uid-here"]),
             "10.0.2.1": Peer("uid-there", False, False, tables.identities["uid-there"]),
         }
 

@@ -18,7 +18,7 @@ from tests.agent.pods import Netns
 
 pytestmark = pytest.mark.privileged
 
-ADDRESS = "10.98.8.1"
+ADDRESS, ADDRESS6 = "10.98.8.1", "fd98::8:1"
 
 
 class Book:
@@ -75,7 +75,7 @@ async def test_a_pod_without_a_process_lives_until_the_controller_says_otherwise
     top = cgroups.root() / f"mycel-node-{uid[:8]}"
     cgroup = top / f"pod{uid}"
     cgroup.mkdir(parents=True)
-    book = Book(Candidate(uid, "default", "web", ADDRESS))
+    book = Book(Candidate(uid, "default", "web", (ADDRESS, ADDRESS6)))
     looks: list[str] = []
     find = Live._find
 
@@ -87,6 +87,7 @@ async def test_a_pod_without_a_process_lives_until_the_controller_says_otherwise
     monkeypatch.setattr(Live, "_find", counted)
     with Netns() as netns:
         netns.add_address(f"{ADDRESS}/24")
+        netns.add_address(f"{ADDRESS6}/128", "lo")
         container = Container(cgroup, netns)
         running = asyncio.create_task((watching := Live(book)).run())
         try:

@@ -55,7 +55,8 @@ class PodSockets:
         self.gate: asyncio.Event | None = None
         self.waits = asyncio.Event()
 
-    async def listener(self, netns_cookie, address, kind):
+    async def listener(self, netns_cookie, addresses, kind):
+        address = ",".join(addresses)
         if self.gate is not None:
             self.waits.set()
             await self.gate.wait()
@@ -66,14 +67,15 @@ class PodSockets:
         sock.listen()
         return sock.detach()
 
-    def publish(self, address, kind, fd):
+    def publish(self, addresses, kind, fd):
+        address = ",".join(addresses)
         with socket.socket(fileno=os.dup(fd)) as sock:
             self.registered[address, kind] = cookie_of(sock), sock.getsockname()[1]
 
-    def live(self, address, kind):
-        return self.registered.get((address, kind), (0, 0))[0]
+    def live(self, addresses, kind):
+        return self.registered.get((",".join(addresses), kind), (0, 0))[0]
 
-    async def outgoing(self, netns_cookie, purpose, count):
+    async def outgoing(self, netns_cookie, purpose, count, *, ipv6):
         if self.fails:
             raise SocketError("no")
         return [socket.socket().detach() for _ in range(count)]

@@ -78,7 +78,7 @@ async def test_the_agent_away(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> No
     # Established connections, and as many new ones as the stock holds.
     assert (await client.get())[0] == 200
     (pod,) = mesh.proxy.pods.values()
-    held = len(pod.sockets._ready)
+    held = len(pod.sockets(ipv6=False)._ready)
     assert held >= pods.LOW
 
     async def slow(request: Request, writer: asyncio.StreamWriter, number: int) -> None:
@@ -101,7 +101,7 @@ async def test_the_agent_away(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> No
     assert held_listener == api.Held("client", 7, api.ListenerKind.OUTBOUND_L7, held_listener.socket)
     assert again.hellos[0].serving
     again.enroll("client", listen=False)
-    await eventually(lambda: len(pod.sockets._ready) >= pods.STOCK)
+    await eventually(lambda: len(pod.sockets(ipv6=False)._ready) >= pods.STOCK)
     assert (await (await mesh.client()).get())[0] == 200
 
 
@@ -150,9 +150,9 @@ async def test_the_access_log_is_reopened_under_its_descriptor(tmp_path: Path) -
 async def test_an_agent_that_refuses_sockets(mesh: Mesh) -> None:
     await mesh.serve()
     (pod,) = mesh.proxy.pods.values()
-    await eventually(lambda: len(pod.sockets._ready) == pods.STOCK)
-    while pod.sockets._ready:
-        pod.sockets._ready.pop().close()
+    await eventually(lambda: len(pod.sockets(ipv6=False)._ready) == pods.STOCK)
+    while pod.sockets(ipv6=False)._ready:
+        pod.sockets(ipv6=False)._ready.pop().close()
     mesh.agent.refuse_sockets = "denied by policy"
     client = await mesh.client()
     status, _, body = await client.get()

@@ -17,7 +17,7 @@ def lab(pytestconfig: pytest.Config) -> Iterator[Lab]:
     """Two nodes with the mesh. Tests that end or restart processes leave them running and settled."""
     for program in ("nsenter", "setpriv", "curl"):
         require_program(program)
-    with Lab(nodes=2) as lab:
+    with Lab(nodes=2, ipv6=True) as lab:
         pytestconfig.stash[_LAB] = lab
         lab.namespace("default")
         yield lab

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 
 import pytest
 
 from lab import Lab, Place, Pod, Talker
 from lab.processes import wait_until
-from tests.mesh.helpers import ECHO, HTTP, dial, echo_server, echoes, eventually, fetch, greeting, http_server
+from tests.mesh.helpers import ECHO, HTTP, dial, echo_server, echoes, fetch, greeting, http_server
 
 pytestmark = pytest.mark.privileged
 
@@ -157,33 +156,6 @@ def test_a_pod_that_binds_our_ports_gets_nothing_of_ours(lab: Lab, client: Pod, 
                 assert "open" not in output
         thief.delete()
         other.delete()
-
-
-def test_native_ipv6_is_refused_but_not_loopback(lab: Lab, client: Pod, near: Pod):
-    for number, pod in enumerate((client, near), 1):
-        pod.run(["ip", "-6", "address", "replace", f"fd00:77::{number}/64", "dev", "eth0", "nodad"])
-    server = near.popen(near.app("tcp_server", 9600, "--bind", "::", "--greet"))
-    local = client.popen(client.app("tcp_server", 9600, "--bind", "::", "--greet"))
-    udp = near.popen(near.app("udp", "serve", "fd00:77::2", 9600))
-    try:
-        wait_until(lambda: near.listening(9600) and client.listening(9600), 5, "IPv6 servers listen")
-        wait_until(lambda: near.listening(9600, kind="udp"), 5, "the UDP server listens")
-        with Talker(client) as talker:
-            refused = talker.open("fd00:77::2", 9600, timeout=2)
-            assert not refused.ok
-            assert eventually(lambda: "reason=ipv6" in lab.logs("node1", "agent", lines=50))
-            # Refused by the hook, not for want of a way.
-            asked = client.run(client.app("udp", "ask", "fd00:77::2", 9600, "a way there is"))
-            assert asked.stdout.strip() == "a way there is"
-            assert talker.open("::1", 9600).ok
-            # IPv4-mapped addresses are IPv4 to the network, and to us.
-            mapped = talker.open(f"::ffff:{near.address}", ECHO, "mapped", family=socket.AF_INET6)
-            assert mapped.ok, mapped.error
-            assert mapped["peer"][0] == f"::ffff:{near.address}"
-    finally:
-        for process in (server, local, udp):
-            process.kill()
-            process.communicate()
 
 
 @pytest.fixture
