@@ -33,7 +33,6 @@ def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mappi
             "unattached": node.unattached(),
             "limits": [
                 "UDP of enrolled pods passes as without a mesh",
-                "native IPv6 TCP of enrolled pods is refused",
             ],
         }
 

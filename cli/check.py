@@ -33,13 +33,6 @@ LIMITS = (
         "UDP of enrolled pods passes as without a mesh: not encrypted, not authorized yet",
         "use a NetworkPolicy for what must not be reached by UDP",
     ),
-    Finding(
-        Severity.INFO,
-        "Mesh",
-        "",
-        "native IPv6 TCP of enrolled pods is refused (::1 and IPv4-mapped addresses work)",
-        "dial services by their IPv4 addresses",
-    ),
 )
 
 
