@@ -61,13 +61,13 @@ def deny(lab: Lab) -> None:
         pytest.param("a: [unclosed", ["config-bad.yaml"], id="no-yaml"),
         pytest.param(
             "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: bad, namespace: config}\n"
-            "spec: {action: PERHAPS}\n",
+            "spec: {action: PERHAPS, selector: {matchLabels: {app: nobody}}}\n",
             ["config-bad.yaml", "bad", "action", "PERHAPS"],
             id="bad-value",
         ),
         pytest.param(
             "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: bad, namespace: config}\n"
-            "spec: {rules: 7}\n",
+            "spec: {rules: 7, selector: {matchLabels: {app: nobody}}}\n",
             ["config-bad.yaml", "bad", "rules"],
             id="bad-type",
         ),
@@ -88,6 +88,18 @@ def test_bad_file_is_named_and_the_rest_works(
     lab.withdraw("config-bad.yaml")
     lab.settle()
     assert eventually(lambda: "config-bad.yaml" not in said(lab))
+
+
+def test_a_bad_policy_that_never_was_good_refuses_what_it_selects(lab: Lab, server: Pod, client: Pod):
+    assert echoes(client, server.address, ECHO) == ""
+    broken = authorization_policy("never", NAMESPACE, action="DENI", selector={"app": "server"}, rules=[])
+    lab.apply(broken, name="config-never.yaml")
+    lab.settle()
+    assert echoes(client, server.address, ECHO, timeout=3) != ""
+    assert eventually(lambda: "no version of it was ever good" in said(lab))
+    lab.withdraw("config-never.yaml")
+    lab.settle()
+    assert echoes(client, server.address, ECHO) == ""
 
 
 def test_last_good_version_of_a_spoilt_object_stays(lab: Lab, server: Pod, client: Pod):
