@@ -88,15 +88,18 @@ def _measure_rows(
     """:raises wrk.RunError: a path does not work, or a run had an error."""
     for path in paths:
         testbed.check(path)
-        testbed.measure(path, clients=max(clients), seconds=1)
-    total = arguments.rounds * len(paths) * len(clients)
+        testbed.measure(path, clients=max(path.clients or clients), seconds=1)
+    total = arguments.rounds * sum(len(path.clients or clients) for path in paths)
     order = rows.schedule(paths, rounds=arguments.rounds, clients=clients)
     for number, (turn, path, count) in enumerate(order, 1):
         run = testbed.measure(path, clients=count, seconds=arguments.seconds)
         results[path.name, count].append(run)
-        _progress(
-            f"{number}/{total} round {turn + 1}: {path.name} c={count} {run.requests_per_second:,.0f}/s"
+        found = (
+            f"{run.gbit_per_second:.1f} Gbit/s"
+            if run.gbit_per_second
+            else f"{run.requests_per_second:,.0f}/s"
         )
+        _progress(f"{number}/{total} round {turn + 1}: {path.name} c={count} {found}")
 
 
 def _arguments() -> argparse.Namespace:

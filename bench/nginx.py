@@ -1,8 +1,10 @@
-"""The server of every row: nginx, one worker, forty bytes from memory."""
+"""The server of nearly every row: nginx, one worker, forty bytes from memory, or 8 MB from a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from bench.loads import LARGE_BYTES
 
 #: Rows dial this port; the policy figure closes and opens :data:`GUARDED`.
 PORT = 8080
@@ -18,6 +20,8 @@ def body(name: str) -> str:
 def configure(folder: Path, name: str) -> list[str]:
     """Write a server's configuration into ``folder`` and give back its command line."""
     config = folder / "nginx.conf"
+    large = folder / "large"
+    large.write_bytes(bytes(LARGE_BYTES))
     config.write_text(f"""
 daemon off;
 master_process off;
@@ -28,6 +32,7 @@ error_log {folder}/nginx.err warn;
 events {{ worker_connections 8192; }}
 http {{
     access_log off;
+    sendfile on;
     default_type text/plain;
     keepalive_requests 1000000000;
     keepalive_timeout 1h;
@@ -40,6 +45,7 @@ http {{
         listen {PORT} backlog=4096;
         listen {GUARDED} backlog=4096;
         location / {{ return 200 "{body(name)}"; }}
+        location = /large {{ alias {large}; }}
     }}
 }}
 """)

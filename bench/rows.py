@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from bench.loads import Load
 from bench.wrk import Run
 
 CLIENTS = (1, 32, 256)
@@ -31,9 +32,24 @@ class Path:
     mesh: bool = False
     #: A reference that is no row of its own in the report's list.
     reference: bool = False
+    load: Load = Load.REQUESTS
+    #: Numbers of connections; none are those of the whole run.
+    clients: tuple[int, ...] = ()
+
+    @property
+    def unit(self) -> str:
+        """What of a run is compared."""
+        return "gbit_per_second" if self.load is Load.BULK else "requests_per_second"
 
 
 NO_MESH = "no-mesh"
+
+#: How paths of other loads than requests are called.
+LOADED = {
+    Load.CONNECTIONS: "l4-new-connections",
+    Load.BULK: "bulk",
+    Load.LARGE: "large-responses",
+}
 
 PATHS = {
     path.name: path
@@ -48,6 +64,20 @@ PATHS = {
         Path("envoy-http-hop", SAME_NODE, (NO_MESH,)),
         Path("envoy-mtls-tcp-pair", CROSS_NODE, (NO_MESH,)),
         Path("envoy-mtls-http-pair", CROSS_NODE, (NO_MESH,)),
+        *(
+            path
+            for load, name, clients in (
+                (Load.CONNECTIONS, "new-connections", (32,)),
+                (Load.BULK, "bulk", (1, 8)),
+                (Load.LARGE, "large-responses", (8,)),
+            )
+            for path in (
+                Path(f"no-mesh-{name}", SAME_NODE, reference=True, load=load, clients=clients),
+                Path(
+                    f"same-node-{LOADED[load]}", SAME_NODE, (NO_MESH,), mesh=True, load=load, clients=clients
+                ),
+            )
+        ),
     )
 }
 
@@ -60,7 +90,11 @@ def references(path: Path) -> dict[str, Path]:
     """What a path is compared with, by the name that the report gives it."""
     found = {}
     for name in path.against:
-        actual = "no-mesh-cross-node" if name == NO_MESH and path.topology == CROSS_NODE else name
+        actual = name
+        if name == NO_MESH and path.topology == CROSS_NODE:
+            actual = "no-mesh-cross-node"
+        elif name == NO_MESH and path.load is not Load.REQUESTS:
+            actual = f"no-mesh-{LOADED[path.load].removeprefix('l4-')}"
         found[name] = PATHS[actual]
     return found
 
@@ -86,7 +120,7 @@ def schedule(
     """(round, path, clients) in the order to run: every round has every pair once, in an order of its own."""
     generator = random.Random(seed)
     for number in range(rounds):
-        runs = [(path, count) for path in paths for count in clients]
+        runs = [(path, count) for path in paths for count in path.clients or clients]
         generator.shuffle(runs)
         for path, count in runs:
             yield number, path, count

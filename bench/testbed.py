@@ -16,14 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bench import envoy, nginx, wrk
+from bench import envoy, loads, nginx, wrk
 from bench.rows import Path as Row
 from lab.errors import LabError
 from lab.lab import Lab
 from lab.place import CommandError
 from lab.pod import Pod
 
-#: Services of the lab with a mesh, all on port 80: two with L4 policy, one with routes.
+#: Services of the lab with a mesh, all on port 80 (iperf3 on its own): two with L4 policy, one with routes.
 NEAR, FAR, ROUTED = "near", "far", "routed"
 
 _CLIENT = "cluster.local/ns/default/sa/client"
@@ -43,6 +43,7 @@ class Testbed:
         self._needs_mesh = figures or any(path.mesh for path in paths)
         self._needs_plain = any(not path.mesh for path in paths)
         self._needs_envoy = any(path.name.startswith("envoy") for path in paths)
+        self._needs_bulk = any(path.load is loads.Load.BULK for path in paths)
         self._stack = contextlib.ExitStack()
         self._urls: dict[str, tuple[Pod, str]] = {}
         self._services: dict[str, str] = {}
@@ -75,8 +76,8 @@ class Testbed:
         """
         client, url = self._urls[path.name]
         try:
-            done = client.run(wrk.command(url, clients=clients, seconds=seconds), timeout=seconds + 30)
-            return wrk.parse(done.stdout)
+            command = loads.command(path.load, url, clients=clients, seconds=seconds)
+            return loads.parse(path.load, client.run(command, timeout=seconds + 30).stdout)
         except (wrk.RunError, LabError) as error:
             raise wrk.RunError(f"{path.name} with {clients} clients: {error}") from error
 
@@ -120,6 +121,8 @@ class Testbed:
             folder = self._folder / f"{kind}-{name}"
             folder.mkdir()
             pod.serve(nginx.configure(folder, name), nginx.PORT, nginx.GUARDED)
+        if self._needs_bulk:
+            near.serve(["iperf3", "--server", "--port", str(loads.BULK_PORT)], loads.BULK_PORT)
         return Pods(client, near, far)
 
     def _build_plain(self) -> None:
@@ -127,6 +130,9 @@ class Testbed:
         pods = self.plain_pods = self._pods(self.plain, "plain")
         for name, address, port in (
             ("no-mesh", pods.near.address, nginx.PORT),
+            ("no-mesh-new-connections", pods.near.address, nginx.PORT),
+            ("no-mesh-bulk", pods.near.address, nginx.PORT),
+            ("no-mesh-large-responses", pods.near.address, nginx.PORT),
             ("no-mesh-cross-node", pods.far.address, nginx.PORT),
             ("envoy-http-hop", pods.client.address, envoy.HTTP_HOP),
             ("envoy-mtls-tcp-pair", pods.client.address, envoy.TCP_CLIENT),
@@ -158,17 +164,32 @@ class Testbed:
     def _build_mesh(self) -> None:
         lab = self.mesh = self._stack.enter_context(Lab(nodes=2))
         pods = self.mesh_pods = self._pods(lab, "mesh")
+        selectors = {
+            NEAR: {"app": "routed", "version": "near"},
+            FAR: {"app": "routed", "version": "far"},
+            ROUTED: {"app": "routed"},
+        }
         self._services = {
-            name: lab.service(name, 80, target_port=nginx.PORT, selector=selector, port_name=port_name)
-            for name, selector, port_name in (
-                (NEAR, {"app": "routed", "version": "near"}, "tcp"),
-                (FAR, {"app": "routed", "version": "far"}, "tcp"),
-                (ROUTED, {"app": "routed"}, "http"),
+            name: lab.service(
+                name,
+                selector=selector,
+                ports=[
+                    {"name": "http" if name == ROUTED else "tcp", "port": 80, "targetPort": nginx.PORT},
+                    {"name": "tcp-bulk", "port": loads.BULK_PORT, "targetPort": loads.BULK_PORT},
+                ],
             )
+            for name, selector in selectors.items()
         }
         lab.apply([*_BASE, *changing(allowed=True, to="near")], name=CHANGING)
         lab.settle()
-        for path, service in (("same-node-l4", NEAR), ("cross-node-l4", FAR), ("same-node-l7", ROUTED)):
+        for path, service in (
+            ("same-node-l4", NEAR),
+            ("same-node-l4-new-connections", NEAR),
+            ("same-node-bulk", NEAR),
+            ("same-node-large-responses", NEAR),
+            ("cross-node-l4", FAR),
+            ("same-node-l7", ROUTED),
+        ):
             self._urls[path] = (pods.client, f"http://{self._services[service]}/")
 
 

@@ -22,6 +22,7 @@ class Run:
     p50_us: int
     p99_us: int
     requests: int
+    gbit_per_second: float = 0.0  #: of a bulk transfer, which has no requests
 
 
 def command(url: str, *, clients: int, seconds: int) -> list[str]:
