@@ -13,6 +13,7 @@ from agent import host
 from agent.cni_node import BUNDLE
 from agent.daemon import Options, StartError, leave_node, run
 from agent.flowlog import KEEP, RATE
+from bpf import limits
 from common import logs
 
 
@@ -111,8 +112,32 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--flow-records", type=_count, default=KEEP, metavar="N", help="flow records kept in memory"
     )
+    parser.add_argument(
+        "--map-size",
+        dest="map_sizes",
+        default={},
+        action=_MapSizes,
+        metavar="NAME=ELEMENTS,...",
+        help="how much a kernel map may hold, from this start on (what it holds is carried over); may be repeated",
+    )
     logs.add_arguments(parser)
     return parser.parse_args(arguments)
+
+
+class _MapSizes(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        given = [f"{name}={size}" for name, size in getattr(namespace, self.dest).items()]
+        given += filter(None, str(values).split(","))
+        try:
+            setattr(namespace, self.dest, limits.parse_all(given))
+        except limits.SizeError as error:
+            parser.error(f"argument {option_string}: {error}")
 
 
 def _count(text: str) -> int:

@@ -11,7 +11,8 @@ import fcntl
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,6 +95,8 @@ class Options:
     cni_bundle: Path = BUNDLE
     daemonset: str = ""
     outside: tuple[str, ...] = ()
+    #: Of kernel maps, where they are not the usual ones.
+    map_sizes: Mapping[str, int] = field(default_factory=dict)
     splice: bool = True
     flow_log: str = ""
     flow_log_rate: int = RATE
@@ -182,6 +185,7 @@ async def _load(options: Options) -> None:
     """Run the loader and wait for it: it compiles, pins, attaches and ends, and takes LLVM with it."""
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "bpf.loader", "--pins", str(options.pins), "--cgroup", str(options.cgroup)),
+        *(f"--size={name}={size}" for name, size in options.map_sizes.items()),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

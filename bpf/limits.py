@@ -54,6 +54,14 @@ LIMITS: Mapping[str, Limit] = {
         forgets=True,
     ),
     "policies": Limit(16, 65536, "ADD fails and the pod does not start; CNI STATUS says so"),
+    "classes": Limit(
+        1024, _MOST, "the pod's new policy is not in force, the one before is; the agent is not ready"
+    ),
+    "networks": Limit(
+        32, 131072, "the pod's new policy is not in force, the one before is; the agent is not ready"
+    ),
+    "interfaces": Limit(16, 65536, "ADD fails and the pod does not start; CNI STATUS says so"),
+    "talks": Limit(1024, _MOST, "the oldest is forgotten: its next datagram is judged anew", forgets=True),
     "connecting": Limit(1024, _MOST, "the connection is refused: nobody knows who dials"),
     "captured": Limit(1024, _MOST, "the connection is refused: nobody knows where it was to go"),
     "shares": Limit(16, 65536, "ADD fails and the pod does not start; CNI STATUS says so"),
@@ -63,6 +71,12 @@ LIMITS: Mapping[str, Limit] = {
     ),
     "refused": Limit(
         1024, _MOST, "it is refused all the same, and counted in one account for all that has no room"
+    ),
+    "conversations": Limit(
+        1024, _MOST, "datagrams pass and are counted in one account for all that has no room"
+    ),
+    "records": Limit(
+        4096, 1 << 26, "the record is lost and counted; its flow has all of it", power_of_two=True
     ),
     "recent": Limit(
         1024, _MOST, "the oldest is forgotten: a refusal may be told and counted again", forgets=True

@@ -144,6 +144,20 @@ def attach_iterator(program: int, map_fd: int) -> int:
     return _check(_lib.bpf_link_create(program, 0, TRACE_ITER, ctypes.byref(options)), "attach iterator")
 
 
+def run_iterator(program: int, map_fd: int) -> None:
+    """Run an iterator once over all elements of a map."""
+    link = attach_iterator(program, map_fd)
+    try:
+        run = _check(_lib.bpf_iter_create(link), "run iterator")
+        try:
+            while os.read(run, 65536):
+                pass
+        finally:
+            os.close(run)
+    finally:
+        os.close(link)
+
+
 def replace(link: int, program: int) -> None:
     """Let the link run another program from now on, with no moment in between."""
     _check(_lib.bpf_link_update(link, program, None), "replace program")

@@ -23,11 +23,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from bpf import links, maps, schema, seal, succession, wire
+from bpf import links, maps, resize, schema, seal, succession, wire
 from bpf.btf import Btf, BtfError
 
 _HERE = Path(__file__).parent
-_SOURCES = ("connect.c", "datagrams.c", "create.c", "sockops.c", "lookup.c", "iterators.c", "splice.c", "types.c")
+_SOURCES = (
+    "connect.c",
+    "datagrams.c",
+    "create.c",
+    "sockops.c",
+    "lookup.c",
+    "iterators.c",
+    "splice.c",
+    "types.c",
+)
 _BPFFS_MAGIC = 0xCAFE4A11
 
 #: What one pod may have of a map that all write into: a part of it. More open connections to one listener of ours than that of
@@ -155,7 +164,7 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = Fal
             others = succession.others(pins, folder)
             before = succession.predecessor(folder, others)
             (folder / "netns").mkdir(parents=True, exist_ok=True)
-            opened, made = _open_maps(folder, before, sizes, stack)
+            opened, made, resized = _open_maps(folder, before, sizes, stack)
             with Btf.of_kernel() as btf:
                 macros = kernel_macros(btf)
             sealed = seal.digest(
@@ -165,22 +174,44 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = Fal
             )
             _drop_links_of_the_gone(folder)
             pinned = {a.link: os.fstat(target).st_ino for a in _CGROUP} | {i.pin: 0 for i in _ITERATORS}
-            if not replace and not others and seal.holds(folder, sealed, pinned):
-                return {"maps_made": [], "versions_replaced": [], "programs_replaced": [], "namespaces": 0}
-            programs, iterators = _compile(opened, macros, stack)
+            if not replace and not others and not resized and seal.holds(folder, sealed, pinned):
+                return {
+                    "maps_made": [],
+                    "maps_resized": {},
+                    "versions_replaced": [],
+                    "programs_replaced": [],
+                    "namespaces": 0,
+                }
+            programs, iterators, carriers = _compile(opened, macros, resized, stack)
             succession.take_links(folder, others, [*(attachment.link for attachment in _CGROUP), _RECV_LINK])
-            replaced = [name for name in _CGROUP if _attach(folder, name, programs[name.function], target)]
+            replaced = []
+            for number, attachment in enumerate(_CGROUP):
+                if _attach(folder, attachment, programs[attachment.function], target):
+                    replaced.append(attachment)
+                if number == 0:
+                    resize.when_both_are_written(resized, carriers)
             namespaces = _attach_namespaces(folder, programs["sk_lookup"])
             for iterator in _ITERATORS:
                 _attach_iterator(folder / iterator.pin, iterators[iterator.pin], opened[iterator.table].fd)
             _attach_splice(folder, programs, opened)
-            seal.put(folder, sealed, pinned)
+            resize.finish(resized, carriers)
+            for name, one in resized.items():
+                links.pin(one.now.fd, str(folder / name))
+            if resized:
+                # These programs write into both; the next load brings ones that do not.
+                seal.remove(folder)
+            else:
+                seal.put(folder, sealed, pinned)
             for other in others:
                 succession.remove(other)
-        except (maps.MapError, links.LinkError, BtfError, succession.SuccessionError) as error:
+        except (
+            *(maps.MapError, links.LinkError, BtfError),
+            *(succession.SuccessionError, resize.ResizeError),
+        ) as error:
             raise LoadError(str(error)) from None
     return {
         "maps_made": made,
+        "maps_resized": {name: one.now.info.max_entries for name, one in resized.items()},
         "versions_replaced": [other.name for other in others],
         "programs_replaced": [attachment.function for attachment in replaced],
         "namespaces": namespaces,
@@ -200,12 +231,14 @@ def _require_bpffs(pins: Path) -> None:
 
 def _open_maps(
     folder: Path, before: Path | None, sizes: dict[str, int], stack: ExitStack
-) -> tuple[dict[str, maps.Map], list[str]]:
-    """The maps by name, and which of them were made; ``before`` are the pins of the version to take over."""
+) -> tuple[dict[str, maps.Map], list[str], dict[str, resize.Resized]]:
+    """The maps by name, which were made, and which get another size; ``before`` are the pins of the version to take over."""
     opened: dict[str, maps.Map] = {}
     made: list[str] = []
+    resized: dict[str, resize.Resized] = {}
     for spec in schema.MAPS:
         path = folder / spec.name
+        size = sizes.get(spec.name, spec.max_entries)
         if path.exists():
             one = maps.Map.open(str(path))
             stack.callback(one.close)
@@ -215,17 +248,23 @@ def _open_maps(
         elif before is not None and (taken := succession.take_map(before, spec)) is not None:
             one = taken
             stack.callback(one.close)
-            one.pin(str(path))
+            if one.info.max_entries == size:
+                one.pin(str(path))
         else:
-            one = _make(spec, sizes.get(spec.name, spec.max_entries), stack)
+            one = _make(spec, size, stack)
             one.pin(str(path))
             made.append(spec.name)
+        if one.info.max_entries != size and spec.name not in resize.NOT_IN_FORCE:
+            # Pinned when it is in force.
+            resized[spec.name] = resize.Resized(one, _make(spec, size, stack))
+            resize.begin(spec.name, *resized[spec.name])
+            one = resized[spec.name].now
         opened[spec.name] = one
     for name, keys in schema.OVERFLOW_KEYS.items():
         for key in keys:
             if opened[name].lookup(key.pack()) is None:
                 opened[name].update(key.pack(), bytes(opened[name].value_size))
-    return opened, made
+    return opened, made, resized
 
 
 def _make(spec: schema.MapSpec, size: int, stack: ExitStack) -> maps.Map:
@@ -255,9 +294,12 @@ def _make(spec: schema.MapSpec, size: int, stack: ExitStack) -> maps.Map:
 
 
 def _compile(
-    opened: dict[str, maps.Map], macros: dict[str, int], stack: ExitStack
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Descriptors of all programs, those for the cgroup and for namespaces by function, iterators by pin."""
+    opened: dict[str, maps.Map],
+    macros: dict[str, int],
+    resized: dict[str, resize.Resized],
+    stack: ExitStack,
+) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Descriptors of all programs: for the cgroup and for namespaces by function, iterators by pin, what carries by map."""
     os.environ["BCC_KERNEL_SOURCE"] = str(kernel_headers())
     import bcc
 
@@ -266,14 +308,17 @@ def _compile(
         # The headers' own, by the hundred.
         "-Wno-everything",
         *(f"-DMAP_{name.upper()}={one.fd}" for name, one in opened.items()),
-        *(f"-D{name}={value}" for name, value in macros.items()),
+        *(f"-D{name}={value}" for name, value in (macros | resize.macros(resized)).items()),
         *(
             f"-DSHARE_{name.upper()}={max(_LEAST_SHARE, opened[name].info.max_entries // parts)}"
             for name, parts in _SHARES.items()
         ),
     ]
     # bcc gives only functions of its main text a section of their own: the entry files are one text, headers included.
-    text = "\n".join(f'#line 1 "{name}"\n{(_HERE / name).read_text()}' for name in _SOURCES)
+    text = "\n".join(
+        f'#line 1 "{name}"\n{(_HERE / name).read_text()}'
+        for name in (*_SOURCES, *(("carry.c",) if resized else ()))
+    )
     try:
         module = bcc.BPF(text=text, cflags=flags)
     except Exception as error:
@@ -302,9 +347,11 @@ def _compile(
                 function[-15:], _RECV_TRACEPOINT, links.TRACE_RAW_TP, code
             )
             stack.callback(os.close, programs[function])
+    carriers = resize.carriers(resized, module.dump_func)
+    stack.callback(resize.close, carriers)
     # Its descriptors are closed with the module.
     stack.callback(module.cleanup)
-    return programs, iterators
+    return programs, iterators, carriers
 
 
 def _attach(folder: Path, attachment: _Attachment, program: int, cgroup: int) -> bool:

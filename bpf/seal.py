@@ -59,6 +59,11 @@ def put(folder: Path, wanted: bytes, pinned: Mapping[str, int]) -> None:
         kept.pin(str(path))
 
 
+def remove(folder: Path) -> None:
+    """The next load compiles."""
+    (folder / _NAME).unlink(missing_ok=True)
+
+
 def _with_links(folder: Path, wanted: bytes, pinned: Mapping[str, int]) -> bytes:
     found = hashlib.sha256(wanted)
     lookup = links.open_pin(str(folder / "program_sk_lookup"))

@@ -89,6 +89,7 @@ def _container(values: Values, namespace: str) -> Json:
             f"--cni-conf=/host{values.cni.conf_dir}",
             f"--daemonset={namespace}/{AGENT}",
             f"--outside={','.join([*values.outside, namespace])}",
+            f"--map-size={','.join(values.agent.map_sizes)}",
             f"--flow-log={values.agent.flow_log}",
         ],
         "env": [

@@ -16,9 +16,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 import yaml
 
+from bpf import limits
+
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[int, msgspec.Meta(ge=1, le=3600)]
+MapSize = Annotated[str, msgspec.Meta(pattern="^[a-z_]+=[0-9]+$")]
 FolderPath = Annotated[str, msgspec.Meta(pattern="^/")]
 Toleration = dict[str, Any]
 
@@ -96,6 +99,13 @@ class Agent(_Values, frozen=True):
             description="Nodes whose agent may be away at once in an update. Traffic goes on there."
         ),
     ] = "10%"
+    map_sizes: Annotated[
+        tuple[MapSize, ...],
+        msgspec.Meta(
+            description="Elements that kernel maps may hold, as in [pods=2048, captured=524288]; another size is carried over "
+            "at the agent's next start."
+        ),
+    ] = ()
 
 
 class Proxy(_Values, frozen=True):
@@ -230,6 +240,10 @@ def load(
         values = msgspec.convert(_over(defaults, merged), Values)
     except msgspec.ValidationError as error:
         raise ValuesError(f"values: {error}") from error
+    try:
+        limits.parse_all(values.agent.map_sizes)
+    except limits.SizeError as error:
+        raise ValuesError(f"values: agent.mapSizes: {error}") from error
     for name, proxy in (("nodeproxy", values.nodeproxy), ("l7proxy", values.l7proxy)):
         if proxy.grace_seconds <= proxy.drain_seconds:
             raise ValuesError(

@@ -38,6 +38,7 @@ OTHER: dict[str, Any] = {
         "priorityClassName": "higher",
         "resources": {"requests": {"cpu": "1m", "memory": "1Mi"}, "limits": {"memory": "2Gi"}},
         "maxUnavailable": 3,
+        "mapSizes": ["pods=2048", "events=524288"],
     },
     "nodeproxy": {"drainSeconds": 600, "graceSeconds": 3600, "priorityClassName": "p"},
     "l7proxy": {"drainSeconds": 1, "graceSeconds": 2, "priorityClassName": ""},
