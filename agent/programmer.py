@@ -230,6 +230,8 @@ class Programmer:
             for key in self._kernel.flows()
             if not (is_current(key.source) and is_current(key.destination))
         ]
+        if not stale:
+            return
         self._kernel.forget_flows(stale)
         _log.warning("accounts of identities that are gone were added up", accounts=len(stale))
 

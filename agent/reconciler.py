@@ -319,6 +319,8 @@ class Reconciler:
                 if self._orphans and (gone := self._orphans - self._programmer.living()):
                     self._orphans -= gone
                     self._dirty.set()
-                self._programmer.forget_accounts(set(self.tables.identities.values()))
+                # Accounts may be many, and need nothing of what is programmed.
+                current = set(self.tables.identities.values())
+                await asyncio.to_thread(self._programmer.forget_accounts, current)
             except OSError as error:
                 _log.error("kernel cannot be looked at", reason=str(error))
