@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from controlplane.api import Action, Authorization, MtlsMode, NetworkPolicy, Rule, authorize
 from controlplane.compiler import compile_snapshot, validate
-from controlplane.controller import Controller
+from controlplane.controller import Controller, folder_backing
 from controlplane.model.snapshot import Snapshot
 from controlplane.model.world import Settings
 from controlplane.source import State
@@ -220,3 +223,35 @@ async def test_a_controller_that_starts_with_nothing_but_a_bad_policy_refuses(ha
     write(harness.config, "policy.yaml", bad)
     async with harness.serving() as controller:
         assert controller.snapshot.resources["authorization/default/x"] == resource, "the last good version"
+
+
+class _Given:
+    """A source of one state, whatever is in it."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def load(self) -> State:
+        return self._state
+
+    async def changes(self) -> AsyncIterator[State]:
+        await asyncio.get_running_loop().create_future()
+        yield self._state
+
+
+def test_what_the_compiler_cannot_take_refuses_too(harness: Harness) -> None:
+    """A bug of ours in a policy that never compiled: the same as one that its schema refuses."""
+    broken = policy({"action": "DENY", "rules": [{"from": 7}], **SELECTOR})
+    wrong = Object(key_of(broken), broken)
+    given = _Given(State({**objects(*PODS), wrong.key: wrong}))
+    backing = folder_backing(harness.config, harness.credentials, harness.state)
+    controller = Controller(harness.options(), replace(backing, source=given))
+    assert {w.name: w.policies for w in controller.snapshot.workloads.values()} == {
+        "a": ("default/x",),
+        "b": (),
+    }
+    found = controller.snapshot.resources["authorization/default/x"]
+    assert found == Authorization("default", "x", Action.DENY, EVERYTHING)
+    text = " ".join(str(f) for f in controller.findings)
+    assert "the controller cannot compile it" in text
+    assert "no version of it was ever good" in text
