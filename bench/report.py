@@ -143,4 +143,10 @@ def bars(report: Json) -> list[tuple[str, bool]]:
     if (start := figures.get("pod_start_ms")) is not None:
         text = f"pod-start: {start['added']:+.0f} ms p50 with our plugin in the chain, at most +60"
         judged.append((text, start["added"] <= 60))
+    if (cost := figures.get("connect_cost")) is not None:
+        text = (
+            f"connect-cost: {cost['tcp']['ratio']:.2f}x with {cost['services']:,} services and {cost['endpoints']:,} endpoints, "
+            "at most 1.1x"
+        )
+        judged.append((text, cost["tcp"]["ratio"] <= 1.1))
     return judged

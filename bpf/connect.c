@@ -60,6 +60,7 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 			 struct socket_state *state)
 {
 	struct endpoint key = dial->said;
+	struct service *service = 0;
 	struct peer *peer;
 
 	if (is_loopback(&key.address))
@@ -75,7 +76,10 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 			    &pod->address4, key.port, DIRECTION_OUTBOUND);
 		return refuse(ECONNREFUSED);
 	}
-	peer = map_lookup(MAP(PEERS), &key.address);
+	/* First the services: an address of one is no peer's, and each look into a large map costs a connection something. */
+	if (pod && role == ROLE_NONE)
+		service = map_lookup(MAP(SERVICES), &key);
+	peer = service ? 0 : map_lookup(MAP(PEERS), &key.address);
 	if (role == ROLE_ENVOY) {
 		struct address loopback;
 
@@ -129,8 +133,8 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 			    key.port, DIRECTION_OUTBOUND);
 		return refuse(ECONNREFUSED);
 	}
-	struct service *service = service_at(&key, peer);
-
+	if (!service)
+		service = node_port_at(&key, peer);
 	if (service && is_none(own))
 		return refuse_unaddressed(netns, pod, &key, 0);
 	if (service && (service->flags & SERVICE_L7)) {

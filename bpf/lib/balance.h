@@ -13,16 +13,16 @@
 #include "lib/refusal.h"
 
 /*
- * The service at an address; where there is one, the key becomes that under which it stands. A node's address is every node port's: those
- * stand once, under no address.
+ * The service of a node port, which stand once, under no address, for those of all nodes: peer is who has the dialled one.
+ * Where there is one, the key becomes its.
  */
-inline_always struct service *service_at(struct endpoint *key, struct peer *peer)
+inline_always struct service *node_port_at(struct endpoint *key, struct peer *peer)
 {
-	struct service *service = map_lookup(MAP(SERVICES), key);
 	struct address said = key->address;
+	struct service *service;
 
-	if (service || !peer || !(peer->flags & PEER_NODE))
-		return service;
+	if (!peer || !(peer->flags & PEER_NODE))
+		return 0;
 	/* ::ffff:0.0.0.0 or ::, so that each family has its own backends. */
 	if (is_ipv4(&key->address))
 		set_ipv4(&key->address, 0);

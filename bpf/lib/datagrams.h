@@ -152,8 +152,11 @@ inline_always int direct_datagrams(struct bpf_sock_addr *ctx, u64 netns, struct 
 	if (is_loopback(&to->address) || is_this_host(&to->address))
 		return 0;
 	state = storage_get(MAP(UDP_SOCKETS), sk, 0, 0);
-	peer = map_lookup(MAP(PEERS), &to->address);
-	service = service_at(&key, peer);
+	service = map_lookup(MAP(SERVICES), &key);
+	if (!service) {
+		peer = map_lookup(MAP(PEERS), &to->address);
+		service = node_port_at(&key, peer);
+	}
 	if (service) {
 		if (!choose_for_socket(ctx, netns, state, &dialled, &key, service, to) ||
 		    is_ipv4(&to->address) != is_ipv4(&dialled.address)) {
@@ -166,9 +169,9 @@ inline_always int direct_datagrams(struct bpf_sock_addr *ctx, u64 netns, struct 
 	}
 	/*
 	 * Judged on its way in any case. Asked here too, a refusal is an error that the application sees; but not of what may be an
-	 * answer, which is judged as what it answers.
+	 * answer, which is judged as what it answers: servers answer from the port that they are bound to, some by connect().
 	 */
-	if ((service || connecting) && peer_refuses(netns, pod, peer, to))
+	if ((service || (connecting && !sk->src_port)) && peer_refuses(netns, pod, peer, to))
 		return EPERM;
 	if (!service) {
 		forget_answers(ctx, state, to);

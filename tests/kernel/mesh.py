@@ -113,8 +113,9 @@ class Worker:
         data = json.dumps({"call": call, "arguments": arguments}).encode()
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self._channel.sendmsg([data], rights)
-        answer, got, _, _ = socket.recv_fds(self._channel, 1000, 1)
+        answer, got, _, _ = socket.recv_fds(self._channel, 1 << 17, 1)
         error = json.loads(answer)
+        self._result = error.get("result")
         if error.get("timeout"):
             raise TimeoutError
         if error.get("errno"):
@@ -192,6 +193,12 @@ class Worker:
         """A datagram from each of so many sockets."""
         address, family = self._family(address, None)
         self._call("spread", address=address, count=count, family=family, connecting=connecting)
+
+    def dial_many(self, address: tuple[str, int], count: int) -> list[str]:
+        """Connect so many UDP sockets over IPv4; to where each of them is connected, as the kernel has it."""
+        self._call("dial_many", address=address, count=count)
+        assert isinstance(self._result, list)
+        return self._result
 
     def crowd(self, addresses: Sequence[tuple[str, int]], count: int) -> None:
         """So many sockets, one after the other, each of which sends to all of these."""

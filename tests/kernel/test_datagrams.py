@@ -276,6 +276,24 @@ def test_refused_by_the_destination(node, client, make_server, service, connecti
     assert len(server.received()) == 1
 
 
+def test_servers_that_answer(client, make_server, service, vip):
+    """Also by connect(), as some do, and to a client to whom nobody may speak first."""
+    server = make_server()
+    service(server)
+    with client.app.datagrams() as sock:
+        for answer in ("one", "two"):
+            client.app.send(sock, "question", (vip, PORT))
+            [(_, peer)] = server.received()
+            if answer == "one":
+                server.pod.app.send(server.sock, answer, peer)
+            else:
+                server.pod.app.reconnect(server.sock, peer)
+                server.pod.app.send(server.sock, answer)
+            assert sock.recvfrom(100) == (answer.encode(), (vip, PORT))
+        with pytest.raises(PermissionError):
+            server.pod.app.spread(peer, 1, connecting=True)
+
+
 def test_both_protocols_with_one_number(node, client, make_server, make_pod, service, vip):
     server = make_server()
     stream = make_pod().enrol({(client.identity, 8080): True})
