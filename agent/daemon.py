@@ -34,6 +34,7 @@ from agent.metrics import CniLatencies, Collector, View, name_of
 from agent.namespaces import Namespaces
 from agent.node import Node
 from agent.packets import Server
+from agent.pressure import Alarm
 from agent.prober import Prober
 from agent.programmer import Programmer
 from agent.proxies import Proxies
@@ -238,6 +239,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
         maps=lambda: {"captured": kernel.captured_fd()},
     )
     node.tell(proxies)
+    node.loads(lambda: _load(options))
     enrolment = EnrolmentFile(options.run)
     splicer = Splicer(kernel.splices, on=options.splice)
 
@@ -271,6 +273,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
             proxies=proxies.connected(),
             connected=stream.connected,
             destroyed=sweeper.destroyed,
+            repairs=node.repairs,
             records=Records(flow_log.counts, kernel.records_lost()),
         )
 
@@ -306,6 +309,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
 
     tasks = Tasks(on_failure)
     _watch_refusals(kernel, node, sweeper)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, node.look)
     with admin:
         await node.start()
         enrolment.write(node.mesh)
@@ -321,6 +325,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
         tasks.start(flow_log.run(), name="flow records")
         tasks.start(splicer.run(), name="splice")
         tasks.start(cni.watch_notes(), name="notes")
+        tasks.start(Alarm(kernel.pressure).run(), name="alarm of maps that fill up")
         tasks.start(proxies.watch(), name="return of proxies")
         if options.prober == "auto":
             tasks.start(Prober(roles, options.cgroup).run(), name="prober")

@@ -19,6 +19,7 @@ from agent.flowlog import Counts
 from agent.identities import Identities, Label
 from agent.kernel import Direction, FlowCounters, FlowKey, Pressure
 from agent.mesh import Mesh
+from agent.pressure import level
 from bpf.wire import IDENTITY_PLAIN, IDENTITY_PROBE, IDENTITY_TUNNEL, PROTOCOL_TCP
 
 LABELS = (
@@ -51,6 +52,7 @@ class View:
     proxies: Mapping[str, int]
     connected: bool
     destroyed: int
+    repairs: Mapping[str, int] = field(default_factory=dict)
     records: Records = field(default=Records(Counts(0, 0, 0, 0), 0))
 
 
@@ -108,14 +110,47 @@ class Collector:
             yield from tcp_metrics(view, services, self._series)
             yield from flow_metrics(view.flows, view.numbers, services, self._flow_series)
         yield from record_metrics(view.records)
-        used = GaugeMetricFamily("mycel_map_used_elements", "Elements in a kernel map.", labels=("map",))
-        size = GaugeMetricFamily("mycel_map_size_elements", "Elements that it has room for.", labels=("map",))
+        used = GaugeMetricFamily(
+            "mycel_map_entries", "Elements in a kernel map (bytes of a ring buffer).", labels=("map",)
+        )
+        size = GaugeMetricFamily("mycel_map_capacity", "Elements that it has room for.", labels=("map",))
+        ratio = GaugeMetricFamily("mycel_map_pressure_ratio", "Entries by capacity.", labels=("map",))
+        alarm = GaugeMetricFamily(
+            "mycel_map_alarm",
+            "1 from 80 % on, 2 from 95 % on (0: maps that forget by themselves).",
+            labels=("map",),
+        )
+        over = CounterMetricFamily(
+            "mycel_map_share_refused", "Elements of pods that had used their own share up.", labels=("map",)
+        )
+        memory = GaugeMetricFamily("mycel_map_memory_bytes", "Of the kernel's, by map.", labels=("map",))
         full = CounterMetricFamily("mycel_map_full", "Elements that found no room.", labels=("map",))
         for name, pressure in view.pressure.items():
             used.add_metric((name,), pressure.used)
             size.add_metric((name,), pressure.size)
             full.add_metric((name,), pressure.refused)
-        yield from (used, size, full)
+            over.add_metric((name,), pressure.over_share)
+            memory.add_metric((name,), pressure.memory)
+            if pressure.size:
+                ratio.add_metric((name,), pressure.ratio)
+                alarm.add_metric((name,), level(name, pressure))
+        yield from (used, size, ratio, alarm, full, over, memory)
+        repairs = CounterMetricFamily(
+            "mycel_repairs", "What the kernel had lost or changed, and was written again.", labels=("what",)
+        )
+        for what in (
+            "pod",
+            "namespace",
+            "policy",
+            "peer",
+            "service",
+            "listener",
+            "link",
+            "stray pod",
+            "stray peer",
+        ):
+            repairs.add_metric((what,), view.repairs.get(what, 0))
+        yield repairs
         yield GaugeMetricFamily(
             "mycel_agent_pods_attached", "Pods that the runtime attached here.", view.pods
         )

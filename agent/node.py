@@ -6,7 +6,7 @@ ask of them (the proxies, the search for running pods, pages and metrics).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from agent import api
 from agent.attaching import Attaching
@@ -77,6 +77,19 @@ class Node:
     def tell(self, proxies: Carriers) -> None:
         """From now on they hear of pods."""
         self._reconciler.proxies = proxies
+
+    def loads(self, load: Callable[[], Awaitable[None]]) -> None:
+        """How programs that somebody detached come back."""
+        self._reconciler.load = load
+
+    def look(self) -> None:
+        """Compare the kernel with what was written into it now, all of it."""
+        self._reconciler.look()
+
+    @property
+    def repairs(self) -> Mapping[str, int]:
+        """What the kernel had lost or changed and was written again, by what it is."""
+        return dict(self._reconciler.repairs)
 
     # Life
 

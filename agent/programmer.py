@@ -7,6 +7,7 @@ changed meanwhile. What cannot be written is reported and counts as not written,
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -81,6 +82,10 @@ class Outcome:
         known = {e.reason for e in self.resources}
         reasons += [f"pod in namespace {cookie}: {r}" for cookie, r in self.pods.items() if r not in known]
         return "; ".join(reasons)
+
+
+#: Verdicts that are nobody's: the kernel's differ from what was written.
+_UNLIKE_ANY = Verdicts({(-1, 0): False}, {})
 
 
 class _Policy(NamedTuple):
@@ -208,6 +213,72 @@ class Programmer:
                 return self._kernel.missing(netns_cookie, netns)
         except KeyError:
             return ["the pod's namespace"]
+
+    async def audit(self, cookies: Collection[int], frontends: Collection[facade.Frontend]) -> Counter[str]:
+        """Compare the kernel with what was written into it; what differs is forgotten, so that the next pass writes it again.
+
+        :param cookies: the pods whose namespaces and verdicts are looked at; entries of pods and peers all are.
+        :param frontends: the services that are looked at.
+        :returns: how much has to be repaired, by what it is.
+        """
+        found: Counter[str] = Counter()
+        pods, peers, damaged = await asyncio.to_thread(
+            lambda: (self._kernel.pods(), self._kernel.peers(), self._kernel.damaged_services(frontends))
+        )
+        lacking = {cookie: await self._lacks(cookie) for cookie in cookies if cookie in self._pods}
+        for cookie, pod in pods.items():
+            if cookie not in self._pods:
+                self._found(found, "stray pod", cookie)
+                self._pods[cookie] = pod
+        for cookie, known in tuple(self._pods.items()):
+            if pods.get(cookie) != known:
+                self._found(found, "pod", cookie)
+            elif lacking.get(cookie):
+                self._found(found, "namespace", cookie, lacks=", ".join(lacking[cookie]))
+            else:
+                continue
+            # Unlike any that is wished, so that it is added again; a pod that is nobody's any more is still removed.
+            self._pods[cookie] = known._replace(identity=0)
+        for cookie in lacking:
+            policy = self._policies.get(cookie)
+            if policy is not None and (policy.generation, policy.verdicts.table) != (
+                await asyncio.to_thread(self._kernel.policy, cookie)
+            ):
+                self._found(found, "policy", cookie)
+                self._policies[cookie] = policy._replace(verdicts=_UNLIKE_ANY)
+        of_pods = {address for pod in (*pods.values(), *self._pods.values()) for address in pod.addresses}
+        for address in (peers.keys() | self._peers.keys()) - of_pods:
+            there, wished = peers.get(address), self._peers.get(address)
+            if there == wished:
+                continue
+            self._found(found, "peer" if wished is not None else "stray peer", address)
+            if there is None:
+                del self._peers[address]
+            else:
+                self._peers[address] = there
+        for frontend in damaged:
+            if frontend in self._services:
+                self._found(found, "service", f"{frontend.address}:{frontend.port}")
+                self._services[frontend] = None
+        return found
+
+    def _found(self, found: Counter[str], what: str, which: object, **more: object) -> None:
+        found[what] += 1
+        _log.warning("kernel state is not as it was written: repaired", what=what, which=which, **more)
+
+    async def _lacks(self, cookie: int) -> list[str]:
+        with self._namespaces.borrow_if_there(cookie) as netns:
+            if netns is None:
+                return []
+            return await asyncio.to_thread(self._kernel.missing, cookie, netns)
+
+    def detached(self) -> list[str]:
+        """Links at the node's cgroup that are gone."""
+        return self._kernel.detached()
+
+    def services(self) -> list[facade.Frontend]:
+        """Those that were written."""
+        return list(self._services)
 
     def full(self) -> list[str]:
         """The maps that have no room for another pod; what others lack costs a connection or an account."""

@@ -8,7 +8,9 @@ is tried again, and fails closed meanwhile.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Mapping
+import contextlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +31,10 @@ _log = logs.get(__name__)
 
 #: Seconds until what failed is tried again.
 RETRY = 3.0
+
+#: Seconds between comparisons of the kernel with what was written into it, and how many it takes until everything was compared.
+COMPARE = 15.0
+PARTS = 4
 
 #: Seconds between looks for what ended without a word.
 MAINTENANCE = 30.0
@@ -65,6 +71,14 @@ class Reconciler:
         self._namespaces = namespaces
         self._sweeper = sweeper
         self._tasks = Tasks()
+        #: What the kernel had lost or changed, and was written again, by what it is.
+        self.repairs: Counter[str] = Counter()
+        #: The loader: puts programs back at the node's cgroup.
+        self.load: Callable[[], Awaitable[None]] = _nothing
+        self._look_now = asyncio.Event()
+        self._turn = 0
+        #: The kernel is written into by one pass, or looked at.
+        self._passing = asyncio.Lock()
         self._dirty = asyncio.Event()
         self._waiting: list[asyncio.Future[Outcome]] = []
         #: Pods that the kernel has and the book has not: nobody knows whose they are, so nobody may connect to them.
@@ -80,6 +94,7 @@ class Reconciler:
         await self._adopt()
         self._tasks.start(self._reconcile(), name="reconcile")
         self._tasks.start(self._maintain(), name="maintain")
+        self._tasks.start(self._compare(), name="compare with the kernel")
         await self.settled()
 
     async def stop(self) -> None:
@@ -120,7 +135,8 @@ class Reconciler:
                 retry.cancel()
                 retry = None
             try:
-                outcome = await self._pass()
+                async with self._passing:
+                    outcome = await self._pass()
             except Exception as error:
                 _log.exception("reconciling failed")
                 reason = f"{type(error).__name__}: {error}"
@@ -311,6 +327,66 @@ class Reconciler:
                 "pods of an unknown attachment are sealed until they end", namespaces=sorted(self._orphans)
             )
 
+    def look(self) -> None:
+        """Compare the kernel with what was written into it now, all of it."""
+        self._look_now.set()
+
+    async def _look(self, share: int) -> None:
+        """Compare one part of ``share``; what is not as it was written is so again after the next pass."""
+        cookies = sorted(self._state.pods.sandboxes())
+        services = self._programmer.services()
+        part = slice(self._turn % share, None, share)
+        self._turn += 1
+        try:
+            found = await self._programmer.audit(cookies[part], services[part])
+            if detached := await asyncio.to_thread(self._programmer.detached):
+                _log.warning("kernel state is not as it was written: repaired", what="link", which=detached)
+                await self.load()
+                found["link"] += len(detached)
+        except OSError as error:
+            _log.error("kernel cannot be compared with what was written", reason=str(error))
+        else:
+            self.repairs.update(found)
+            if found:
+                self._dirty.set()
+
+    async def _hand_listeners(self) -> None:
+        """A listener that the kernel has lost: whoever has to hold it gets another."""
+        if self.proxies is None:
+            return
+        for pod in tuple(self.told.values()):
+            lost = [
+                (address, kind)
+                for kind in (api.ListenerKind.OUTBOUND, api.ListenerKind.HBONE)
+                for address in pod.addresses or (pod.address,)
+                if not self._programmer.has_listener(address, kind.port)
+            ]
+            if not lost:
+                continue
+            await self.proxies.enroll(pod)
+            # Without a proxy there is none, and nothing was lost.
+            back = [one for one in lost if self._programmer.has_listener(one[0], one[1].port)]
+            if back:
+                self.repairs["listener"] += len(back)
+                _log.warning(
+                    "kernel state is not as it was written: repaired", what="listener", which=pod.name
+                )
+
+    async def _compare(self) -> None:
+        """From time to time compare a part of what was written with the kernel; everything has its turn."""
+        while True:
+            share = PARTS
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(COMPARE):
+                    await self._look_now.wait()
+                    share = 1
+            self._look_now.clear()
+            if not self._state.mesh.known:
+                continue
+            async with self._passing:
+                await self._look(share)
+            await self._hand_listeners()
+
     async def _maintain(self) -> None:
         """From time to time look for what ended without a word: a runtime that was killed sends no DEL."""
         while True:
@@ -324,3 +400,7 @@ class Reconciler:
                 await asyncio.to_thread(self._programmer.forget_accounts, current)
             except OSError as error:
                 _log.error("kernel cannot be looked at", reason=str(error))
+
+
+async def _nothing() -> None:
+    """Where nobody loads programs."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from pathlib import Path
 from typing import NamedTuple
 
 # enum bpf_attach_type
@@ -25,6 +26,9 @@ TRACE_ITER = 28
 CGROUP_INET4_GETPEERNAME = 29
 CGROUP_INET6_GETPEERNAME = 30
 SK_LOOKUP = 36
+
+# enum bpf_link_type
+TYPE_CGROUP = 3
 
 # enum bpf_prog_type
 PROG_CGROUP_SOCK = 9
@@ -171,6 +175,15 @@ def link_info(link: int) -> LinkInfo:
     # The union begins at 16: a cgroup's id has 64 bits, a namespace's inode 32.
     where = struct.unpack_from("=Q" if kind == 3 else "=I", buffer, 16)[0]
     return LinkInfo(kind, number, program, where)
+
+
+def info_of_pin(path: Path) -> LinkInfo:
+    """:raises LinkError: no link is pinned there."""
+    link = open_pin(str(path))
+    try:
+        return link_info(link)
+    finally:
+        os.close(link)
 
 
 def program_id(program: int) -> int:

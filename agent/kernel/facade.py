@@ -6,7 +6,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from agent.kernel.policies import Policies, Verdicts, network_elements
 from agent.kernel.ring import RingReader
 from agent.kernel.services import Services
 from agent.kernel.splices import Splices
-from bpf import schema, usage, wire
+from bpf import links, schema, usage, wire
 from bpf.limits import UNSIZED
 from bpf.maps import Map, MapFullError
 from bpf.usage import Usage
@@ -105,6 +105,12 @@ class Kernel:
             self._pods = Pods(self._folder, maps)
             self._policies = Policies(maps["policies"], maps["classes"], maps["networks"])
             self._services = Services(maps["services"], maps["backends"], maps["members"])
+            #: What the loader attached: the names of its links.
+            self._cgroup_links = sorted(
+                path.name
+                for path in self._folder.glob("link_*")
+                if links.info_of_pin(path).type == links.TYPE_CGROUP
+            )
             self._closing = stack.pop_all()
 
     def close(self) -> None:
@@ -345,6 +351,31 @@ class Kernel:
         """All of them."""
         with self._lock:
             return self._services.all()
+
+    def damaged_services(self, frontends: Collection[Frontend]) -> list[Frontend]:
+        """Of these, the ones that the kernel has not as they were set; their next set writes them anew."""
+        with self._lock, naming("services"):
+            return [
+                frontend
+                for frontend in frontends
+                if self._services.damaged(wire.Endpoint(frontend.address, frontend.port, frontend.protocol))
+            ]
+
+    def detached(self) -> list[str]:
+        """Links at the node's cgroup that are not there, or not attached: the loader puts them back."""
+        found = []
+        for name in self._cgroup_links:
+            try:
+                link = links.open_pin(str(self._folder / name))
+            except links.LinkError:
+                found.append(name)
+                continue
+            try:
+                if links.link_info(link).where == 0:
+                    found.append(name)
+            finally:
+                os.close(link)
+        return found
 
     def captured_fd(self) -> int:
         """A new read-only descriptor of the map ``captured`` to hand to a proxy; the caller's."""

@@ -109,6 +109,23 @@ class Services:
         new = wire.Service(old.id, (old.generation + 1) & _U32, len(wanted), flags)
         self._swap(key, known, new, wanted, weighted)
 
+    def damaged(self, key: wire.Endpoint) -> bool:
+        """Whether the kernel has not what was set; then the next :meth:`set` writes all of it anew."""
+        known = self._known.get(key)
+        if known is None:
+            return False
+        service = known.service
+        whole = self._services.lookup(key.pack()) == service.pack() and all(
+            (value := self._backends.lookup(_slot(service, slot))) is not None
+            and value[: len(endpoint)] == endpoint
+            for slot, backend in enumerate(known.slots)
+            for endpoint in (wire.pack_address(backend.address),)
+        )
+        if not whole:
+            slots = tuple(backend._replace(weight=0) for backend in known.slots)
+            self._known[key] = known._replace(slots=slots, weighted=True)
+        return not whole
+
     def remove(self, key: wire.Endpoint) -> None:
         known = self._known.pop(key, None)
         self._services.delete(key.pack())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from agent.kernel import (
@@ -210,6 +210,12 @@ class FakeKernel(Kernel):
 
     def services(self) -> dict[Frontend, Service]:
         return dict(self.fake_services)
+
+    def damaged_services(self, frontends: Collection[Frontend]) -> list[Frontend]:
+        return [frontend for frontend in frontends if frontend not in self.fake_services]
+
+    def detached(self) -> list[str]:
+        return []
 
     def captured_fd(self) -> int:
         return os.open("/dev/null", os.O_RDONLY)

@@ -115,8 +115,8 @@ def test_a_service_is_named_only_where_there_is_no_doubt():
 
 def test_own_health():
     found = samples(view({}))
-    assert found["mycel_map_used_elements"] == [({"map": "pods"}, 3)]
-    assert found["mycel_map_size_elements"] == [({"map": "pods"}, 1024)]
+    assert found["mycel_map_entries"] == [({"map": "pods"}, 3)]
+    assert found["mycel_map_capacity"] == [({"map": "pods"}, 1024)]
     assert found["mycel_map_full_total"] == [({"map": "pods"}, 1)]
     assert found["mycel_agent_pods_enrolled"] == [({}, 2)]
     assert found["mycel_agent_proxies_connected"] == [({"role": "nodeproxy"}, 1)]

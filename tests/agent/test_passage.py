@@ -91,7 +91,9 @@ def test_a_namespace_is_found_by_cgroup_and_address(tmp_path):
             assert sandboxes.find([(uid, ("10.98.7.1",))], not_in=(host,)) == {}
             in_namespace(run("nsenter", f"--net={own.path}", "sleep", "60"), own)
             cgroups_ready(pod, 3)
-            found = sandboxes.find([(uid, ("10.98.7.1",)), (str(uuid.uuid4()), ("10.98.7.1",))], not_in=(host,))
+            found = sandboxes.find(
+                [(uid, ("10.98.7.1",)), (str(uuid.uuid4()), ("10.98.7.1",))], not_in=(host,)
+            )
             assert set(found) == {uid}
             sandbox = found[uid]
             assert sandbox.inode == Path(own.path).stat().st_ino
