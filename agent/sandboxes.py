@@ -16,9 +16,12 @@ from typing import NamedTuple
 from agent.kernel import namespace
 
 #: A pod's own folder: ``pod<UID>`` (driver cgroupfs) or ``kubepods-burstable-pod<UID with underscores>.slice`` (systemd).
+#: A static pod's is named by the digest of its manifest, 32 digits without hyphens, which the API server does not know.
 _POD = re.compile(
-    r"(?:pod(?P<plain>[0-9a-f]{8}-[0-9a-f-]{27})|kubepods(?:-[a-z]+)*-pod(?P<slice>[0-9a-f]{8}_[0-9a-f_]{27})\.slice)"
+    r"(?:pod(?P<plain>[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{32})"
+    r"|kubepods(?:-[a-z]+)*-pod(?P<slice>[0-9a-f]{8}_[0-9a-f_]{27}|[0-9a-f]{32})\.slice)"
 )
+_STATIC = re.compile(r"[0-9a-f]{32}")
 
 
 class Sandbox(NamedTuple):
@@ -65,20 +68,24 @@ def find(
     :param wanted: (UID, addresses) of each. All have to be the namespace's own: a container may make namespaces of its own,
         which have the pod's cgroup too.
     :param not_in: inodes of namespaces that are no pod's, such as the node's.
+
+    A static pod is wanted by the UID of its mirror and runs under another: it is the one whose namespace has the addresses, where
+    no process has the UID.
     """
     addresses = dict(wanted)
     candidates: dict[str, list[tuple[int, int]]] = {}
     for pid, uid in processes_of_pods(proc):
-        if uid in addresses:
+        if uid in addresses or _STATIC.fullmatch(uid):
             try:
                 candidates.setdefault(uid, []).append((_started(pid, proc), pid))
             except (OSError, ValueError, IndexError):
                 continue
     found: dict[str, Sandbox] = {}
-    for uid, pids in candidates.items():
+    of_static = [one for uid, pids in candidates.items() if uid not in addresses for one in pids]
+    for uid in addresses:
         seen: set[int] = set(not_in)
         # The sandbox's own process is the oldest.
-        for _, pid in sorted(pids):
+        for _, pid in sorted(candidates.get(uid, of_static)):
             sandbox = _look(pid, addresses[uid], seen, proc)
             if sandbox is not None:
                 found[uid] = sandbox

@@ -15,6 +15,7 @@ from tests.agent.pods import Netns
 
 UID = "0b1f6c2e-6c5d-4a7b-9a53-1d6f4f6d0c11"
 UNDERSCORES = UID.replace("-", "_")
+STATIC = uuid.uuid4().hex
 
 
 def test_a_pod_of_an_add_is_enrolled_at_once():
@@ -57,6 +58,8 @@ def test_the_way_in_and_out():
         (f"0::/docker/abc/kubelet/kubepods/pod{UID}/0123", UID),
         # What a container makes below its own is no pod's.
         (f"0::/kubepods/pod{UID}/0123/pod{uuid.uuid4()}", UID),
+        (f"0::/kubepods/burstable/pod{STATIC}/0123", STATIC),
+        (f"0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{STATIC}.slice/x.scope", STATIC),
         ("0::/system.slice/kubelet.service", ""),
         ("0::/user.slice/podman-1.scope", ""),
         ("0::/", ""),
@@ -68,11 +71,15 @@ def test_whose_a_cgroup_is(line, uid):
 
 
 @pytest.mark.privileged
-def test_a_namespace_is_found_by_cgroup_and_address(tmp_path):
-    """Neither the node's own nor one that a container of the pod has made for itself."""
+@pytest.mark.parametrize("static", [False, True], ids=["of-api-server", "static"])
+def test_a_namespace_is_found_by_cgroup_and_address(tmp_path, static):
+    """Neither the node's own nor one that a container of the pod has made for itself.
+
+    A static pod's cgroup is named by its manifest, and the API server knows it by its mirror.
+    """
     uid = str(uuid.uuid4())
     top = cgroups.root() / f"mycel-node-{uid[:8]}"
-    pod = top / f"pod{uid}"
+    pod = top / f"pod{uuid.uuid4().hex if static else uid}"
     held: list[subprocess.Popen[bytes]] = []
 
     def run(*command: str) -> int:
@@ -92,7 +99,8 @@ def test_a_namespace_is_found_by_cgroup_and_address(tmp_path):
             in_namespace(run("nsenter", f"--net={own.path}", "sleep", "60"), own)
             cgroups_ready(pod, 3)
             found = sandboxes.find(
-                [(uid, ("10.98.7.1",)), (str(uuid.uuid4()), ("10.98.7.1",))], not_in=(host,)
+                [(uid, ("10.98.7.1",)), (str(uuid.uuid4()), ("10.98.7.1" if not static else "10.98.7.2",))],
+                not_in=(host,),
             )
             assert set(found) == {uid}
             sandbox = found[uid]

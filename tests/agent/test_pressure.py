@@ -29,7 +29,8 @@ def test_every_map_has_bounds_and_says_what_happens_when_it_is_full():
 @pytest.fixture
 def told(monkeypatch):
     class Log:
-        lines: list[str] = []
+        def __init__(self):
+            self.lines: list[str] = []
 
         def __getattr__(self, severity):
             return lambda event, **fields: self.lines.append(
@@ -37,7 +38,6 @@ def told(monkeypatch):
             )
 
     log = Log()
-    log.lines = []
     monkeypatch.setattr(pressure, "_log", log)
     return log.lines
 
