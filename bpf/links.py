@@ -232,6 +232,14 @@ def load_tracing(name: str, target: str, attach_type: int, code: bytes) -> int:
     attach_btf_id = _check(
         _lib.libbpf_find_vmlinux_btf_id(target.encode(), attach_type), f"{target} in the kernel's BTF"
     )
+    return load(name, PROG_TRACING, attach_type, code, attach_btf_id=attach_btf_id)
+
+
+def load(name: str, program_type: int, attach_type: int, code: bytes, *, attach_btf_id: int = 0) -> int:
+    """Load compiled instructions.
+
+    :raises LinkError: the verifier refuses them; the message has its log.
+    """
     log = ctypes.create_string_buffer(1 << 20)
     for log_level in (0, 1):
         options = _ProgLoadOptions(
@@ -243,7 +251,7 @@ def load_tracing(name: str, target: str, attach_type: int, code: bytes) -> int:
             log_buf=ctypes.cast(log, ctypes.c_char_p) if log_level else None,
         )
         fd = _lib.bpf_prog_load(
-            PROG_TRACING, name.encode()[:15], b"GPL", code, len(code) // 8, ctypes.byref(options)
+            program_type, name.encode()[:15], b"GPL", code, len(code) // 8, ctypes.byref(options)
         )
         if fd >= 0:
             return int(fd)

@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from bpf import links, maps, resize, schema, seal, succession, wire
+from bpf import compiled, links, maps, resize, schema, seal, succession, wire
 from bpf.btf import Btf, BtfError
 
 _HERE = Path(__file__).parent
@@ -300,9 +300,7 @@ def _compile(
     stack: ExitStack,
 ) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
     """Descriptors of all programs: for the cgroup and for namespaces by function, iterators by pin, what carries by map."""
-    os.environ["BCC_KERNEL_SOURCE"] = str(kernel_headers())
-    import bcc
-
+    headers = kernel_headers()
     flags = [
         f"-I{_HERE}",
         # The headers' own, by the hundred.
@@ -319,10 +317,25 @@ def _compile(
         f'#line 1 "{name}"\n{(_HERE / name).read_text()}'
         for name in (*_SOURCES, *(("carry.c",) if resized else ()))
     )
-    try:
-        module = bcc.BPF(text=text, cflags=flags)
-    except Exception as error:
-        raise LoadError(f"the programs do not compile: {error}") from None
+
+    def compile() -> compiled.Module:
+        os.environ["BCC_KERNEL_SOURCE"] = str(headers)
+        import bcc
+
+        try:
+            module: compiled.Module = bcc.BPF(text=text, cflags=flags)
+        except Exception as error:
+            raise LoadError(f"the programs do not compile: {error}") from None
+        return module
+
+    module = compiled.Compiled(
+        compile,
+        maps={name: one.fd for name, one in opened.items()}
+        | {f"{name}_before": one.before.fd for name, one in resized.items()},
+        key=(str(headers.resolve()), *sorted(resized), *(flag for flag in flags if not flag.startswith("-DMAP_"))),
+    )
+    # Its descriptors are closed with the module.
+    stack.callback(module.cleanup)
     programs: dict[str, int] = {}
     wanted = [(a.function, a.program_type, a.attach_type) for a in _CGROUP]
     for function, program_type, attach_type in (
@@ -332,6 +345,8 @@ def _compile(
     ):
         try:
             programs[function] = module.load_func(function, program_type, attach_type=attach_type).fd
+        except LoadError:
+            raise
         except Exception as error:
             raise LoadError(f"program {function}: {error}") from None
     iterators: dict[str, int] = {}
@@ -349,8 +364,6 @@ def _compile(
             stack.callback(os.close, programs[function])
     carriers = resize.carriers(resized, module.dump_func)
     stack.callback(resize.close, carriers)
-    # Its descriptors are closed with the module.
-    stack.callback(module.cleanup)
     return programs, iterators, carriers
 
 

@@ -30,15 +30,34 @@ from agent.kernel import (
     Protocol,
     Service,
 )
-from bpf.wire import Role
+from agent.kernel.splices import Splices
+from bpf.wire import Role, SpliceCounter
 
 _SO_COOKIE = 57
+
+
+class FakeSplices(Splices):
+    """Of a kernel that has none."""
+
+    def __init__(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    @property
+    def supported(self) -> bool:
+        return False
+
+    def counters(self) -> dict[SpliceCounter, int]:
+        return {}
 
 
 class FakeKernel(Kernel):
     """``calls`` is the transcript of what was written. ``broken`` makes writes about an address or cookie fail."""
 
     def __init__(self, pins: Path = Path("/nowhere")) -> None:
+        self.splices = FakeSplices()
         self.calls: list[str] = []
         self.broken: set[object] = set()
         self.lacking: dict[int, list[str]] = {}

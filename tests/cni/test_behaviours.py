@@ -369,10 +369,15 @@ class TestAdd:
         assert called.code >= 100
         assert "'other'" in called.text
 
-    def test_add_11_no_ipv4(self, node, netns):
-        called = node.call("ADD", netns, node.plugin.config(prevResult=previous("fd00::2/64")))
+    def test_add_11_no_address(self, node, netns):
+        called = node.call("ADD", netns, node.plugin.config(prevResult=previous(ips=[])))
         assert called.code >= 100
-        assert "fd00::2" in called.text
+        assert "has no address" in called.text
+
+    def test_add_of_one_family_alone(self, node, netns):
+        given = previous("fd00::2/64")
+        assert node.call("ADD", netns, node.plugin.config(prevResult=given)).result == given
+        assert node.call("DEL", netns).code == 0
 
     def test_add_12(self, node, netns):
         # Fails when the namespace has been looked at already: the interface is not there.

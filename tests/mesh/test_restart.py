@@ -148,6 +148,7 @@ def test_agent_restart_serves_new_pods_and_gets_policy(lab: Lab, world: World):
 
 def test_add_is_refused_while_the_agent_is_away_and_del_is_not(lab: Lab, world: World):
     pod = lab.pod("short", node="node2", namespace=NAMESPACE)
+    lab.node("node2").configure_network(timeout=2)
     lab.kill("node2", "agent")
     try:
         pod.delete()
@@ -155,6 +156,7 @@ def test_add_is_refused_while_the_agent_is_away_and_del_is_not(lab: Lab, world: 
             lab.pod("refused", node="node2", namespace=NAMESPACE)
         assert getattr(error.value, "code", 0) == 11
     finally:
+        lab.node("node2").configure_network()
         lab.start("node2", "agent")
     lab.pod("welcome", node="node2", namespace=NAMESPACE).delete()
 
