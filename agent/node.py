@@ -194,5 +194,9 @@ class Node:
         """The pods that proxies carry, without listeners."""
         return tuple(self._reconciler.told.values())
 
+    def ended(self) -> Sequence[tuple[str, int]]:
+        """(UID, netns cookie) of pods that ended while no agent ran."""
+        return tuple(self._reconciler.ended)
+
     def attached(self, uid: str, netns_cookie: int) -> bool:
         return any(a.pod_uid == uid and a.netns_cookie == netns_cookie for a in self.state.pods)

@@ -59,6 +59,10 @@ class Enrolled(Protocol):
         """All of them, each without listeners."""
         ...
 
+    def ended(self) -> Sequence[tuple[str, int]]:
+        """(UID, netns cookie) of pods that ended while no agent was there to say so."""
+        ...
+
     def attached(self, uid: str, netns_cookie: int) -> bool:
         """Whether this is a pod of this node, enrolled or not: one that has left goes on with what it has open."""
         ...
@@ -185,7 +189,11 @@ class Proxies:
         try:
             # Pods that ended, or left the mesh and run on, while no agent was there to say so.
             living = [pod.netns_cookie for pod in self._enrolled.enrolled()]
-            for uid, cookie in {(h.uid, h.netns_cookie) for h in hello.held if h.netns_cookie not in living}:
+            gone = {(h.uid, h.netns_cookie) for h in hello.held if h.netns_cookie not in living}
+            # One that had left the mesh before has no listener, but perhaps sockets and connections.
+            if self._since_start() < _RETURN:
+                gone |= {one for one in self._enrolled.ended() if one[1] not in living}
+            for uid, cookie in gone:
                 runs_on = self._enrolled.attached(uid, cookie)
                 await session.send(api.Withdraw(uid, cookie, drain=runs_on))
             for cookie in living:

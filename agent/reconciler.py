@@ -64,6 +64,8 @@ class Reconciler:
         self.passages = Passages()
         self.proxies: Carriers | None = None
         self.told: dict[int, api.Enroll] = {}  #: by netns cookie: what proxies were told
+        #: (UID, netns cookie) of pods that ended while no agent ran: proxies may still have some of theirs.
+        self.ended: list[tuple[str, int]] = []
         self.last = Outcome()
         self._name = name
         self._state = state
@@ -303,6 +305,7 @@ class Reconciler:
                 )
                 continue
             _log.info("pod has gone while no agent ran", pod=name)
+            self.ended.append((attachment.pod_uid, attachment.netns_cookie))
             self._state.pods.remove(attachment.key)
             changed = True
         if changed:

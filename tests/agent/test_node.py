@@ -646,6 +646,7 @@ class TestRestart:
         os.unlink(world.netns("web"))
         assert [call.split()[0] for call in await world.restart()] == ["remove"]
         assert len(world.node.pods) == 0
+        assert [uid for uid, _ in world.node.ended()] == ["uid-web"]
 
     async def test_nothing_of_another_boot_is_believed(self, world):
         await world.node.apply(complete(workload("web")))

@@ -32,9 +32,13 @@ class Enrolled:
     def __init__(self) -> None:
         self.pods: list[api.Enroll] = []
         self.others: list[api.Enroll] = []  #: attached, not in the mesh
+        self.gone: list[tuple[str, int]] = []  #: while no agent ran
 
     def enrolled(self):
         return tuple(self.pods)
+
+    def ended(self):
+        return tuple(self.gone)
 
     def attached(self, uid, netns_cookie):
         pods = (*self.pods, *self.others)
@@ -256,6 +260,17 @@ async def test_who_holds_what_is_gone_is_told(world):
     await proxy.greet(held=tuple(api.Held("uid-web", 7, kind) for kind in NODEPROXY))
     message, _ = await proxy.hear()
     assert message == api.Withdraw("uid-web", 7)
+
+
+async def test_of_a_pod_that_had_left_and_ended_while_no_agent_was_there_nothing_stays(world):
+    """It has no listener any more that a proxy could tell of, but sockets in stock."""
+    world.enrolled.gone = [("uid-left", 9)]
+    world.enrolled.pods = [pod()]
+    world.sockets.registered = {(f"10.0.0.{7}", kind): (1, 1) for kind in NODEPROXY}
+    proxy = world.proxy()
+    await proxy.greet(held=tuple(api.Held("uid-web", 7, kind) for kind in NODEPROXY))
+    message, _ = await proxy.hear()
+    assert message == api.Withdraw("uid-left", 9)
 
 
 async def test_a_pod_that_left_while_no_agent_was_there_keeps_what_is_open(world):
