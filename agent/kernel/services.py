@@ -115,11 +115,12 @@ class Services:
         if known is None:
             return False
         service = known.service
+        with_members = _has_members(service.flags)
         whole = self._services.lookup(key.pack()) == service.pack() and all(
             (value := self._backends.lookup(_slot(service, slot))) is not None
-            and value[: len(endpoint)] == endpoint
+            and value.startswith(wire.Endpoint(backend.address, backend.port, key.protocol).pack())
+            and not (with_members and self._members.lookup(_member(service, backend, key.protocol)) is None)
             for slot, backend in enumerate(known.slots)
-            for endpoint in (wire.pack_address(backend.address),)
         )
         if not whole:
             slots = tuple(backend._replace(weight=0) for backend in known.slots)

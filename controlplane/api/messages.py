@@ -65,7 +65,7 @@ class Workload(msgspec.Struct, frozen=True, tag="workload"):
 
 
 # Of these there are a hundred thousand: what is as always is not written.
-class Endpoint(msgspec.Struct, frozen=True, omit_defaults=True):
+class Endpoint(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """A backend of one service port that takes new connections. ``uid`` is empty where no pod of the mesh stands behind it.
 
     A service port without any ready endpoint has those that are terminating and still serve, as kube-proxy does.

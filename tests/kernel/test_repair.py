@@ -134,22 +134,23 @@ async def test_a_pod_that_nobody_wrote_goes(world, make_pod):
     assert other.cookie not in world.node.kernel.pods()
 
 
-@pytest.mark.parametrize("table", ["services", "backends"])
+@pytest.mark.parametrize("table", ["services", "backends", "members"])
 def test_a_service_that_has_lost_something_is_written_anew(world, table):
     kernel = world.node.kernel
     backends = [Backend("10.77.9.1", 80), Backend("10.77.9.2", 80)]
-    kernel.set_service(SERVICE.address, SERVICE.port, backends)
+    kernel.set_service(SERVICE.address, SERVICE.port, backends, affinity=60)
     assert kernel.damaged_services([SERVICE]) == []
     found = kernel._maps[table]
     mine = wire.Endpoint(SERVICE.address, SERVICE.port).pack()
+    one = wire.pack_address("10.77.9.2")
     key = (
         mine
         if table == "services"
-        else next(key for key, value in found.items() if value[:16] == wire.pack_address("10.77.9.2"))
+        else next(key for key, value in found.items() if value[:16] == one or key[8:24] == one)
     )
     assert found.delete(key)
     assert kernel.damaged_services([SERVICE]) == [SERVICE]
-    kernel.set_service(SERVICE.address, SERVICE.port, backends)
+    kernel.set_service(SERVICE.address, SERVICE.port, backends, affinity=60)
     assert kernel.damaged_services([SERVICE]) == []
     kernel.remove_service(SERVICE.address, SERVICE.port)
 
