@@ -41,7 +41,7 @@ from agent.proxies import Proxies
 from agent.refusals import Refusals
 from agent.roles import RoleError, Roles, vouch
 from agent.sockets import PodSockets
-from agent.splice import Splicer
+from agent.splice import SpliceMetrics, Splicer
 from agent.storage import Storage
 from agent.stream import Settings, Stream
 from agent.sweeper import Sweeper
@@ -282,6 +282,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
     plugin = _plugin(options)
     registry = CollectorRegistry()
     registry.register(Collector(look, latencies))
+    registry.register(SpliceMetrics(kernel.splices))
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
     GCCollector(registry=registry)

@@ -9,15 +9,21 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from agent import processes, sandboxes
 from agent.kernel import namespace
+from agent.kernel.splices import Splices
 from bpf import links
+from bpf.maps import Map
 from common import logs
 
 _log = logs.get(__name__)
+
+#: Times, a tenth of a second apart, that the mesh waits for connections to leave the splice.
+_SPLICE_WALKS = 20
 
 
 def leave(pins: Path, folders: tuple[Path, ...], *, proc: Path = Path("/proc")) -> None:
@@ -29,6 +35,7 @@ def leave(pins: Path, folders: tuple[Path, ...], *, proc: Path = Path("/proc")) 
     :param folders: the run folder and the state folder. They are emptied, and removed unless something is mounted on them.
     """
     inodes = set(_guarded(pins))
+    _empty_splice(pins)
     # The programs first, all of them, so that none of them judges by what others have lost already.
     for path in sorted(pins.glob("v*/link_*")) + sorted(pins.glob("v*/netns/*")):
         _remove(path)
@@ -39,6 +46,20 @@ def leave(pins: Path, folders: tuple[Path, ...], *, proc: Path = Path("/proc")) 
     _log.info(
         "the mesh has left this node", pins=str(pins), folders=",".join(str(folder) for folder in folders)
     )
+
+
+def _empty_splice(pins: Path) -> None:
+    """Let connections go back to TCP; those whose applications do not read stay right without us, and slow."""
+    for folder in pins.glob("v*"):
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            names = ("splice_counters", "splice_wakes")
+            opened = {name: stack.enter_context(Map.open(str(folder / name))) for name in names}
+            splices = stack.enter_context(contextlib.closing(Splices(folder, opened)))
+            splices.switch(False)
+            for _ in range(_SPLICE_WALKS):
+                if splices.walk() == (0, 0, 0):
+                    break
+                time.sleep(0.1)
 
 
 def _guarded(pins: Path) -> Iterator[int]:

@@ -8,8 +8,12 @@ connections may enter, and when one can leave without losing a byte, the program
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
+
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from agent.kernel.splices import Walk
 from bpf.wire import SpliceCounter
@@ -80,3 +84,29 @@ class Splicer:
                 await asyncio.sleep(PERIOD)
         finally:
             loop.remove_reader(self._kernel.fd())
+
+
+_METRICS = {
+    SpliceCounter.ENTERED: ("mycel_splice_entered", "Ends of connections that entered the splice."),
+    SpliceCounter.LEFT: (
+        "mycel_splice_left",
+        "Ends of connections that went back to TCP before they closed.",
+    ),
+    SpliceCounter.OVERFLOWS: ("mycel_splice_overflows", "Connections whose reader fell behind."),
+    SpliceCounter.FULL: ("mycel_splice_full", "Connections that stayed with TCP for lack of room."),
+}
+
+
+class SpliceMetrics(Collector):
+    """What happened since the kernel's maps were made."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._kernel = kernel
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        counters = self._kernel.counters()
+        for slot, (name, text) in _METRICS.items():
+            yield CounterMetricFamily(name, text, value=counters[slot])

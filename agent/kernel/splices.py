@@ -7,6 +7,7 @@ Owns the pinned iterator ``splice`` and the maps ``splice_*``; when to walk is :
 from __future__ import annotations
 
 import struct
+import threading
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,13 +28,15 @@ class Walk(NamedTuple):
 
 
 class Splices:
-    """Not for several threads at once."""
+    """Counters may be asked for in any thread; all else is one caller's."""
 
     def __init__(self, folder: Path, maps: Mapping[str, Map]) -> None:
         self._pin = folder / "splice"
         self._counters = maps["splice_counters"]
         self._wakes = maps["splice_wakes"]
         self._ring = RingReader(self._wakes)
+        # Lookups share a buffer; metrics are asked for in threads of their own.
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         self._ring.close()
@@ -61,14 +64,16 @@ class Splices:
         """Over all connections that may be spliced: some microseconds, and a tenth of one for each."""
         self.hush()
         # Before the walk: what comes up while it runs wakes the agent again.
-        self._set(SpliceCounter.WOKEN, 0)
+        with self._lock:
+            self._set(SpliceCounter.WOKEN, 0)
         data = self._pin.read_bytes()
         steps = Counter(step for (step,) in struct.iter_unpack("=I", data))
         return Walk(steps[SpliceStep.ENTERED], steps[SpliceStep.LEFT], steps[SpliceStep.WAITS])
 
     def counters(self) -> dict[SpliceCounter, int]:
         """What happened since the maps were made."""
-        return {slot: self._get(slot) for slot in SpliceCounter if slot > SpliceCounter.WOKEN}
+        with self._lock:
+            return {slot: self._get(slot) for slot in SpliceCounter if slot > SpliceCounter.WOKEN}
 
     def _get(self, slot: SpliceCounter) -> int:
         value = self._counters.lookup(struct.pack("=I", slot))

@@ -104,17 +104,12 @@ class Connection:
             assert time.monotonic() < deadline, "does not leave"
             self.walk()
 
-    def by_tcp(self, sock: socket.socket) -> int:
-        """Bytes that came to a socket by TCP: tcpi_bytes_received."""
-        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        return int(struct.unpack_from("=Q", info, 128)[0])
-
     def spliced(self, sock: socket.socket) -> bool:
         """Whether what it sends now, all before being read, goes past TCP."""
         other = self.peer[sock]
-        before = self.by_tcp(other)
+        before = by_tcp(other)
         self.exchange(sock, 50)
-        came = self.by_tcp(other) - before
+        came = by_tcp(other) - before
         assert came in (0, 50)
         return came == 0
 
@@ -139,3 +134,49 @@ class Connection:
     def close(self) -> None:
         for sock in (self.client, self.server, self.listener):
             sock.close()
+
+
+class Stream:
+    """A connection to a server that answers with what it gets."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        sock.setblocking(False)
+        self.wrote = self.read = 0
+
+    def echo(self, count: int) -> None:
+        """Write and read at once, since the server does no more than it can write."""
+        until = self.wrote + count
+        data = memoryview(pattern(self.wrote, count))
+        expected = memoryview(bytes(data))
+        while self.read < until:
+            readable, writable, _ = select.select([self.sock], [self.sock] if data else [], [], 10)
+            assert readable or writable, f"hangs at {self.read} of {until}"
+            if writable:
+                sent = self.sock.send(data)
+                self.wrote += sent
+                data = data[sent:]
+            if readable:
+                came = self.sock.recv(1 << 20)
+                assert came, "ends too early"
+                assert came == expected[: len(came)], "wrong bytes"
+                expected = expected[len(came) :]
+                self.read += len(came)
+
+    def echo_and_end(self, count: int) -> None:
+        self.echo(count)
+        self.sock.shutdown(socket.SHUT_WR)
+        assert select.select([self.sock], [], [], 10)[0] and self.sock.recv(1) == b""
+        self.sock.close()
+
+    def is_spliced(self) -> bool:
+        """Whether what the server says now comes past TCP."""
+        before = by_tcp(self.sock)
+        self.echo(100)
+        return by_tcp(self.sock) == before
+
+
+def by_tcp(sock: socket.socket) -> int:
+    """Bytes that came to a socket by TCP: tcpi_bytes_received."""
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    return int(struct.unpack_from("=Q", info, 128)[0])

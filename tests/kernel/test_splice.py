@@ -16,7 +16,7 @@ from agent.kernel.model import Via
 from bpf import links, wire
 from bpf.wire import SpliceCounter
 from tests.kernel.mesh import Node, TestPod, run
-from tests.kernel.spliced import BUFFERS, CAP, Connection, pattern
+from tests.kernel.spliced import BUFFERS, CAP, Connection, by_tcp, pattern
 
 pytestmark = pytest.mark.privileged
 
@@ -176,12 +176,12 @@ def test_nothing_is_overtaken(connection):
     connection.send(connection.client, 1000)
     connection.send(connection.server, 70_000)
     assert connection.walk().entered == 2
-    before = connection.by_tcp(connection.server)
+    before = by_tcp(connection.server)
     connection.send(connection.client, 500)
     connection.send(connection.server, 500)
     connection.receive(connection.server, 1500)
     connection.receive(connection.client, 70_500)
-    assert connection.by_tcp(connection.server) - before >= 500
+    assert by_tcp(connection.server) - before >= 500
     assert connection.spliced(connection.client) and connection.spliced(connection.server)
 
 
