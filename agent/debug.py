@@ -32,7 +32,7 @@ def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mappi
             "proxies": proxies.connected(),
             "unattached": node.unattached(),
             "limits": [
-                "UDP of enrolled pods passes as without a mesh",
+                "UDP of enrolled pods is judged and counted, and not encrypted",
             ],
         }
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from agent import processes, sandboxes
-from agent.kernel import namespace
+from agent.kernel import namespace, netlink
 from agent.kernel.splices import Splices
 from bpf import links
 from bpf.maps import Map
@@ -36,8 +37,11 @@ def leave(pins: Path, folders: tuple[Path, ...], *, proc: Path = Path("/proc")) 
     """
     inodes = set(_guarded(pins))
     _empty_splice(pins)
+    _remove_filters(pins)
     # The programs first, all of them, so that none of them judges by what others have lost already.
-    for path in sorted(pins.glob("v*/link_*")) + sorted(pins.glob("v*/netns/*")):
+    for path in (
+        sorted(pins.glob("v*/link_*")) + sorted(pins.glob("v*/netns/*")) + sorted(pins.glob("v*/veth/*"))
+    ):
         _remove(path)
     _remove_tree(pins)
     _restore(inodes, proc)
@@ -60,6 +64,16 @@ def _empty_splice(pins: Path) -> None:
                 if splices.walk() == (0, 0, 0):
                     break
                 time.sleep(0.1)
+
+
+def _remove_filters(pins: Path) -> None:
+    """Programs at pods' veths, where the kernel knows no links for them: no pin keeps those."""
+    for path in pins.glob("v*/interfaces"):
+        with contextlib.suppress(OSError), Map.open(str(path)) as interfaces:
+            for key in tuple(interfaces.keys()):
+                for ingress in (True, False):
+                    with contextlib.suppress(OSError):
+                        netlink.remove_filter(int.from_bytes(key, sys.byteorder), ingress=ingress)
 
 
 def _guarded(pins: Path) -> Iterator[int]:

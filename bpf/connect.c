@@ -113,6 +113,12 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 		if (role == ROLE_L7PROXY && !is_same_address(&key.address, own) &&
 		    !network_allows(netns, DIRECTION_OUTBOUND, &key.address, IPPROTO_TCP, key.port))
 			return refuse_network(netns, pod, &key, peer);
+		if (role == ROLE_NODEPROXY && peer && (peer->flags & PEER_ENROLLED) &&
+		    !(peer->flags & PEER_LOCAL) && key.port == bpf_htons(PORT_HBONE)) {
+			/* To another node: the pod's veth lets nobody else's out. */
+			state->kind = VIA_TUNNEL;
+			return PASS;
+		}
 		if (!peer || !(peer->flags & PEER_LOCAL) || !(peer->flags & PEER_ENROLLED))
 			return PASS;
 		state->flags |= SOCKET_RECORD;

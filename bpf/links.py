@@ -26,11 +26,14 @@ TRACE_ITER = 28
 CGROUP_INET4_GETPEERNAME = 29
 CGROUP_INET6_GETPEERNAME = 30
 SK_LOOKUP = 36
+TCX_INGRESS = 46
+TCX_EGRESS = 47
 
 # enum bpf_link_type
 TYPE_CGROUP = 3
 
 # enum bpf_prog_type
+PROG_SCHED_CLS = 3
 PROG_CGROUP_SOCK = 9
 PROG_SOCK_OPS = 13
 PROG_SK_MSG = 16
@@ -41,6 +44,12 @@ PROG_SK_LOOKUP = 30
 # struct bpf_prog_info.btf_id
 _PROGRAM_INFO_BTF_ID = 128
 
+_LINK_CREATE = 28
+#: BPF_F_BEFORE without a relative: at the head
+_BEFORE = 8
+_SYS_BPF = {"x86_64": 321, "aarch64": 280}
+
+_libc = ctypes.CDLL(None, use_errno=True)
 _lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
 _lib.bpf_obj_get.argtypes = (ctypes.c_char_p,)
 _lib.bpf_obj_pin.argtypes = (ctypes.c_int, ctypes.c_char_p)
@@ -139,6 +148,18 @@ def attach(program: int, target: int, attach_type: int) -> int:
     return _check(_lib.bpf_link_create(program, target, attach_type, None), f"attach (type {attach_type})")
 
 
+def attach_tcx(program: int, interface: int, attach_type: int) -> int:
+    """Attach a program to an interface of the calling thread's namespace, before all others; the descriptor of the link.
+
+    :raises LinkError: EINVAL where the kernel has no tcx (before 6.6).
+    """
+    # union bpf_attr of BPF_LINK_CREATE: program, interface, attach_type, flags, tcx (relative, expected revision).
+    attributes = struct.pack("=IIIIIxxxxQ", program, interface, attach_type, _BEFORE, 0, 0)
+    buffer = ctypes.create_string_buffer(attributes, 64)
+    number = _libc.syscall(_SYS_BPF[os.uname().machine], _LINK_CREATE, buffer, 64)
+    return _check(number, f"attach to interface {interface} (type {attach_type})")
+
+
 def attach_iterator(program: int, map_fd: int) -> int:
     """A link of an iterator over a map's elements."""
     info = ctypes.create_string_buffer(struct.pack("=I12x", map_fd))
@@ -165,6 +186,14 @@ def run_iterator(program: int, map_fd: int) -> None:
 def replace(link: int, program: int) -> None:
     """Let the link run another program from now on, with no moment in between."""
     _check(_lib.bpf_link_update(link, program, None), "replace program")
+
+
+def detach(link: int) -> None:
+    """End what the link attaches, at once, whoever else holds it.
+
+    :raises LinkError: its place is gone.
+    """
+    _check(_lib.bpf_link_detach(link), "detach")
 
 
 def link_info(link: int) -> LinkInfo:

@@ -33,6 +33,7 @@ _SOURCES = (
     "create.c",
     "sockops.c",
     "lookup.c",
+    "veth.c",
     "iterators.c",
     "splice.c",
     "types.c",
@@ -89,6 +90,24 @@ _ITERATORS = (
 )
 _RECV_TRACEPOINT = "sock_recv_length"
 _RECV_LINK = "tracepoint_sock_recv_length"
+
+
+class _Places(NamedTuple):
+    """A program for places that come and go with pods: pinned for the agent to attach, its links in a folder."""
+
+    function: str
+    program_type: int
+    attach_type: int
+    pin: str
+    links: str  #: pattern
+
+
+_OF_PODS = (
+    _Places("sk_lookup", links.PROG_SK_LOOKUP, links.SK_LOOKUP, "program_sk_lookup", "netns/*"),
+    # Without an attach type, so that kernels before tcx load them too (attached as a filter there).
+    _Places("from_pod", links.PROG_SCHED_CLS, 0, "program_from_pod", "veth/*_from"),
+    _Places("to_pod", links.PROG_SCHED_CLS, 0, "program_to_pod", "veth/*_to"),
+)
 
 
 class LoadError(Exception):
@@ -163,7 +182,8 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = Fal
         try:
             others = succession.others(pins, folder)
             before = succession.predecessor(folder, others)
-            (folder / "netns").mkdir(parents=True, exist_ok=True)
+            for name in ("netns", "veth"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
             opened, made, resized = _open_maps(folder, before, sizes, stack)
             with Btf.of_kernel() as btf:
                 macros = kernel_macros(btf)
@@ -174,7 +194,8 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = Fal
             )
             _drop_links_of_the_gone(folder)
             pinned = {a.link: os.fstat(target).st_ino for a in _CGROUP} | {i.pin: 0 for i in _ITERATORS}
-            if not replace and not others and not resized and seal.holds(folder, sealed, pinned):
+            of_pods = [(places.pin, places.links) for places in _OF_PODS]
+            if not replace and not others and not resized and seal.holds(folder, sealed, pinned, of_pods):
                 return {
                     "maps_made": [],
                     "maps_resized": {},
@@ -183,14 +204,17 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = Fal
                     "namespaces": 0,
                 }
             programs, iterators, carriers = _compile(opened, macros, resized, stack)
-            succession.take_links(folder, others, [*(attachment.link for attachment in _CGROUP), _RECV_LINK])
+            patterns = [attachment.link for attachment in _CGROUP] + [places.links for places in _OF_PODS]
+            succession.take_links(folder, others, [*patterns, _RECV_LINK])
             replaced = []
             for number, attachment in enumerate(_CGROUP):
                 if _attach(folder, attachment, programs[attachment.function], target):
                     replaced.append(attachment)
                 if number == 0:
                     resize.when_both_are_written(resized, carriers)
-            namespaces = _attach_namespaces(folder, programs["sk_lookup"])
+            namespaces, *_ = [
+                _attach_of_pods(folder, places, programs[places.function]) for places in _OF_PODS
+            ]
             for iterator in _ITERATORS:
                 _attach_iterator(folder / iterator.pin, iterators[iterator.pin], opened[iterator.table].fd)
             _attach_splice(folder, programs, opened)
@@ -201,7 +225,7 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = Fal
                 # These programs write into both; the next load brings ones that do not.
                 seal.remove(folder)
             else:
-                seal.put(folder, sealed, pinned)
+                seal.put(folder, sealed, pinned, of_pods)
             for other in others:
                 succession.remove(other)
         except (
@@ -338,11 +362,9 @@ def _compile(
     stack.callback(module.cleanup)
     programs: dict[str, int] = {}
     wanted = [(a.function, a.program_type, a.attach_type) for a in _CGROUP]
-    for function, program_type, attach_type in (
-        *wanted,
-        ("sk_lookup", links.PROG_SK_LOOKUP, links.SK_LOOKUP),
-        ("splice_message", links.PROG_SK_MSG, links.SK_MSG_VERDICT),
-    ):
+    wanted += [(p.function, p.program_type, p.attach_type) for p in _OF_PODS]
+    wanted.append(("splice_message", links.PROG_SK_MSG, links.SK_MSG_VERDICT))
+    for function, program_type, attach_type in wanted:
         try:
             programs[function] = module.load_func(function, program_type, attach_type=attach_type).fd
         except LoadError:
@@ -386,17 +408,17 @@ def _attach(folder: Path, attachment: _Attachment, program: int, cgroup: int) ->
     return False
 
 
-def _attach_namespaces(folder: Path, program: int) -> int:
-    """Replace the program in the namespaces of pods that are enrolled, and leave it for those to come."""
-    links.pin(program, str(folder / "program_sk_lookup"))
+def _attach_of_pods(folder: Path, places: _Places, program: int) -> int:
+    """Replace the program wherever pods that are enrolled have it, and leave it for those to come; how many places."""
+    links.pin(program, str(folder / places.pin))
     replaced = 0
-    for path in (folder / "netns").iterdir():
+    for path in folder.glob(places.links):
         link = links.open_pin(str(path))
         try:
             links.replace(link, program)
             replaced += 1
         except links.LinkError:
-            # Its namespace is gone, and so is whom it guarded.
+            # Its place is gone, and so is whom it guarded.
             path.unlink()
         finally:
             os.close(link)
@@ -404,7 +426,7 @@ def _attach_namespaces(folder: Path, program: int) -> int:
 
 
 def _drop_links_of_the_gone(folder: Path) -> None:
-    for path in (folder / "netns").iterdir():
+    for path in [path for places in _OF_PODS for path in folder.glob(places.links)]:
         link = links.open_pin(str(path))
         try:
             if links.link_info(link).where == 0:

@@ -30,27 +30,28 @@ def digest(sources: Iterable[Path], *values: object) -> bytes:
     return found.digest()
 
 
-def holds(folder: Path, wanted: bytes, pinned: Mapping[str, int]) -> bool:
+def holds(folder: Path, wanted: bytes, pinned: Mapping[str, int], of_pods: Iterable[tuple[str, str]]) -> bool:
     """Whether ``folder`` was sealed with ``wanted``, and is as it was then.
 
     :param pinned: link pins by name, with where each has to be attached (0: anywhere).
+    :param of_pods: pins of programs that are attached where pods are, each with the pattern of its links' pins.
     """
     path = folder / _NAME
     if not path.exists():
         return False
     try:
         with maps.Map.open(str(path)) as kept:
-            return kept.lookup(_KEY) == _with_links(folder, wanted, pinned)
+            return kept.lookup(_KEY) == _with_links(folder, wanted, pinned, of_pods)
     except (maps.MapError, links.LinkError):
         return False
 
 
-def put(folder: Path, wanted: bytes, pinned: Mapping[str, int]) -> None:
+def put(folder: Path, wanted: bytes, pinned: Mapping[str, int], of_pods: Iterable[tuple[str, str]]) -> None:
     """Seal ``folder`` as it is now.
 
     :raises maps.MapError, links.LinkError: it cannot be written, or a link is not as it has to be.
     """
-    value = _with_links(folder, wanted, pinned)
+    value = _with_links(folder, wanted, pinned, of_pods)
     path = folder / _NAME
     if path.exists():
         path.unlink()
@@ -64,24 +65,27 @@ def remove(folder: Path) -> None:
     (folder / _NAME).unlink(missing_ok=True)
 
 
-def _with_links(folder: Path, wanted: bytes, pinned: Mapping[str, int]) -> bytes:
+def _with_links(
+    folder: Path, wanted: bytes, pinned: Mapping[str, int], of_pods: Iterable[tuple[str, str]]
+) -> bytes:
     found = hashlib.sha256(wanted)
-    lookup = links.open_pin(str(folder / "program_sk_lookup"))
-    try:
-        program = links.program_id(lookup)
-    finally:
-        os.close(lookup)
-    found.update(f"{program} ".encode())
     for name, where in sorted(pinned.items()):
         info = _info(folder / name)
         if where not in (0, info.where):
             raise links.LinkError(0, f"{name} is attached elsewhere")
         found.update(f"{name} {info.id} {info.program} ".encode())
-    # Pods come and go: each of those that are there has to run this very program.
-    for path in (folder / "netns").iterdir():
-        info = _info(path)
-        if info.program != program:
-            raise links.LinkError(0, f"{path.name} runs another program")
+    for name, pattern in of_pods:
+        opened = links.open_pin(str(folder / name))
+        try:
+            program = links.program_id(opened)
+        finally:
+            os.close(opened)
+        found.update(f"{program} ".encode())
+        # Pods come and go: each of those that are there has to run this very program.
+        for path in folder.glob(pattern):
+            info = _info(path)
+            if info.program != program:
+                raise links.LinkError(0, f"{path.name} runs another program")
     return found.digest()
 
 

@@ -65,13 +65,13 @@ def take_map(before: Path, spec: schema.MapSpec) -> Map | None:
     )
 
 
-def take_links(folder: Path, found: Iterable[Path], names: Collection[str]) -> None:
-    """Move the links of cgroup (of these names) and namespaces into ``folder``, as they are.
+def take_links(folder: Path, found: Iterable[Path], patterns: Collection[str]) -> None:
+    """Move the links whose names are like these into ``folder``, as they are.
 
     :raises SuccessionError: one cannot be moved.
     """
     for other in found:
-        for path in (*(other / name for name in names), *other.glob("netns/*")):
+        for path in [path for pattern in patterns for path in other.glob(pattern)]:
             new = folder / path.relative_to(other)
             if path.exists() and not new.exists():
                 try:

@@ -264,6 +264,8 @@ struct interface {
  * talks: talk_key -> talk. Who began to speak, of all that is no TCP: what answers is judged as what it answers. ICMP has the
  * identifier of its echo as both ports, and other protocols none. Fragments of a datagram have the identification in both.
  */
+#define TALK_FROM_HOST 1      /* the node began: NetworkPolicy does not forbid it */
+#define TALK_EXEMPT 2	      /* and nothing else does */
 #define TALK_FRAGMENTS 0x8000 /* with the protocol: the first fragment has passed */
 struct talk_key {
 	__u64 netns;
@@ -278,7 +280,7 @@ struct talk_key {
 struct talk {
 	__u64 used;	 /* nanoseconds, of the kernel's monotonic clock */
 	__u32 direction; /* as the pod sees it: who began */
-	__u32 pad;
+	__u32 flags;
 };
 
 /* connecting: tuple -> who. From the client's SYN until the server's end is established, or the client closes. */

@@ -471,10 +471,10 @@ class TalkKey(Record):
 class Talk(Record):
     """Value of ``talks``; ``used`` in nanoseconds of CLOCK_MONOTONIC."""
 
-    LAYOUT = Layout("talk", used=U64, direction=U32, pad=U32)
+    LAYOUT = Layout("talk", used=U64, direction=U32, flags=U32)
     used: int
     direction: int
-    pad: int = 0
+    flags: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Self
 from agent.kernel import accounts, namespace
 from agent.kernel.errors import KernelError, naming
 from agent.kernel.events import read_events
+from agent.kernel.interfaces import Interfaces
 from agent.kernel.model import (
     Backend,
     Connection,
@@ -78,7 +79,8 @@ class Kernel:
                 spec.name: stack.enter_context(Map.open(str(self._folder / spec.name)))
                 for spec in schema.MAPS
             }
-            for name in ("program_sk_lookup", "accounts", "connections", "refused_now", "silent", "splice"):
+            programs = ("program_sk_lookup", "program_from_pod", "program_to_pod")
+            for name in (*programs, "accounts", "connections", "refused_now", "silent", "splice"):
                 if not (self._folder / name).exists():
                     raise KernelError(f"pins {self._folder}: {name} is not there")
             self._events = RingReader(maps["events"])
@@ -103,6 +105,8 @@ class Kernel:
             #: By map that has to be walked: when that was done last, and what came of it.
             self._counted: dict[str, tuple[float, int]] = {}
             self._pods = Pods(self._folder, maps)
+            self._interfaces = Interfaces(self._folder, maps["interfaces"], host)
+            self._interfaces.renew()
             self._policies = Policies(maps["policies"], maps["classes"], maps["networks"])
             self._services = Services(maps["services"], maps["backends"], maps["members"])
             #: What the loader attached: the names of its links.
@@ -163,13 +167,22 @@ class Kernel:
                 # Not under the lock, as in set_policy.
                 generation, table, classes = policy
                 self._policies.set_policy(pod.netns_cookie, table, generation, classes)
+            with self._lock:
+                is_new = self._pods.get(pod.netns_cookie) is None
             try:
                 with self._lock:
                     self._pods.add(pod, netns)
+                # Not under the lock: the kernel takes some tens of milliseconds.
+                self._interfaces.enrol(pod, netns)
             except (OSError, ValueError):
-                with self._lock:
-                    if policy is not None and self._pods.get(pod.netns_cookie) is None:
-                        self._policies.remove(pod.netns_cookie)
+                if is_new:
+                    self._interfaces.remove(pod.netns_cookie)
+                    with self._lock:
+                        if self._pods.get(pod.netns_cookie) is not None:
+                            self._pods.remove(pod.netns_cookie)
+                            namespace.restore(netns)
+                        if policy is not None:
+                            self._policies.remove(pod.netns_cookie)
                 raise
 
     def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
@@ -178,6 +191,9 @@ class Kernel:
         Its namespace may be gone already; with ``netns`` what :meth:`add_pod` set in it is undone too. The policy
         goes too. Open connections stay counted until they close.
         """
+        with naming(f"pod {netns_cookie}"):
+            # Before its verdicts go: a pod that runs on is never refused for their lack.
+            self._interfaces.remove(netns_cookie)
         with self._lock, naming(f"pod {netns_cookie}"):
             self._pods.remove(netns_cookie)
             self._policies.remove(netns_cookie)
@@ -197,7 +213,9 @@ class Kernel:
     def missing(self, netns_cookie: int, netns: int) -> list[str]:
         """What a pod lacks to be enforced, in words; empty when it is whole (CNI CHECK)."""
         with self._lock, naming(f"pod {netns_cookie}"):
-            return self._pods.missing(netns_cookie, netns)
+            found = self._pods.missing(netns_cookie, netns)
+            pod = self._pods.get(netns_cookie)
+            return found if pod is None else found + self._interfaces.missing(pod, netns)
 
     def host_addresses(self) -> frozenset[str]:
         """Every address of the node's own namespace."""

@@ -47,6 +47,12 @@ def by_family(addresses: tuple[str, ...]) -> tuple[str, str]:
     return found[4], found[6]
 
 
+def pod_flags(pod: Pod) -> int:
+    """As the kernel has them."""
+    flags = (wire.POD_PASSING if pod.passing else 0) | (wire.POD_OPEN if pod.open else 0)
+    return flags | (0 if pod.splice else wire.POD_NO_SPLICE)
+
+
 class Pods:
     """See the module."""
 
@@ -96,12 +102,10 @@ class Pods:
             peer_flags = wire.PEER_LOCAL | wire.PEER_ENROLLED
             if pod.passing or pod.open:
                 peer_flags |= wire.PEER_JOINING
-            flags = (wire.POD_PASSING if pod.passing else 0) | (wire.POD_OPEN if pod.open else 0)
-            flags |= 0 if pod.splice else wire.POD_NO_SPLICE
             for address in filter(None, (address4, address6)):
                 peer = wire.Peer(pod.netns_cookie, pod.identity, peer_flags, pod.zone)
                 self._peers.update(address_key(address), peer.pack())
-            value = wire.Pod(address4, address6, pod.identity, flags, pod.zone)
+            value = wire.Pod(address4, address6, pod.identity, pod_flags(pod), pod.zone)
             self._pods.update(netns_key(pod.netns_cookie), value.pack())
             if pod.open:
                 (self._links / str(pod.netns_cookie)).unlink(missing_ok=True)

@@ -227,8 +227,10 @@ inline_always void account_refused_datagram(struct conversation_key *key, struct
 	refusal.tuple.client_port = outbound ? key->pod_port : key->peer_port;
 	refusal.tuple.server_port = outbound ? key->peer_port : key->pod_port;
 	count_refused(flow, datagrams, bytes);
-	if (!was_told(&refusal, DIAL_NS))
+	if (!was_told(&refusal, DIAL_NS)) {
 		record_refused(key->netns, &refusal.tuple, flow);
+		tell(key->netns, &refusal.tuple, flow->verdict, flow->source, flow->destination);
+	}
 }
 
 #endif

@@ -347,7 +347,7 @@ class Node:
             " && ip link set br0 up && ip link set lo up && echo 1 >/proc/sys/net/ipv4/ip_forward",
         )
         self.load()
-        self.kernel = Kernel(self.pins)
+        self.kernel = Kernel(self.pins, self.netns)
         self._closing.callback(self.kernel.close)
         for name, role in (
             ("agent", Role.AGENT),

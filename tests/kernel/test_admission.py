@@ -234,10 +234,11 @@ def test_address_of_another_pod_gives_nothing(node, make_pod, server, host):
         {(victim.identity, 0): True, (IDENTITY_PLAIN, 0): True, (attacker.identity, 0): True},
         3,
     )
-    node.kernel.read_events()
+    before = node.kernel.refusals_by_reason().get(Reason.SPOOFED, 0)
     with pytest.raises((TimeoutError, ConnectionRefusedError)):
         attacker.app.connect((server.address, PORT), bind=(victim.address, 0), timeout=0.5)
-    assert Reason.SPOOFED in told(node, server)
+    # Dropped at its own veth: already the question which neighbour the server is.
+    assert node.kernel.refusals_by_reason()[Reason.SPOOFED] > before
     assert not [c for c in node.kernel.connections() if c.netns_cookie == server.cookie]
 
 
@@ -291,9 +292,8 @@ def raw_socket(address):
     return socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
 
 
-def test_refusal_is_told_once_for_repeated_syns(node, server, make_pod):
-    attacker = make_pod().enrol({})
-    raw = namespace.inside(attacker.netns, lambda: raw_socket(attacker.address))
+def test_refusal_is_told_once_for_repeated_syns(node, server):
+    raw = namespace.inside(node.netns, lambda: raw_socket(server.address))
     with raw:
         for _ in range(5):
             raw.sendto(
@@ -351,8 +351,9 @@ def test_address_that_is_not_the_pods(node, server, host):
     node.kernel.set_policy(server.cookie, {(IDENTITY_PLAIN, 0): True}, 2)
     node.kernel.read_events()
     run(node.netns, "ip", "route", "replace", other, "via", server.address)
-    with pytest.raises(ConnectionRefusedError):
-        host.connect((other, PORT))
+    # The refusal would come from that address too, which the pod's veth lets out of nobody.
+    with pytest.raises(TimeoutError):
+        host.connect((other, PORT), timeout=0.5)
     run(node.netns, "ip", "route", "del", other)
     assert Reason.UNKNOWN_DESTINATION in [e.reason for e in node.kernel.read_events()]
 

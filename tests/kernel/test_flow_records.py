@@ -117,7 +117,7 @@ def test_records_add_up_to_the_sums_over_successors(node, pods):
     thread.start()
     try:
         for number in range(200):
-            with Kernel(node.pins) as successor:
+            with Kernel(node.pins, node.netns) as successor:
                 found += records(successor, *pods)
             if number == 1:
                 node.load("--replace")

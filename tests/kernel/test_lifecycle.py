@@ -130,7 +130,7 @@ def test_loader_again_under_traffic(node, make_pod):
     assert done["allowed"] > 20
     assert done["refused"] > 20
     # A new agent: another facade over the same pins.
-    with Kernel(node.pins) as successor:
+    with Kernel(node.pins, node.netns) as successor:
         assert successor.pods()[server.cookie] == Pod(server.cookie, server.addresses, server.identity)
         assert successor.policy(server.cookie) == (1, {(client.identity, 0): True})
         assert successor.services()[Frontend("10.96.9.1", 80)] == (False, (Backend(server.address, PORT),), 0)

@@ -154,7 +154,7 @@ def test_members_go_with_their_backends(node, servers):
     with Map.open(str(node.pins / f"v{wire.ABI}" / "members")) as table:
         orphan = wire.MemberKey(77_777, 0, "10.1.2.3", 80).pack()
         table.update(orphan, bytes(4))
-        with Kernel(node.pins) as successor:
+        with Kernel(node.pins, node.netns) as successor:
             assert table.lookup(orphan) is None
             assert successor.services()[Frontend(VIP, 80)] == (False, tuple(backends(servers)), 60)
     assert members(node) == before + BACKENDS

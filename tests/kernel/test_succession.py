@@ -148,7 +148,7 @@ def test_another_version_takes_over_under_traffic(own_node, later, monkeypatch):
             assert not set(after.values()) & set(before.values())
             before = after
             monkeypatch.setattr(wire, "ABI", version)
-            with Kernel(node.pins) as successor:
+            with Kernel(node.pins, node.netns) as successor:
                 assert successor.pods().keys() == node.kernel.pods().keys()
                 assert successor.missing(server.cookie, server.netns) == []
                 [connection] = [c for c in successor.connections() if c.client == kept.getsockname()]
@@ -217,7 +217,7 @@ def test_what_only_remembers_begins_anew(own_node, later, monkeypatch):
     assert json.loads(told.stdout)["maps_made"] == ["flows"]
     assert os.listdir(node.pins) == [f"v{NEXT}"]
     monkeypatch.setattr(wire, "ABI", NEXT)
-    with Kernel(node.pins) as successor:
+    with Kernel(node.pins, node.netns) as successor:
         assert successor.flows() == {}
         assert successor.peers()["10.88.0.9"].identity == 55
     for pod in pods:

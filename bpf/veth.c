@@ -1,0 +1,515 @@
+/* SPDX-License-Identifier: Apache-2.0 OR GPL-2.0-only */
+/*
+ * The host's end of a pod's veth, both ways. Sockets are judged at connect() and by sk_lookup; here is what those never see:
+ * forged sources, raw and packet sockets, and all that is no TCP, which is judged where it arrives, by who has its source's address.
+ * That an address is its sender's is certain because each pod's own veth drops others.
+ *
+ * Of established TCP nothing is asked but whether a socket sent it.
+ */
+#include "lib/account.h"
+#include "lib/address.h"
+#include "lib/helpers.h"
+#include "lib/packet.h"
+#include "lib/policy.h"
+#include "lib/refusal.h"
+
+/* TCX_NEXT and TCX_DROP, as TC_ACT_UNSPEC and TC_ACT_SHOT in a filter. */
+#define NEXT (-1)
+#define DROP 2
+
+#define SOCK_STREAM 1
+#define STATE_NEW_SYN_RECV 12
+#define IPV4_BROADCAST 0xffffffff
+
+/* As long as connection tracking keeps a stream of datagrams (net.netfilter.nf_conntrack_udp_timeout_stream), and more. */
+#define TALK_NS (180 * SECOND_NS)
+
+static void *(*sk_fullsock)(void *sk) = (void *)BPF_FUNC_sk_fullsock;
+static u64 (*skb_cgroup_id)(void *skb) = (void *)BPF_FUNC_skb_cgroup_id;
+
+struct arp {
+	u8 fixed[6];
+	__be16 operation;
+	u8 sender_mac[6];
+	u8 sender[4];
+};
+
+/* Who wrote it: a TCP socket of the pod (or its handshake), of which connect() and sk_lookup know, and nobody else. */
+inline_always bool is_of_tcp_socket(struct __sk_buff *ctx)
+{
+	void *sk = ctx->sk, *full;
+
+	if (!sk)
+		return false;
+	full = sk_fullsock(sk);
+	if (!full)
+		return LOAD(u32, sk, offsetof(struct bpf_sock, state)) == STATE_NEW_SYN_RECV;
+	u32 family = LOAD(u32, full, offsetof(struct bpf_sock, family));
+
+	return (family == AF_INET || family == AF_INET6) &&
+	       LOAD(u32, full, offsetof(struct bpf_sock, type)) == SOCK_STREAM;
+}
+
+/* A dial of the node proxy's, as connect() wrote it down. */
+inline_always bool is_tunnel(struct __sk_buff *ctx)
+{
+	void *sk = ctx->sk, *full;
+
+	if (!sk)
+		return false;
+	full = sk_fullsock(sk);
+	if (!full)
+		return false;
+	struct socket_state *state = storage_get(MAP(SOCKETS), full, 0, 0);
+
+	return state && state->kind == VIA_TUNNEL;
+}
+
+inline_always u32 role_of_sender(struct __sk_buff *ctx)
+{
+	u64 cgroup = skb_cgroup_id(ctx);
+	u32 *role = map_lookup(MAP(ROLES), &cgroup);
+
+	return role ? *role : ROLE_NONE;
+}
+
+inline_always u32 identity_of(const struct address *address)
+{
+	struct peer *peer = map_lookup(MAP(PEERS), address);
+
+	return peer && (peer->flags & PEER_ENROLLED) ? peer->identity : IDENTITY_PLAIN;
+}
+
+/* Whose flow that is. The key's ports are the pod's and the other end's, whoever sends. */
+inline_always void flow_from(struct interface *interface, struct talk_key *key, u8 protocol, u32 direction,
+			     u32 reason, struct flow_key *flow)
+{
+	struct peer *peer = map_lookup(MAP(PEERS), &key->peer_address);
+	u32 other = peer ? peer->identity : IDENTITY_PLAIN;
+	u16 zone = peer ? peer->zone : 0, own_zone = zone_of(&interface->address4);
+	bool outbound = direction == DIRECTION_OUTBOUND;
+
+	if (!own_zone)
+		own_zone = zone_of(&interface->address6);
+	flow->source = outbound ? interface->identity : other;
+	flow->destination = outbound ? other : interface->identity;
+	flow->source_zone = outbound ? own_zone : zone;
+	flow->destination_zone = outbound ? zone : own_zone;
+	flow->port = outbound ? key->peer_port : key->pod_port;
+	if (is_icmp(protocol))
+		flow->port = 0;
+	flow->verdict = reason;
+	flow->protocol = protocol;
+	flow->direction = direction;
+}
+
+inline_always u32 datagrams_of(struct __sk_buff *ctx)
+{
+	u32 segments = ctx->gso_segs;
+
+	return segments ? segments : 1;
+}
+
+/* The key of accounts is this one without a protocol. */
+inline_always struct conversation_key *conversation_from(struct talk_key *key)
+{
+	key->protocol = 0;
+	key->direction = 0;
+	return (struct conversation_key *)key;
+}
+
+inline_always int refuse_packet(struct __sk_buff *ctx, struct interface *interface, struct packet *packet,
+				struct talk_key *key, u32 direction, u32 reason)
+{
+	struct flow_key flow;
+
+	flow_from(interface, key, packet->protocol, direction, reason, &flow);
+	count(reason);
+	account_refused_datagram(conversation_from(key), &flow, packet->payload, datagrams_of(ctx));
+	return DROP;
+}
+
+/* The source's address: the pod's own, or one that whoever has none yet speaks from. */
+inline_always bool is_own_source(struct interface *interface, struct packet *packet)
+{
+	const struct address *source = &packet->source;
+	bool ipv4 = is_ipv4(source);
+	const struct address *own = ipv4 ? &interface->address4 : &interface->address6;
+
+	if (is_same_address(source, own) && !is_none(source))
+		return true;
+	if (ipv4) {
+		if (source->word[3] == 0)
+			return is_dhcp(packet, true) || packet->protocol == IPPROTO_IGMP;
+	} else {
+		if (is_link_local(source))
+			return true;
+		if (is_none(source))
+			return is_link_matter(packet);
+	}
+	/* What addresses of this family it has is not known: whatever is nobody else's. */
+	return is_none(own) && !map_lookup(MAP(PEERS), source);
+}
+
+/* ARP: its own address, or none yet (a probe, RFC 5227). */
+inline_always bool is_own_arp(struct __sk_buff *ctx, struct interface *interface)
+{
+	struct arp arp;
+	__be32 sender;
+
+	if (skb_load_bytes(ctx, ETH_HLEN, &arp, sizeof(arp)) < 0)
+		return false;
+	__builtin_memcpy(&sender, arp.sender, 4);
+	for (int i = 0; i < 6; i++) {
+		if (arp.sender_mac[i] != interface->mac[i])
+			return false;
+	}
+	return sender == 0 || is_none(&interface->address4) || sender == interface->address4.word[3];
+}
+
+/* A neighbour advertisement names an address of the pod; a pod is no router (RFC 4861). */
+inline_always bool is_own_link_matter(struct __sk_buff *ctx, struct interface *interface,
+				      struct packet *packet)
+{
+	struct address target;
+
+	if (packet->protocol != IPPROTO_ICMPV6)
+		return true;
+	if (packet->icmp_type == 134 || packet->icmp_type == 137)
+		return false;
+	if (packet->icmp_type != 136)
+		return true;
+	if (skb_load_bytes(ctx, packet->at + 8, &target, sizeof(target)) < 0)
+		return false;
+	return is_link_local(&target) || is_same_address(&target, &interface->address6) ||
+	       (is_none(&interface->address6) && !map_lookup(MAP(PEERS), &target));
+}
+
+inline_always struct talk *fresh_talk(struct talk_key *key)
+{
+	struct talk *talk = map_lookup(MAP(TALKS), key);
+
+	if (!talk)
+		return 0;
+	/* Before the clock, as another processor may write it at this moment. */
+	u64 used = *(volatile u64 *)&talk->used;
+
+	return now_ns() - used < TALK_NS ? talk : 0;
+}
+
+/* A later fragment goes the way of its first one, which comes before it: another is dropped. */
+inline_always bool is_of_passed_datagram(struct talk_key *key, struct packet *packet, u32 direction)
+{
+	key->pod_port = packet->identification;
+	key->peer_port = packet->identification;
+	key->protocol = packet->protocol | TALK_FRAGMENTS;
+	key->direction = direction;
+	return fresh_talk(key);
+}
+
+inline_always void note_fragments(struct talk_key *key, struct packet *packet, u32 direction)
+{
+	struct talk talk = { .used = now_ns(), .direction = direction };
+
+	if (!(packet->fragment & FRAGMENT_MORE))
+		return;
+	key->pod_port = packet->identification;
+	key->peer_port = packet->identification;
+	key->protocol = packet->protocol | TALK_FRAGMENTS;
+	key->direction = direction;
+	map_update(MAP(TALKS), key, &talk, BPF_ANY);
+}
+
+/* What comes to a pod and is no TCP: by the identity behind its source's address, as a connection to that port. */
+inline_always u32 judge_datagram(u64 netns, struct talk_key *key, u8 protocol, bool from_host)
+{
+	__be16 port = is_icmp(protocol) ? 0 : key->pod_port;
+	u32 generation, reason;
+
+	reason = judge(netns, identity_of(&key->peer_address), &key->peer_address, port, &generation);
+	if (!reason && !from_host &&
+	    !network_allows(netns, DIRECTION_INBOUND, &key->peer_address, protocol, port))
+		reason = REASON_NETWORK_POLICY;
+	return reason;
+}
+
+/*
+ * An ICMP error is about something that the pod sent (or, from the pod, that was sent to it): allowed where that was. A TCP
+ * connection's is known by its addresses alone, the kernel compares its sequence numbers.
+ */
+inline_always bool is_about_ours(struct __sk_buff *ctx, struct packet *packet, struct talk_key *key,
+				 bool from_pod)
+{
+	struct packet about;
+	bool ipv6 = packet->protocol == IPPROTO_ICMPV6;
+
+	if (!parse(ctx, packet->at + 8, ipv6, &about))
+		return false;
+	const struct address *ours = from_pod ? &about.destination : &about.source;
+
+	if (!is_same_address(ours, &key->pod_address))
+		return false;
+	if (about.protocol == IPPROTO_TCP)
+		return !from_pod;
+	struct talk_key said = {
+		.netns = key->netns,
+		.pod_address = *ours,
+		.peer_address = from_pod ? about.source : about.destination,
+		.pod_port = from_pod ? about.destination_port : about.source_port,
+		.peer_port = from_pod ? about.source_port : about.destination_port,
+		.protocol = about.protocol,
+	};
+
+	return fresh_talk(&said);
+}
+
+/* A handshake, or data of no TCP socket. */
+inline_always u32 judge_tcp_from_pod(struct __sk_buff *ctx, struct interface *interface,
+				     struct packet *packet, bool of_socket)
+{
+	bool syn = packet->flags & TCP_SYN, ack = packet->flags & TCP_ACK;
+	struct peer *peer;
+	struct who *who;
+	u32 generation, kind = VIA_PLAIN, identity = IDENTITY_PLAIN;
+
+	/* Resets, and acknowledgements of connections that have closed, come from the kernel itself. */
+	if (!syn && !packet->payload)
+		return 0;
+	peer = map_lookup(MAP(PEERS), &packet->destination);
+	bool enrolled = peer && (peer->flags & PEER_ENROLLED);
+
+	if (syn && ack) {
+		/* The server's end of a connection whose SYN sk_lookup may have refused. */
+		struct tuple tuple = {
+			.client_address = packet->destination,
+			.server_address = packet->source,
+			.client_port = packet->destination_port,
+			.server_port = packet->source_port,
+		};
+
+		who = map_lookup(MAP(CONNECTING), &tuple);
+		if (who) {
+			kind = who->kind;
+			identity = who->identity;
+			if (kind != VIA_DIRECT && kind != VIA_PROBE)
+				return REASON_SPOOFED;
+		} else if (enrolled && !(peer->flags & PEER_JOINING)) {
+			return REASON_SPOOFED;
+		}
+		if (is_own_port(packet->source_port))
+			return REASON_NOT_CAPTURED;
+		return judge_via(kind, interface->netns, identity, &packet->destination, packet->source_port,
+				 &generation);
+	}
+	if (syn) {
+		struct tuple tuple = {
+			.client_address = packet->source,
+			.server_address = packet->destination,
+			.client_port = packet->source_port,
+			.server_port = packet->destination_port,
+		};
+
+		/* Judged at connect(), and once more where it arrives. */
+		who = map_lookup(MAP(CONNECTING), &tuple);
+		if (who && who->netns == interface->netns && who->kind == VIA_DIRECT)
+			return 0;
+	}
+	/* On this node sk_lookup refuses what nobody wrote down, so that the application hears of it at once. */
+	if (syn && of_socket && enrolled && (peer->flags & (PEER_LOCAL | PEER_JOINING)))
+		return 0;
+	if (enrolled) {
+		/* Between nodes the node proxy speaks, and nobody else. */
+		if (syn && !(peer->flags & PEER_LOCAL) && packet->destination_port == bpf_htons(PORT_HBONE)) {
+			if (is_tunnel(ctx))
+				return 0;
+		}
+		return REASON_NOT_CAPTURED;
+	}
+	return network_allows(interface->netns, DIRECTION_OUTBOUND, &packet->destination, IPPROTO_TCP,
+			      packet->destination_port) ?
+		       0 :
+		       REASON_NETWORK_POLICY;
+}
+
+inline_always bool is_own_mac(struct __sk_buff *ctx, struct interface *interface)
+{
+	u8 mac[6];
+	u8 difference = 0;
+
+	if (skb_load_bytes(ctx, ETH_ALEN, mac, sizeof(mac)) < 0)
+		return false;
+	for (int i = 0; i < 6; i++)
+		difference |= mac[i] ^ interface->mac[i];
+	return difference == 0;
+}
+
+inline_always void account_talk(struct __sk_buff *ctx, struct interface *interface, struct packet *packet,
+				struct talk_key *key, u32 direction, bool from_pod)
+{
+	struct flow_key flow;
+
+	if (packet->protocol != IPPROTO_UDP)
+		return;
+	flow_from(interface, key, IPPROTO_UDP, direction, 0, &flow);
+	account_datagram(conversation_from(key), &flow, from_pod, packet->payload, datagrams_of(ctx));
+}
+
+int from_pod(struct __sk_buff *ctx)
+{
+	u32 index = ctx->ifindex, protocol = ctx->protocol, reason = 0, direction = DIRECTION_OUTBOUND;
+	struct interface *interface = map_lookup(MAP(INTERFACES), &index);
+	struct packet packet = {};
+	bool ipv6 = protocol == bpf_htons(ETH_P_IPV6);
+
+	if (!interface)
+		return DROP;
+	if (protocol == bpf_htons(ETH_P_ARP)) {
+		if (is_own_mac(ctx, interface) && is_own_arp(ctx, interface))
+			return NEXT;
+		count(REASON_SPOOFED);
+		return DROP;
+	}
+	/* What is no IP, or in a VLAN, cannot be judged. */
+	if ((!ipv6 && protocol != bpf_htons(ETH_P_IP)) || ctx->vlan_present ||
+	    !parse(ctx, ETH_HLEN, ipv6, &packet)) {
+		count(REASON_SPOOFED);
+		return DROP;
+	}
+	struct talk_key key = {
+		.netns = interface->netns,
+		.pod_address = packet.source,
+		.peer_address = packet.destination,
+		.pod_port = packet.source_port,
+		.peer_port = packet.destination_port,
+		.protocol = packet.protocol,
+	};
+
+	if (!is_own_mac(ctx, interface) || !is_own_source(interface, &packet))
+		return refuse_packet(ctx, interface, &packet, &key, DIRECTION_OUTBOUND, REASON_SPOOFED);
+	if (packet.protocol == IPPROTO_TCP) {
+		bool of_socket = is_of_tcp_socket(ctx);
+
+		if (of_socket && (!(packet.flags & TCP_SYN) || (packet.flags & TCP_ACK)))
+			return NEXT;
+		if (interface->flags & POD_PASSING)
+			return NEXT;
+		reason = packet.fragment & FRAGMENT_LATER ?
+				 REASON_NOT_CAPTURED :
+				 judge_tcp_from_pod(ctx, interface, &packet, of_socket);
+		if (reason)
+			return refuse_packet(ctx, interface, &packet, &key, DIRECTION_OUTBOUND, reason);
+		return NEXT;
+	}
+	if (is_link_matter(&packet)) {
+		if (is_own_link_matter(ctx, interface, &packet))
+			return NEXT;
+		return refuse_packet(ctx, interface, &packet, &key, DIRECTION_OUTBOUND, REASON_SPOOFED);
+	}
+	if (is_dhcp(&packet, true))
+		return NEXT;
+	bool passing = interface->flags & POD_PASSING;
+
+	if (packet.fragment & FRAGMENT_LATER) {
+		if (passing || is_of_passed_datagram(&key, &packet, DIRECTION_OUTBOUND))
+			return NEXT;
+		return DROP;
+	}
+	if (is_icmp_error(&packet) && is_about_ours(ctx, &packet, &key, true))
+		return NEXT;
+	struct talk *talk = is_icmp_request(&packet) ? 0 : fresh_talk(&key);
+
+	if (talk && talk->direction == DIRECTION_INBOUND) {
+		/* An answer: as allowed as what it answers is now. */
+		direction = DIRECTION_INBOUND;
+		if (!(interface->flags & POD_OPEN) && !(talk->flags & TALK_EXEMPT))
+			reason = judge_datagram(interface->netns, &key, packet.protocol,
+						talk->flags & TALK_FROM_HOST);
+	} else if (!passing &&
+		   !network_allows(interface->netns, DIRECTION_OUTBOUND, &packet.destination, packet.protocol,
+				   is_icmp(packet.protocol) ? 0 : packet.destination_port)) {
+		reason = REASON_NETWORK_POLICY;
+	}
+	if (reason)
+		return refuse_packet(ctx, interface, &packet, &key, direction, reason);
+	if (talk) {
+		talk->used = now_ns();
+	} else {
+		struct talk begins = { .used = now_ns(), .direction = DIRECTION_OUTBOUND };
+
+		map_update(MAP(TALKS), &key, &begins, BPF_ANY);
+	}
+	account_talk(ctx, interface, &packet, &key, direction, true);
+	note_fragments(&key, &packet, DIRECTION_OUTBOUND);
+	return NEXT;
+}
+
+int to_pod(struct __sk_buff *ctx)
+{
+	u32 index = ctx->ifindex, protocol = ctx->protocol, reason = 0, direction = DIRECTION_INBOUND;
+	struct packet packet = {};
+	struct interface *interface;
+	bool ipv6 = protocol == bpf_htons(ETH_P_IPV6);
+	u8 next = 0;
+
+	if (!ipv6 && protocol != bpf_htons(ETH_P_IP))
+		return NEXT;
+	/* TCP is sk_lookup's, and its sockets'. */
+	if (skb_load_bytes(
+		    ctx,
+		    ETH_HLEN + (ipv6 ? offsetof(struct ipv6hdr, nexthdr) : offsetof(struct iphdr, protocol)),
+		    &next, 1) == 0 &&
+	    next == IPPROTO_TCP)
+		return NEXT;
+	interface = map_lookup(MAP(INTERFACES), &index);
+	if (!interface)
+		return DROP;
+	if (interface->flags & POD_OPEN)
+		return NEXT;
+	if (!parse(ctx, ETH_HLEN, ipv6, &packet)) {
+		count(REASON_POLICY);
+		return DROP;
+	}
+	if (packet.protocol == IPPROTO_TCP || is_link_matter(&packet) || is_dhcp(&packet, false))
+		return NEXT;
+	/* Not forwarded: from the node itself. */
+	bool from_host = ctx->ingress_ifindex == 0;
+	u32 flags = from_host ? TALK_FROM_HOST : 0;
+	struct talk_key key = {
+		.netns = interface->netns,
+		.pod_address = packet.destination,
+		.peer_address = packet.source,
+		.pod_port = packet.destination_port,
+		.peer_port = packet.source_port,
+		.protocol = packet.protocol,
+	};
+
+	if (packet.fragment & FRAGMENT_LATER)
+		return is_of_passed_datagram(&key, &packet, DIRECTION_INBOUND) ? NEXT : DROP;
+	if (is_icmp_error(&packet) && is_about_ours(ctx, &packet, &key, false))
+		return NEXT;
+	struct talk *talk = is_icmp_request(&packet) ? 0 : fresh_talk(&key);
+
+	if (talk && talk->direction == DIRECTION_OUTBOUND) {
+		direction = DIRECTION_OUTBOUND;
+		if (!network_allows(interface->netns, DIRECTION_OUTBOUND, &packet.source, packet.protocol,
+				    is_icmp(packet.protocol) ? 0 : packet.source_port))
+			reason = REASON_NETWORK_POLICY;
+	} else if (from_host && (is_icmp(packet.protocol) || role_of_sender(ctx) == ROLE_PROBER)) {
+		/* The node looks whether its pod lives. */
+		flags |= TALK_EXEMPT;
+	} else {
+		reason = judge_datagram(interface->netns, &key, packet.protocol, from_host);
+	}
+	if (reason)
+		return refuse_packet(ctx, interface, &packet, &key, direction, reason);
+	if (talk) {
+		talk->used = now_ns();
+	} else {
+		struct talk begins = { .used = now_ns(), .direction = DIRECTION_INBOUND, .flags = flags };
+
+		map_update(MAP(TALKS), &key, &begins, BPF_ANY);
+	}
+	account_talk(ctx, interface, &packet, &key, direction, false);
+	note_fragments(&key, &packet, DIRECTION_INBOUND);
+	return NEXT;
+}
