@@ -112,9 +112,10 @@ class World:
         path = self.netns(more.pop("netns", name))
         fields = {"container_id": f"c-{name}", "ifname": "eth0", "network": "pods", "netns_path": path} | more
         pod = {"pod_uid": f"uid-{name}", "pod_namespace": "default", "pod_name": name} | more
+        addresses = {"addresses": (address,)} | more
         fd = os.open(path, os.O_RDONLY)
         try:
-            await self.node.cni.add(Attachment(**(fields | pod), addresses=(address,)), fd)
+            await self.node.cni.add(Attachment(**(fields | pod | addresses)), fd)
         finally:
             os.close(fd)
 
@@ -508,6 +509,32 @@ async def test_only_differences_are_written(world):
     world.kernel.calls.clear()
     await world.node.apply(Update(4, "v4", removes=("service/default/web",)))
     assert world.kernel.calls == ["no service 10.96.0.1:80"]
+
+
+@pytest.mark.parametrize(
+    ("given", "own"),
+    [
+        (("fd00::1:1", "10.0.1.1"), ("10.0.1.1", "fd00::1:1")),
+        (("fe80::1", "fd00::1:1"), ("fd00::1:1",)),
+        (("10.0.1.1", "10.0.1.2", "fd00::1:1", "fd00::1:2"), ("10.0.1.1", "fd00::1:1")),
+    ],
+    ids=["dual-stack", "ipv6-only", "several"],
+)
+async def test_a_pod_has_one_address_of_each_family(world, given, own):
+    await world.node.apply(complete(workload("web", addresses=given)))
+    await world.add("web", addresses=given)
+    assert world.kernel.pods()[world.cookie("web")].addresses == own
+    [told] = world.node.enrolled()
+    assert (told.address, told.addresses) == (own[0], own)
+    assert told.own_like("::") == next(address for address in own if ":" in address)
+    assert told.own_like("10.9.9.9") == (own[0] if len(own) == 2 else "")
+
+
+async def test_a_pod_without_an_address_is_refused(world):
+    await world.node.apply(complete(workload("web", addresses=())))
+    with pytest.raises(Refusal, match="is in the mesh and has no address"):
+        await world.add("web", addresses=("fe80::1",))
+    assert world.kernel.pods() == {}
 
 
 async def test_the_same_address_with_another_uid_is_another_pod(world):

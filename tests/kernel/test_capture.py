@@ -175,6 +175,20 @@ def test_address_on_another_node_is_captured(node, client, remote, captured):
             )
 
 
+def test_pod_with_addresses_of_one_family_only(node, make_pod, remote, captured):
+    client = make_pod()
+    client.addresses = (client.address,)
+    client.enrol({})
+    with listen(node, client, PORT_OUTBOUND) as listener, client.app.connect((remote, 8443)) as sock:
+        accepted, peer = listener.accept()
+        with accepted:
+            assert (sock.getpeername(), peer[0]) == ((remote, 8443), client.address)
+            assert captured.find(client.cookie, *peer, PORT_OUTBOUND) == Captured(
+                remote, remote, 8443, 8443, client.identity
+            )
+    assert node.kernel.missing(client.cookie, client.netns) == []
+
+
 def test_nonblocking_connect_is_captured(node, client, remote):
     with (
         listen(node, client, PORT_OUTBOUND) as listener,
