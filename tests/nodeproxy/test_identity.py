@@ -49,6 +49,29 @@ def test_a_good_client_is_accepted(world: World, server: Server):
     peer.close()
 
 
+@pytest.mark.parametrize("client_has_it", [True, False])
+def test_a_stream_for_the_pod_s_address_of_the_other_family(
+    world: World, server: Server, client_has_it: bool
+):
+    """Delivered from the client's own address of that family; without one there is nobody whom the application could see."""
+    there = Server("::1", echo)
+    pod = world.b.agent.pods["uid-server", 2]
+    world.b.agent.describe(msgspec.structs.replace(pod, addresses=(world.server_address, "::1")))
+    if client_has_it:
+        uid = world.client.uid
+        world.workloads[uid] = msgspec.structs.replace(world.client, addresses=(world.client_address, "::1"))
+        world.publish()
+    proxied = world.b.client.pods["uid-server", 2]
+    wait_until(lambda: "::1" in proxied.addresses, "the pod has two addresses")
+    svid = world.authority.svid(identity("client"))
+    peer = Peer.dial(world.server_address, world.client_address, svid, world.authority.trust)
+    peer.handshake()
+    assert peer.status(f"[::1]:{there.port}") == (200 if client_has_it else 400)
+    assert [address for address, *_ in there.peers] == (["::1"] if client_has_it else [])
+    peer.close()
+    there.close()
+
+
 def test_server_refuses_a_client_without_certificate(world: World, server: Server):
     refused_by_handshake(world, None)
 

@@ -53,6 +53,13 @@ class Agent:
             if self._connection is not None and self.hellos:
                 self._hand(pod, ())
 
+    def describe(self, pod: api.Enroll) -> None:
+        """Anew, one that has its listeners."""
+        with self._lock:
+            assert self._connection is not None
+            self.pods[pod.uid, pod.netns_cookie] = pod
+            seqpacket.send(self._connection, api.encode(pod))
+
     def say(self, message: api.Serving | api.Drain) -> None:
         """As when a successor serves, or has died."""
         with self._lock:
@@ -127,10 +134,10 @@ class Agent:
             return
         sockets = []
         for _ in range(request.count):
-            sock = socket.socket()
+            sock = socket.socket(socket.AF_INET6 if request.ipv6 else socket.AF_INET)
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if request.purpose is api.Purpose.OUTBOUND:
+            if request.purpose is api.Purpose.OUTBOUND and not request.ipv6:
                 sock.setsockopt(socket.IPPROTO_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT
                 sock.bind((pod.address, 0))
             sockets.append(sock)

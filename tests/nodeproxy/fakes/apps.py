@@ -10,7 +10,8 @@ class Server:
     """Accepts on an address and runs ``serve(socket)`` for each connection in a thread."""
 
     def __init__(self, address: str, serve: Callable[[socket.socket], None]) -> None:
-        self.listener = socket.create_server((address, 0), backlog=512)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.listener = socket.create_server((address, 0), family=family, backlog=512)
         self.port = self.listener.getsockname()[1]
         self.peers: list[tuple[str, int]] = []
         self.errors: list[BaseException] = []
