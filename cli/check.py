@@ -30,8 +30,8 @@ LIMITS = (
         Severity.INFO,
         "Mesh",
         "",
-        "UDP of enrolled pods passes as without a mesh: not encrypted, not authorized yet",
-        "use a NetworkPolicy for what must not be reached by UDP",
+        "UDP of enrolled pods is judged by identity and not encrypted",
+        "let no UDP cross a network that others can read or write",
     ),
 )
 

@@ -248,7 +248,7 @@ def _port(g: Graph, view: ServiceView, port: Port, found: Backends, i: int, rout
         for b, weight in (shared if shared is not None else ((b, 1) for b in found.ports[i]))
     ]
     if port.transport == "UDP" and any(b.pod and b.pod.enrolled for b in found.ports[i]):
-        text = f"UDP port {port.number} passes as without a mesh: not encrypted, not authorized"
+        text = f"UDP port {port.number} is judged as any other, and not encrypted"
         g.findings.info(view, "spec.ports", text)
     return ServicePort(port.number, port.name, port.transport, l7, tuple(endpoints), port.node_port)
 

@@ -145,7 +145,7 @@ def test_a_folder_without_manifests_is_not_well(tmp_path: Path) -> None:
 def test_a_healthy_mesh_has_no_errors_but_its_limits_are_told(serve: Serve) -> None:
     result = run("check", "--controller", controller(serve))
     assert result.exit_code == 0, result.output
-    assert "UDP of enrolled pods passes as without a mesh: not encrypted, not authorized yet" in result.stdout
+    assert "UDP of enrolled pods is judged by identity and not encrypted" in result.stdout
     assert result.stdout.rstrip().endswith("no errors")
 
 

@@ -138,7 +138,7 @@ def test_endpoints_are_ready_pods_on_their_own_ports() -> None:
     ]
     assert (third.protocol, third.l7) == ("UDP", False)
     assert "Pod default/c has no container port named web" in messages(snapshot)
-    assert "UDP port 53 passes as without a mesh" in messages(snapshot)
+    assert "UDP port 53 is judged as any other, and not encrypted" in messages(snapshot)
 
 
 def test_a_service_may_want_pods_that_are_not_ready() -> None:
