@@ -1,7 +1,7 @@
 """Numbers for identities: kernel maps hold a u32 where everybody else holds names.
 
 Owns the numbering of one node, of identities and of zones: a number means the same distinct (SPIFFE ID, workload name, app,
-version), or zone, for as long as the node's state lives, across restarts of the agent, because open connections and counters
+version), or zone, for as long as something carries it, across restarts of the agent, because open connections and counters
 in the kernel carry it. A number is never used again for another. Writing the file is the caller's: before a new number
 reaches the kernel.
 """
@@ -106,6 +106,18 @@ class Identities:
     def label(self, number: int) -> Label | None:
         """Whom a number stands for; None for the reserved ones and for those of no workload."""
         return self._labels.get(number)
+
+    def unused(self, labels: Collection[Label]) -> set[int]:
+        """The numbers of all other labels."""
+        return {number for label, number in self._numbers.items() if label not in labels}
+
+    def forget(self, numbers: Collection[int]) -> None:
+        """Nothing carries these any more. None of them is given again."""
+        for number in numbers:
+            label = self._labels.pop(number, None)
+            if label is not None:
+                del self._numbers[label]
+                self.dirty = True
 
     def principals(self, identities: Collection[str]) -> dict[int, str]:
         """Principal by number, of every number that was ever given to one of these SPIFFE IDs."""

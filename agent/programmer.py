@@ -272,6 +272,17 @@ class Programmer:
                 return []
             return await asyncio.to_thread(self._kernel.missing, cookie, netns)
 
+    def carried(self) -> set[int]:
+        """The identities that something in the kernel carries: pods, addresses, open connections, accounts."""
+        kernel = self._kernel
+        found = {pod.identity for pod in kernel.pods().values()}
+        found |= {peer.identity for peer in kernel.peers().values()}
+        for connection in kernel.connections():
+            found |= {connection.source, connection.destination}
+        for key in kernel.flows():
+            found |= {key.source, key.destination}
+        return found
+
     def detached(self) -> list[str]:
         """Links at the node's cgroup that are gone."""
         return self._kernel.detached()

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from agent import api
 from agent.compiler import EMPTY, Tables, compile_tables
+from agent.identities import label_of
 from agent.mesh import Mesh, one_of_each_family
 from agent.namespaces import Namespaces
 from agent.passage import GRACE, Passages, Stage
@@ -35,6 +36,9 @@ RETRY = 3.0
 #: Seconds between comparisons of the kernel with what was written into it, and how many it takes until everything was compared.
 COMPARE = 15.0
 PARTS = 4
+
+#: Seconds that a workload is gone before its number may be forgotten.
+FORGET = 300.0
 
 #: Seconds between looks for what ended without a word.
 MAINTENANCE = 30.0
@@ -78,6 +82,8 @@ class Reconciler:
         #: The loader: puts programs back at the node's cgroup.
         self.load: Callable[[], Awaitable[None]] = _nothing
         self._look_now = asyncio.Event()
+        #: Numbers of no workload, and since when.
+        self._unused: dict[int, float] = {}
         self._turn = 0
         #: The kernel is written into by one pass, or looked at.
         self._passing = asyncio.Lock()
@@ -390,6 +396,30 @@ class Reconciler:
                 await self._look(share)
             await self._hand_listeners()
 
+    async def _forget_identities(self) -> None:
+        """Forget the numbers of workloads that are long gone, once nothing in the kernel carries them.
+
+        :raises OSError: the kernel cannot be looked at, or the numbers not written.
+        """
+        mesh, numbers, now = self._state.mesh, self._state.numbers, self._now()
+        if not mesh.known:
+            return
+
+        def unused() -> set[int]:
+            return numbers.unused({label_of(workload) for workload in self._state.mesh.workloads.values()})
+
+        self._unused = {number: self._unused.get(number, now) for number in unused()}
+        if not any(now - since >= FORGET for since in self._unused.values()):
+            return
+        async with self._passing:
+            carried = await asyncio.to_thread(self._programmer.carried)
+            # Whoever came back meanwhile has its number again.
+            gone = {n for n in unused() - carried if now - self._unused.get(n, now) >= FORGET}
+            if gone:
+                numbers.forget(gone)
+                self._state.save_numbers()
+                _log.info("numbers of identities that nothing carries were forgotten", count=len(gone))
+
     async def _maintain(self) -> None:
         """From time to time look for what ended without a word: a runtime that was killed sends no DEL."""
         while True:
@@ -401,6 +431,7 @@ class Reconciler:
                 # Accounts may be many, and need nothing of what is programmed.
                 current = set(self.tables.identities.values())
                 await asyncio.to_thread(self._programmer.forget_accounts, current)
+                await self._forget_identities()
             except OSError as error:
                 _log.error("kernel cannot be looked at", reason=str(error))
 

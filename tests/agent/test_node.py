@@ -785,6 +785,31 @@ async def test_a_changed_label_does_not_cut_old_connections_off(world):
     assert allowed(table, new, 80)
 
 
+async def test_numbers_that_nothing_carries_are_forgotten_and_never_come_again(world, monkeypatch):
+    monkeypatch.setattr("agent.reconciler.FORGET", 0.0)
+    forget = world.node._reconciler._forget_identities
+    numbers = world.node.numbers
+    await world.node.apply(complete(workload("web"), *(workload(f"w{n}") for n in range(4))))
+    await world.add("web")
+    held, counted, gone, back = (world.node.tables.identities[f"uid-w{n}"] for n in range(4))
+    world.kernel.accounts = {FlowKey(0, counted, 80, Direction.INBOUND): FlowCounters(1, 1, 0, 0, 0)}
+    cookie = world.cookie("web")
+    ends = (("10.0.9.1", 1), ("10.0.1.1", 80))
+    world.kernel.open_connections = [Connection(cookie, *ends, held, 0, Via.DIRECT, 1, False, 0, 0, 1)]
+    await world.node.apply(complete(workload("web"), workload("w3"), version="v2"))
+    await forget()
+    assert [numbers.label(n) is not None for n in (held, counted, gone, back)] == [True, True, False, True]
+    # Once the connection has closed and the account was dropped, they go too; also after a restart.
+    world.kernel.open_connections, world.kernel.accounts = [], {}
+    await forget()
+    assert [numbers.label(n) is not None for n in (held, counted, back)] == [False, False, True]
+    await world.restart()
+    assert [world.node.numbers.label(n) is not None for n in (held, back)] == [False, True]
+    await world.node.apply(complete(workload("web"), workload("w0"), workload("w3"), version="v3"))
+    assert world.node.tables.identities["uid-w0"] > max(held, counted, gone, back)
+    assert world.node.tables.identities["uid-w3"] == back
+
+
 async def test_accounts_of_the_past_go_when_there_is_no_room(world):
     await world.node.apply(complete(workload("web")))
     number = world.node.tables.identities["uid-web"]
