@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lab import Lab, Pod, Talker
+from lab.processes import wait_until
 from tests.mesh.helpers import (
     ECHO,
     HTTP,
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.privileged
 NAMESPACE = "netpol"
 OTHER = "netpol-other"
 SECOND = 9001
+DATAGRAMS = 5354
 EVERYBODY = ("alice", "bob", "carol")
 PLACES = ("near", "far")
 
@@ -164,6 +166,33 @@ def test_egress(lab: Lab, world: World):
     lab.settle()
     assert allowed(world) == both("bob", "carol")
     assert allowed(world, SECOND) == both("carol")
+
+
+def test_datagrams(lab: Lab, world: World):
+    """UDP by the same policies: NetworkPolicy in both directions."""
+    world.server.serve(world.server.app("udp", "serve", "0.0.0.0", DATAGRAMS))
+    wait_until(
+        lambda: f":{DATAGRAMS:04X} " in world.server.run(["/bin/cat", "/proc/net/udp"]).stdout,
+        5.0,
+        "it serves",
+    )
+
+    def answers() -> dict[str, set[str]]:
+        return each(world, asks)
+
+    def asks(pod: Pod) -> bool:
+        done = pod.run(pod.app("udp", "ask", world.server.address, DATAGRAMS, "x"), check=False)
+        return done.returncode == 0 and done.stdout.strip() == "x"
+
+    assert answers() == both(*EVERYBODY)
+    udp = {"port": DATAGRAMS, "protocol": "UDP"}
+    isolate(lab, "server", ingress=[{"from": [ALICE, OTHERS], "ports": [udp]}])
+    isolate(lab, "carol", namespace=OTHER, policyTypes=["Egress"], egress=[{"ports": [{"port": DATAGRAMS}]}])
+    lab.settle()
+    assert answers() == both("alice"), "carol may go there by TCP only"
+    isolate(lab, "server", ingress=[{"ports": [{"port": DATAGRAMS}]}])
+    lab.settle()
+    assert answers() == both()
 
 
 def answered(world: World) -> dict[str, set[str]]:
