@@ -14,19 +14,31 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import connect_cost, figures, fleet, installation, pod_start, policy_apply, report, rows, wrk
+from bench import (
+    cni_add,
+    connect_cost,
+    figures,
+    fleet,
+    installation,
+    pod_start,
+    policy_apply,
+    report,
+    rows,
+    wrk,
+)
 from bench.testbed import Testbed
 from common.kubernetes import ApiError, Unreachable
 from lab.errors import LabError
 
 #: What is measured on labs or clusters of its own, each part with its rows.
-_ON_CLUSTERS = (connect_cost, fleet, installation, policy_apply, pod_start)
+_ON_CLUSTERS = (connect_cost, fleet, installation, policy_apply, pod_start, cni_add)
 _FAILURES = (
     connect_cost.ConnectCostError,
     fleet.FleetError,
     installation.InstallError,
     policy_apply.PolicyApplyError,
     pod_start.PodStartError,
+    cni_add.CniAddError,
 )
 
 

@@ -140,6 +140,11 @@ def bars(report: Json) -> list[tuple[str, bool]]:
     if (apply := figures.get("policy_apply_ms")) is not None:
         text = f"policy-apply: p99 {apply['p99']:.0f} ms of {apply['changes']} until both nodes enforce, at most 1000"
         judged.append((text, apply["p99"] <= 1000))
+    if (add := figures.get("cni_add_ms")) is not None:
+        text = (
+            f"cni-add: p99 {add['p99']:.0f} ms of {add['rounds']} are our plugin's, one at a time, at most 60"
+        )
+        judged.append((text, add["p99"] <= 60))
     if (start := figures.get("pod_start_ms")) is not None:
         text = f"pod-start: {start['added']:+.0f} ms p50 with our plugin in the chain, at most +60"
         judged.append((text, start["added"] <= 60))

@@ -3,15 +3,19 @@
 Processes are told by a mark in their environment, and labs by the process that owns them, so those are always this
 run's own. The rest is whatever is new since the run began; another run on the same machine at the same time shows up
 there, see ``MYCEL_LEAKS`` in ``conftest.py``.
+
+``python -m tests.leaks note`` says what is there, for ``python -m tests.leaks check NOTE`` after a run in several parts.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import tempfile
 import time
 import uuid
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from lab import cgroups, state
@@ -117,3 +121,21 @@ def _listing(folder: Path) -> frozenset[str]:
         return frozenset(os.listdir(folder))
     except FileNotFoundError:
         return frozenset()
+
+
+def main(arguments: list[str]) -> int:
+    """See the module; 1 if something was left."""
+    if arguments == ["note"]:
+        print(json.dumps({kind: sorted(names) for kind, names in asdict(look("")).items()}))
+        return 0
+    before = Things(**{kind: frozenset(names) for kind, names in json.loads(arguments[1]).items()})
+    deadline = time.monotonic() + 10.0
+    while (left := look("").minus(before)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    for line in left:
+        print(f"left on the machine: {line}")
+    return 1 if left and os.environ.get("MYCEL_LEAKS") != "report" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -41,11 +41,17 @@ def archives() -> tuple[Path, ...]:
 
 
 class Mesh:
-    """The mesh on a cluster. Nothing is installed before :meth:`install`."""
+    """The mesh on a cluster. Nothing is installed before :meth:`install`.
 
-    def __init__(self, cluster: Kubernetes, namespace: str = NAMESPACE) -> None:
+    :param values: of every installation, as ``mycel install --set`` takes them.
+    """
+
+    def __init__(
+        self, cluster: Kubernetes, namespace: str = NAMESPACE, *, values: Sequence[str] = ()
+    ) -> None:
         self.cluster = cluster
         self.namespace = namespace
+        self._values = [word for value in values for word in ("--set", value)]
 
     def load_images(self) -> None:
         """Build, and give them to every node. On somebody's own cluster the images are theirs to bring."""
@@ -78,7 +84,7 @@ class Mesh:
         began = time.monotonic()
         if crds:
             arguments = (*arguments, "--crds", ",".join(crds))
-        manifests = self.mycel("install", *arguments)
+        manifests = self.mycel("install", *self._values, *arguments)
         self.cluster.kubectl("apply", "--server-side", "-f", "-", input=manifests, timeout=120)
         self.wait_ready()
         return time.monotonic() - began

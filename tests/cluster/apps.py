@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from lab.errors import LabError
 from lab.kubernetes import Kubernetes
 from lab.processes import wait_until
 
+#: Seconds that the proxies of the run's mesh let connections end by themselves, when they are told to end.
+DRAIN = 10
 #: busybox, curl, Python and ``lab/apps`` in ``/apps``.
 IMAGE = os.environ.get("MYCEL_APPS_IMAGE") or "mycel.io/lab/apps:1"
 
@@ -80,6 +84,25 @@ class Apps:
     def __init__(self, cluster: Kubernetes, namespace: str) -> None:
         self.cluster = cluster
         self.namespace = namespace
+        self._together: list[dict[str, Any]] | None = None
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is made inside is applied and waited for at once, at its end."""
+        made = self._together = []
+        try:
+            yield
+        finally:
+            self._together = None
+        self.cluster.apply(*made)
+        names = [item["metadata"]["name"] for item in made if item["kind"] == "Deployment"]
+        self.wait_available(*names)
+
+    def _apply(self, *objects: dict[str, Any]) -> None:
+        if self._together is None:
+            self.cluster.apply(*objects)
+        else:
+            self._together += objects
 
     def server(
         self,
@@ -117,7 +140,7 @@ class Apps:
             wait=wait,
         )
         spec = {"selector": {"app": app}, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]}
-        self.cluster.apply(self._object("v1", "Service", app, spec=spec))
+        self._apply(self._object("v1", "Service", app, spec=spec))
 
     def deployment(
         self,
@@ -142,11 +165,23 @@ class Apps:
             "selector": {"matchLabels": {**labels, "deployment": name}},
             "template": {"metadata": {"labels": {**labels, "deployment": name}}, "spec": pod},
         }
-        self.cluster.apply(
+        self._apply(
             self._object("v1", "ServiceAccount", name), self._object("apps/v1", "Deployment", name, spec=spec)
         )
-        if wait:
+        if wait and self._together is None:
             self.wait_rolled_out(name)
+
+    def wait_available(self, *names: str, timeout: int = 120) -> None:
+        """:raises LabError: not all of these new Deployments are available within ``timeout`` seconds."""
+        what = [f"deployment/{name}" for name in names]
+        try:
+            self.cluster.kubectl(
+                *("wait", "-n", self.namespace, *what, "--for=condition=Available", f"--timeout={timeout}s"),
+                timeout=timeout + 10,
+            )
+        except LabError as error:
+            seen = self.cluster.kubectl("describe", "pods", "-n", self.namespace, check=False)
+            raise LabError(f"{error}\n{seen}") from error
 
     def wait_rolled_out(self, name: str, timeout: int = 120) -> None:
         """:raises LabError: the Deployment is not available within ``timeout`` seconds; its pods are in the message."""
@@ -163,18 +198,26 @@ class Apps:
 
     def client(self, name: str = "client", *, node: str = "", labels: dict[str, str] | None = None) -> Pod:
         """A pod that sleeps, to run commands in."""
+        self.sleeper(name, node=node, labels=labels)
+        return self.pods(name)[0]
+
+    def sleeper(self, name: str, *, node: str = "", labels: dict[str, str] | None = None) -> None:
+        """A Deployment of what :meth:`client` gives."""
         container = {"name": "client", "image": IMAGE}
         self.deployment(name, container, labels={"app": name, **(labels or {})}, node=node)
-        return self.pods(name)[0]
 
     def pods(self, deployment: str) -> list[Pod]:
         """The pods of a Deployment that are running and not being deleted."""
-        items = self.cluster.get("pods", "-n", self.namespace, "-l", f"deployment={deployment}")["items"]
-        return [
-            Pod(self.cluster, self.namespace, item["metadata"]["name"])
-            for item in items
-            if "deletionTimestamp" not in item["metadata"] and item["status"]["phase"] == "Running"
-        ]
+        return self.running().get(deployment, [])
+
+    def running(self) -> dict[str, list[Pod]]:
+        """All pods that are running and not being deleted, by Deployment."""
+        found: dict[str, list[Pod]] = {}
+        for item in self.cluster.get("pods", "-n", self.namespace, "-l", "deployment")["items"]:
+            if "deletionTimestamp" not in item["metadata"] and item["status"]["phase"] == "Running":
+                pod = Pod(self.cluster, self.namespace, item["metadata"]["name"])
+                found.setdefault(item["metadata"]["labels"]["deployment"], []).append(pod)
+        return found
 
     def wait_reachable(self, client: Pod, url: str, timeout: float = 20.0) -> None:
         """:raises LabError: the client gets no answer from there within ``timeout`` seconds."""

@@ -18,11 +18,17 @@ import pytest
 
 from lab.kubernetes import Cluster, Kubernetes
 from lab.kubernetes.mesh import Mesh
-from tests.cluster.apps import Apps
+from tests.cluster.apps import DRAIN, Apps
 from tests.requirements import require_root
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    if here:
+        # It wants a cluster without the mesh and leaves one: first, the cluster need not be another.
+        first = items.index(here[0])
+        here.sort(key=lambda item: item.path.name != "test_installation.py")
+        items[first : first + len(here)] = here
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.privileged)
@@ -59,11 +65,17 @@ def _lab_cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def mesh(cluster: Kubernetes) -> Mesh:
-    """Mycel, installed on ``cluster`` for the rest of the run (``MYCEL_INSTALLED=1``: it is there, and stays as it is)."""
-    mesh = Mesh(cluster)
+def images(cluster: Kubernetes) -> None:
+    """Our images, of this checkout, are on every node."""
     if not os.environ.get("MYCEL_INSTALLED"):
-        mesh.load_images()
+        Mesh(cluster).load_images()
+
+
+@pytest.fixture(scope="session")
+def mesh(cluster: Kubernetes, images: None) -> Mesh:
+    """Mycel, installed on ``cluster`` for the rest of the run (``MYCEL_INSTALLED=1``: it is there, and stays as it is)."""
+    mesh = Mesh(cluster, values=[f"{part}.drainSeconds={DRAIN}" for part in ("nodeproxy", "l7proxy")])
+    if not os.environ.get("MYCEL_INSTALLED"):
         mesh.install(crds=("istio", "gateway-api", "linkerd", "smi"))
     return mesh
 

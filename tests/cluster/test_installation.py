@@ -1,4 +1,4 @@
-"""Install, check, upgrade and uninstall on a cluster of their own, as a platform team meets them."""
+"""Install, check, upgrade and uninstall, as a platform team meets them: on a cluster that has no mesh, before and after."""
 
 from __future__ import annotations
 
@@ -29,18 +29,11 @@ _PATIENCE = 120
 
 
 @pytest.fixture(scope="module")
-def own() -> Iterator[Cluster]:
-    """A cluster that these tests may take the mesh off (``MYCEL_CLUSTER``: that one)."""
-    if os.environ.get("MYCEL_KUBECONFIG"):
-        pytest.skip("takes the mesh off nodes and looks at them; MYCEL_KUBECONFIG is somebody's own cluster")
-    if name := os.environ.get("MYCEL_CLUSTER"):
-        cluster = Cluster.attach(name)
-        Mesh(cluster).load_images()
-        yield cluster
-        return
-    with Cluster(f"i{os.getpid()}") as cluster:
-        Mesh(cluster).load_images()
-        yield cluster
+def own(lab_cluster: Cluster, images: None) -> Cluster:
+    """The cluster, with our images, and without the mesh when these tests begin."""
+    if lab_cluster.kubectl("get", "namespace", NAMESPACE, "--ignore-not-found").strip():
+        Mesh(lab_cluster).uninstall("--yes")
+    return lab_cluster
 
 
 @pytest.fixture
@@ -72,8 +65,6 @@ def findings(mesh: Mesh, *arguments: str) -> list[dict[str, Any]]:
 def test_check_before_there_is_anything(own: Cluster) -> None:
     mesh = Mesh(own)
     assert [f for f in findings(mesh, "--pre") if f["severity"] == "error"] == []
-    if own.kubectl("get", "namespace", NAMESPACE, "--ignore-not-found").strip():
-        return
     (missing,) = findings(mesh)
     assert "not installed" in missing["message"]
     assert "mycel install" in missing["action"]
@@ -289,4 +280,4 @@ def test_helm_installs_what_passes_the_check_and_takes_it_away(own: Cluster, tmp
     )
     for node in own.nodes:
         assert_clean(node, expected[node.name])
-    own.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
+    own.kubectl("delete", "namespace", NAMESPACE)

@@ -6,6 +6,7 @@ VirtualService), by connections of which the kernel and the node proxies alone k
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,18 +16,17 @@ from typing import Any
 
 import pytest
 
-from deploy.values import Values
 from lab.errors import LabError
 from lab.kubernetes import Cluster
 from lab.kubernetes.mesh import Mesh
 from lab.processes import wait_until
-from tests.cluster.apps import IMAGE, Apps
+from tests.cluster.apps import DRAIN, IMAGE, Apps
 from tests.requirements import SOAK
 
 pytestmark = pytest.mark.timeout(600)
 
-#: Seconds that a proxy on its way out lets connections end by themselves.
-DRAIN = Values().nodeproxy.drain_seconds
+#: Seconds that a long connection lasts: for ever; or less than a proxy on its way out lets connections end by themselves.
+FOR_EVER, WITHIN_DRAIN = 3600.0, DRAIN / 2
 
 ROUTE = """\
 apiVersion: networking.istio.io/v1
@@ -57,6 +57,7 @@ class Steady:
     def __init__(self, apps: Apps, life: float) -> None:
         self.apps = apps
         self._life = life
+        self._seen: dict[str, int] = {}
         self.cluster = apps.cluster
 
     def start(self) -> None:
@@ -64,29 +65,36 @@ class Steady:
         self.cluster.apply(ROUTE.format(namespace=namespace), STRICT.format(namespace=namespace))
         self.cluster.apply(_service(namespace, "web", "http", 80, 8080))
         self.cluster.apply(_service(namespace, "echo", "tcp", 9000, 9000))
-        for node in ("node1", "node2"):
-            self.apps.deployment(
-                f"server-{node}", _server(), labels={"app": "server"}, node=node, replicas=2, grace=20
-            )
-        for node in ("node1", "node2"):
-            command = [
-                *("python3", "-u", "/apps/steady_client.py", "--workers", "2", "--interval", "0.05"),
-                *("--life", str(self._life)),
-                *("--http", f"http://web.{namespace}/", "--echo", f"echo.{namespace}:9000"),
-            ]
-            container = {"name": "client", "image": IMAGE, "command": command}
-            self.apps.deployment(f"client-{node}", container, labels={"app": "client"}, node=node, grace=15)
+        with self.apps.together():
+            for node in ("node1", "node2"):
+                self.apps.deployment(
+                    f"server-{node}", _server(), labels={"app": "server"}, node=node, replicas=2, grace=20
+                )
+        with self.apps.together():
+            for node in ("node1", "node2"):
+                command = [
+                    *("python3", "-u", "/apps/steady_client.py", "--workers", "2", "--interval", "0.05"),
+                    *("--life", str(self._life)),
+                    *("--http", f"http://web.{namespace}/", "--echo", f"echo.{namespace}:9000"),
+                ]
+                container = {"name": "client", "image": IMAGE, "command": command}
+                self.apps.deployment(
+                    f"client-{node}", container, labels={"app": "client"}, node=node, grace=1
+                )
         wait_until(self._runs, 20.0, "every kind of traffic runs", interval=0.5, explain=self._said)
 
     def check(self, seconds: float = 2.0) -> dict[str, int]:
-        """Let it run a little longer; then, no request has failed since the start, and every kind has gone on.
+        """Let it run a little longer; then, no request has failed since the last check, and every kind has gone on.
 
         :raises AssertionError: with each failure.
         """
         before = self._counts()
         time.sleep(seconds)
         after = self._counts()
-        failures = [line for lines in self._lines().values() for line in lines if "failed" in line]
+        failures = []
+        for node, lines in self._lines().items():
+            failures += [line for line in lines[self._seen.get(node, 0) :] if "failed" in line]
+            self._seen[node] = len(lines)
         assert not failures, f"{len(failures)} failed of {sum(after.values())}: {failures[:8]}"
         stopped = [kind for kind in after if after[kind] == before.get(kind)]
         assert not stopped, f"no traffic of these kinds in the last {seconds} s: {stopped}"
@@ -142,26 +150,36 @@ def _service(namespace: str, name: str, port_name: str, port: int, target: int) 
     }
 
 
-@pytest.fixture
-def life() -> float:
-    """Seconds that a long connection lasts."""
-    return 3600.0
+@contextlib.contextmanager
+def begun(cluster: Cluster, namespace: str, life: float) -> Iterator[Steady]:
+    """Traffic in an enrolled namespace, whose long connections last ``life`` seconds; it goes on from one test to the next."""
+    cluster.kubectl("create", "namespace", namespace)
+    cluster.kubectl("label", "namespace", namespace, "mycel.io/mesh=enabled")
+    traffic = Steady(Apps(cluster, namespace), life)
+    try:
+        traffic.start()
+        yield traffic
+    finally:
+        cluster.kubectl("delete", "namespace", namespace, "--wait=false", check=False)
 
 
-@pytest.fixture
-def steady(mesh: Mesh, lab_cluster: Cluster, apps: Apps, life: float) -> Iterator[Steady]:
-    """Traffic that has begun, in an enrolled namespace."""
-    lab_cluster.kubectl("label", "namespace", apps.namespace, "mycel.io/mesh=enabled")
-    traffic = Steady(apps, life)
-    traffic.start()
-    yield traffic
-    # A namespace that is on its way out takes its clients' traffic from the next test's machine.
-    lab_cluster.kubectl("delete", "deployments", "--all", "-n", apps.namespace, "--wait=false", check=False)
+@pytest.fixture(scope="module")
+def steady(mesh: Mesh, lab_cluster: Cluster) -> Iterator[Steady]:
+    """Long connections last for ever."""
+    with begun(lab_cluster, "steady", FOR_EVER) as traffic:
+        yield traffic
+
+
+@pytest.fixture(scope="module")
+def ending(mesh: Mesh, lab_cluster: Cluster) -> Iterator[Steady]:
+    """Long connections end by themselves within the proxies' drain deadline."""
+    with begun(lab_cluster, "ending", WITHIN_DRAIN) as traffic:
+        yield traffic
 
 
 def test_a_rolling_update_of_backends(steady: Steady):
-    for node in ("node1", "node2"):
-        steady.cluster.kubectl("rollout", "restart", "-n", steady.apps.namespace, f"deployment/server-{node}")
+    servers = [f"deployment/server-{node}" for node in ("node1", "node2")]
+    steady.cluster.kubectl("rollout", "restart", "-n", steady.apps.namespace, *servers)
     for node in ("node1", "node2"):
         steady.apps.wait_rolled_out(f"server-{node}", 120)
     # Until the last of the old ones has ended.
@@ -169,16 +187,17 @@ def test_a_rolling_update_of_backends(steady: Steady):
     steady.check()
 
 
-@pytest.mark.parametrize(
-    ("part", "life"),
-    [("agent", 3600.0), ("controlplane", 3600.0), ("nodeproxy", DRAIN / 2), ("l7proxy", DRAIN / 2)],
-)
-def test_a_rolling_update_of_the_mesh(steady: Steady, mesh: Mesh, part: str, life: float):
-    """What a proxy carries ends within its drain deadline here; an agent's and a controller's end is nobody's business."""
+def roll(traffic: Steady, mesh: Mesh, part: str) -> None:
     before = set(mesh.pods(part))
     mesh.restart(part)
     assert not before & set(mesh.pods(part))
-    steady.check(5.0)
+    traffic.check(3.0)
+
+
+@pytest.mark.parametrize("part", ["agent", "controlplane"])
+def test_a_rolling_update_of_what_carries_nothing(steady: Steady, mesh: Mesh, part: str):
+    """An agent's and a controller's end is nobody's business."""
+    roll(steady, mesh, part)
 
 
 def test_a_leader_that_is_killed(steady: Steady, mesh: Mesh):
@@ -211,16 +230,17 @@ def test_a_time_without_the_api_server(steady: Steady, mesh: Mesh, lab_cluster: 
         part.stop()
     try:
         began = time.monotonic()
-        time.sleep(5)
+        time.sleep(3)
         # Containers are restarted in place by their kubelet, which needs nobody for that: agents.
         for node in lab_cluster.nodes:
             for pid in node.pod_pids(uids[node.name]):
                 _kill(pid)
-        time.sleep((300 if SOAK else 20) - (time.monotonic() - began))
+        time.sleep((300 if SOAK else 12) - (time.monotonic() - began))
     finally:
         for part in reversed(parts):
             part.start()
-        lab_cluster.control_plane.wait_ready()
+            # The other one gives up after ten seconds without an API server.
+            lab_cluster.control_plane.wait_ready()
     wait_until(lambda: _answers(lab_cluster), 30.0, "kubectl works again", interval=0.5)
     lab_cluster.wait_nodes()
 
@@ -237,6 +257,12 @@ def test_a_time_without_the_api_server(steady: Steady, mesh: Mesh, lab_cluster: 
         steady.apps.client(f"after-{node.name}", node=node.name)
     assert backend.restarts == 0
     steady.check()
+
+
+@pytest.mark.parametrize("part", ["nodeproxy", "l7proxy"])
+def test_a_rolling_update_of_the_proxies(ending: Steady, mesh: Mesh, part: str):
+    """What a proxy carries ends within its drain deadline here."""
+    roll(ending, mesh, part)
 
 
 def _kill(pid: int) -> None:

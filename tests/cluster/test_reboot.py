@@ -70,14 +70,15 @@ class Endpoints:
 
 def served_by_both(apps: Apps) -> None:
     """A Service ``both`` with an endpoint on each node."""
-    for node in ("node1", "node2"):
-        container = {
-            "name": "server",
-            "image": IMAGE,
-            "command": ["python3", "/apps/tcp_server.py", str(ECHO), "--greet"],
-            "readinessProbe": {"tcpSocket": {"port": ECHO}, "periodSeconds": 1, "failureThreshold": 1},
-        }
-        apps.deployment(f"both-{node}", container, labels={"app": "both"}, node=node)
+    with apps.together():
+        for node in ("node1", "node2"):
+            container = {
+                "name": "server",
+                "image": IMAGE,
+                "command": ["python3", "/apps/tcp_server.py", str(ECHO), "--greet"],
+                "readinessProbe": {"tcpSocket": {"port": ECHO}, "periodSeconds": 1, "failureThreshold": 1},
+            }
+            apps.deployment(f"both-{node}", container, labels={"app": "both"}, node=node)
     spec = {"selector": {"app": "both"}, "ports": [{"name": "tcp", "port": ECHO}]}
     apps.cluster.apply(
         {
