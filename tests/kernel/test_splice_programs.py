@@ -65,6 +65,15 @@ def go(tmp_path):
     return program
 
 
+def io_uring(tmp_path):
+    require(Path("/proc/sys/kernel/io_uring_disabled").read_text() == "0\n", "io_uring")
+    program = tmp_path / "ring_echo"
+    command = [require_program("gcc"), "-O2", "-o", program, PROGRAMS / "ring_echo.c", "-lpthread"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [program, PORT]
+
+
 def python(kind, port):
     return [sys.executable, "-SE", PROGRAMS / "echo.py", port, kind]
 
@@ -91,6 +100,8 @@ def haproxy(tmp_path):
 SERVERS = {
     "go": (lambda tmp_path: [go(tmp_path), PORT], True, False),
     "go-proxy-by-splice2": (lambda tmp_path: [go(tmp_path), PORT, f"127.0.0.1:{BEHIND}"], False, True),
+    # Its sockets are blocking ones, so that the kernel does the waiting.
+    "io-uring": (io_uring, False, False),
     "java-nio": (java, True, False),
     "node": (lambda _: [require_program("node"), PROGRAMS / "echo.js", PORT], True, False),
     "python-asyncio": (lambda _: python("asyncio", PORT), True, False),
