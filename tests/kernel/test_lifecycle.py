@@ -311,20 +311,26 @@ def test_nothing_stays_of_a_removed_pod(node, make_pod):
     node.kernel.remove_peer("10.88.0.9")
 
 
-def test_nothing_of_ours_keeps_a_namespace_alive(node):
-    """Its own interface tells: when the last reference goes, the peer in the node's namespace vanishes."""
+def with_veth(node, name, address):
+    """A namespace with a veth to the node's, and nobody in it."""
     netns = new_namespace()
-    cookie = namespace.cookie(netns)
-    run_with = f"ip link add mkgone type veth peer name eth0 netns /proc/self/fd/{netns}"
-    import subprocess
-
     subprocess.run(
-        ["nsenter", f"--net=/proc/self/fd/{node.netns}", "sh", "-c", run_with],
+        [
+            *("nsenter", f"--net=/proc/self/fd/{node.netns}", "ip", "link", "add", name),
+            *("type", "veth", "peer", "name", "eth0", "netns", f"/proc/self/fd/{netns}"),
+        ],
         pass_fds=(netns, node.netns),
         check=True,
         timeout=10,
     )
-    run(netns, "sh", "-c", "ip addr add 10.77.200.1/16 dev eth0 && ip link set eth0 up && ip link set lo up")
+    run(netns, "sh", "-c", f"ip addr add {address}/16 dev eth0 && ip link set eth0 up && ip link set lo up")
+    return netns
+
+
+def test_nothing_of_ours_keeps_a_namespace_alive(node):
+    """Its own interface tells: when the last reference goes, the peer in the node's namespace vanishes."""
+    netns = with_veth(node, "mkgone", "10.77.200.1")
+    cookie = namespace.cookie(netns)
     node.kernel.add_pod(Pod(cookie, ("10.77.200.1",), 9000), netns)
     node.kernel.set_policy(cookie, {}, 1)
     fds = [node.kernel.create_listener(netns, ("10.77.200.1",), wire.PORT_HBONE)]
@@ -345,15 +351,19 @@ def test_nothing_of_ours_keeps_a_namespace_alive(node):
 
 
 def test_pod_can_be_removed_after_its_namespace(node):
-    netns = new_namespace()
+    netns = with_veth(node, "mkended", "10.77.200.2")
     cookie = namespace.cookie(netns)
-    run(netns, "ip", "link", "set", "lo", "up")
     node.kernel.add_pod(Pod(cookie, ("10.77.200.2",), 9001), netns)
+    pins = node.pins / f"v{wire.ABI}/veth"
+    assert len(list(pins.glob(f"{cookie}_*"))) == 2
     os.close(netns)
     time.sleep(0.3)
     node.load()  # drops links of namespaces that are gone
+    assert list(pins.glob(f"{cookie}_*")) == []
     node.kernel.remove_pod(cookie)
     assert cookie not in node.kernel.pods()
+    interfaces = node.kernel._maps["interfaces"].items()
+    assert cookie not in [wire.Interface.unpack(value).netns for _, value in interfaces]
 
 
 def test_missing_says_what_is_missing(node, make_pod):
