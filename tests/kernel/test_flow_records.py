@@ -228,9 +228,10 @@ def test_a_conversation_ends_by_silence(node, make_pod):
     node.kernel.end_silent_conversations()
     assert table.lookup(silent) is None
     assert table.lookup(alive) is not None
-    [data] = node.kernel.read_records(1 << 30)
-    one = FlowRecord.unpack(data)
-    assert (one.netns, one.source, one.destination) == (pod.cookie, pod.identity, 77)
+    # Others' conversations may end in the same pass.
+    found = [FlowRecord.unpack(data) for data in node.kernel.read_records(1 << 30)]
+    [one] = [one for one in found if one.netns == pod.cookie]
+    assert (one.source, one.destination) == (pod.identity, 77)
     assert (one.client_address, one.client_port) == (pod.address, 40000)
     assert (one.server_address, one.server_port) == ("10.88.0.1", 53)
     assert (one.started, one.ended) == (now - idle - 5, now - idle)
@@ -254,8 +255,9 @@ def test_thousands_of_silent_conversations_end_in_one_pass(node, make_pod):
     list(node.kernel.read_records(1 << 30))
     lost = node.kernel.records_lost()
     node.kernel.end_silent_conversations()
-    assert len(table) == 0
-    read = sum(1 for _ in node.kernel.read_records(1 << 30))
+    assert not [key for key, _ in table.items() if ConversationKey.unpack(key).netns == pod.cookie]
+    found = [FlowRecord.unpack(data) for data in node.kernel.read_records(1 << 30)]
+    read = sum(one.netns == pod.cookie for one in found)
     assert read + node.kernel.records_lost() - lost == 5000
     key = FlowKey(pod.identity, 78, 53, Direction.OUTBOUND, wire.PROTOCOL_UDP)
     assert node.kernel.flows()[key].closed == 5000

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lab import Lab, Metrics, Pod, Talker
+from lab.processes import wait_until
 from tests.mesh.helpers import (
     ECHO,
     HTTP,
@@ -296,3 +297,46 @@ def test_counts_and_records_go_on_while_no_agent_runs(lab: Lab, world: World):
     )
     assert len(rows) == 6
     assert (sum(row["sent"] for row in rows), sum(row["received"] for row in rows)) == (written, read)
+
+
+@pytest.mark.parametrize("where", ["near", "far"])
+def test_datagrams_are_counted_at_both_ends(lab: Lab, world: World, where: str):
+    client, server = world.clients[where], world.server
+    process = server.popen(server.app("udp", "serve", "0.0.0.0", 5300))
+    try:
+        wait_until(lambda: server.listening(5300, kind="udp"), 5, "UDP server listens")
+        texts = ["hello", "x" * 1000, "y" * 3000]
+        for text in texts:
+            answer = client.run(client.app("udp", "ask", server.address, 5300, text))
+            assert answer.stdout.strip() == text
+    finally:
+        process.kill()
+        process.wait()
+    zone = ZONES[client.node.name]
+    size = sum(map(len, texts))
+    for reporter, node in (("source", client.node.name), ("destination", "node1")):
+        labels = {
+            "reporter": reporter,
+            "source_workload": f"client-{where}",
+            "destination_workload": "server",
+            "source_zone": zone,
+            "destination_zone": ZONES["node1"],
+            "protocol": "udp",
+            "verdict": "allowed",
+        }
+        metrics = lab.metrics(node, "agent")
+        found = {
+            name: metrics.total(f"mycel_flow_{name}_total", **labels)
+            for name in ("sent_bytes", "received_bytes", "sent_datagrams", "received_datagrams", "opened")
+        }
+        assert found == {
+            "sent_bytes": size,
+            "received_bytes": size,
+            "sent_datagrams": 3,
+            "received_datagrams": 3,
+            "opened": 3,
+        }, reporter
+        # TCP's metrics know nothing of it.
+        istio = {name: labels[name] for name in ("reporter", "source_workload", "destination_workload")}
+        tcp = metrics.total("mycel_flow_sent_bytes_total", **(istio | {"protocol": "tcp"}))
+        assert metrics.total(SENT, **istio) == tcp
