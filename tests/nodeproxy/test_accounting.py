@@ -1,6 +1,6 @@
 """The bound of what is counted: totals that no tunnel ends in any more give way."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import pytest
 
@@ -15,7 +15,8 @@ def loop():
     made.shutdown()
 
 
-class Counted(NamedTuple):
+@dataclass
+class Counted:
     """Of an open tunnel, as its relay has it."""
 
     read: int
