@@ -189,6 +189,21 @@ def test_pod_with_addresses_of_one_family_only(node, make_pod, remote, captured)
     assert node.kernel.missing(client.cookie, client.netns) == []
 
 
+@pytest.mark.families("ipv4")
+def test_namespace_without_ipv6(node, make_pod, remote, captured):
+    client = make_pod()
+    run(client.netns, "sh", "-c", "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6")
+    client.addresses = (client.address4,)
+    client.enrol({})
+    assert node.kernel.missing(client.cookie, client.netns) == []
+    with listen(node, client, PORT_OUTBOUND) as listener, client.app.connect((remote, 8443)):
+        accepted, peer = listener.accept()
+        accepted.close()
+        assert peer[0] == client.address4
+    node.kernel.remove_pod(client.cookie, client.netns)
+    assert not namespace.is_prepared(client.netns)
+
+
 def test_nonblocking_connect_is_captured(node, client, remote):
     with (
         listen(node, client, PORT_OUTBOUND) as listener,
