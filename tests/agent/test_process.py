@@ -68,7 +68,8 @@ def test_a_proxy_in_a_cgroup_of_its_own_is_welcome(agent):
 
 def test_whom_it_does_not_serve(agent, tmp_path):
     assert "is the agent's" in hello(agent, cgroup="agent")
-    with Netns() as netns:
+    with Netns(wired=True) as netns:
+        netns.add_address("10.77.0.2/24")
         plugin = Plugin(tmp_path / "bin", agent.run)
         environment = {
             "CNI_CONTAINERID": "c",
@@ -99,7 +100,8 @@ def test_memory_and_no_compiler_in_it(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_end_is_an_upgrade(agent, tmp_path, number):
-    with Netns() as netns:
+    with Netns(wired=True) as netns:
+        netns.add_address("10.77.0.2/24")
         plugin = Plugin(tmp_path / "bin", agent.run)
         environment = {"CNI_CONTAINERID": "c", "CNI_NETNS": str(netns.path), "CNI_IFNAME": "eth0"}
         pod = {"CNI_ARGS": "K8S_POD_UID=uid-web;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web"}
