@@ -434,8 +434,8 @@ def test_mptcp_is_refused(node, client, make_pod):
 
 @pytest.mark.families("ipv4")
 def test_udp_passes(client, make_pod):
-    """To services' addresses, pods and our ports alike, until it is supported."""
-    server = make_pod().enrol({})
+    """To a pod that allows it, and to our ports alike: those are of TCP."""
+    server = make_pod().enrol({(client.identity, 0): True})
     got = namespace.inside(server.netns, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     sent = namespace.inside(client.netns, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     with got, sent:
@@ -447,19 +447,21 @@ def test_udp_passes(client, make_pod):
 
 
 def test_proxies_are_not_captured(node, client, remote, family):
-    """Their own dials from the pod's namespace go where they say."""
+    """Their own dials from the pod's namespace go where they say; to the mesh on other nodes only the node proxy's, by HBONE."""
     host = node.worker("host")
-    node.kernel.set_peer(node.gateway, Peer(local=False, enrolled=True, identity=79))
-    with host.listen((node.gateway, 9002)) as listener:
-        for role in ("agent", "nodeproxy", "l7proxy"):
+    with host.listen((node.gateway, PORT_HBONE)) as listener:
+        for role, enrolled in (("agent", False), ("nodeproxy", True), ("l7proxy", False)):
+            node.kernel.set_peer(node.gateway, Peer(local=False, enrolled=enrolled, identity=79))
             worker = client.worker(role)
             [fd] = node.kernel.create_outbound(client.netns, ipv6=family == "ipv6")
-            with worker.dial_with(fd, (node.gateway, 9002)) as sock:
-                accepted, peer = listener.accept()
-                accepted.close()
-                assert sock.getpeername() == (node.gateway, 9002)
-                assert peer[0] == client.address
-    node.kernel.remove_peer(node.gateway)
+            try:
+                with worker.dial_with(fd, (node.gateway, PORT_HBONE)) as sock:
+                    accepted, peer = listener.accept()
+                    accepted.close()
+                    assert sock.getpeername() == (node.gateway, PORT_HBONE)
+                    assert peer[0] == client.address
+            finally:
+                node.kernel.remove_peer(node.gateway)
     host.close()
 
 
