@@ -183,7 +183,8 @@ def get(sock: socket.socket, *names: str) -> list[bytes]:
     """Answers to requests that are all sent at once."""
     request = "".join(f"GET /{name} HTTP/1.1\r\nHost: x\r\n\r\n" for name in names).encode()
     assert sock.send(request) == len(request)
-    data, bodies = b"", []
+    data = b""
+    bodies: list[bytes] = []
     while len(bodies) < len(names):
         assert select.select([sock], [], [], 10)[0], "no answer"
         data += sock.recv(1 << 20)
