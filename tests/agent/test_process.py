@@ -56,8 +56,7 @@ def hello(
 
 
 def page(agent: AgentProcess, path: str) -> str:
-    ports = re.findall(r"admin_port=(\d+)", agent.tail(1 << 20))
-    with urllib.request.urlopen(f"http://127.0.0.1:{ports[-1]}{path}", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{agent.admin_port}{path}", timeout=5) as answer:
         return str(answer.read().decode())
 
 
