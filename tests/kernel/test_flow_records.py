@@ -16,6 +16,7 @@ import pytest
 from agent.flowlog import FlowLog, Names, Sink
 from agent.kernel import Direction, FlowKey, Kernel, MapFullError, Peer, Reason
 from bpf import wire
+from bpf.maps import Map
 from bpf.wire import Conversation, ConversationKey, FlowRecord, Via
 from tests.kernel.mesh import Node, TestPod
 
@@ -34,6 +35,14 @@ def records(kernel: Kernel, *pods: TestPod) -> list[FlowRecord]:
 def more(found: list[Any], new: Iterable[Any]) -> list[Any]:
     found.extend(new)
     return found
+
+
+def emptied(node: Node, name: str) -> Map:
+    """A map of the node that other tests have used too, and perhaps filled."""
+    table = node.kernel._maps[name]
+    for key, _ in list(table.items()):
+        table.delete(key)
+    return table
 
 
 def until(condition, seconds: float = 5.0) -> None:
@@ -218,7 +227,7 @@ def test_a_reader_that_dies_over_a_record_leaves_it_to_its_successor(node, pods)
 
 def test_a_conversation_ends_by_silence(node, make_pod):
     pod = make_pod().enrol({})
-    table = node.kernel._maps["conversations"]
+    table = emptied(node, "conversations")
     now = time.monotonic_ns()
     idle = 31_000_000_000
 
@@ -253,7 +262,7 @@ def test_a_conversation_ends_by_silence(node, make_pod):
 
 def test_thousands_of_silent_conversations_end_in_one_pass(node, make_pod):
     pod = make_pod().enrol({})
-    table = node.kernel._maps["conversations"]
+    table = emptied(node, "conversations")
     last = time.monotonic_ns() - 31_000_000_000
     for port in range(1, 5001):
         key = ConversationKey(pod.cookie, pod.address, "10.88.0.2", port, 53)
