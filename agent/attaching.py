@@ -122,6 +122,12 @@ class Attaching:
             reason = "the controller took back what it said of it" if now is None or now.enrolled else ""
         if reason:
             await self.delete(attachment.key)
+            if cookie in outcome.hopeless:
+                raise Refusal(
+                    protocol.ERR_REFUSED,
+                    f"pod {workload.namespace}/{workload.name} cannot be in the mesh: it has no veth to its node",
+                    reason,
+                )
             raise Refusal(protocol.ERR_TRY_AGAIN, "the kernel could not be programmed for the pod", reason)
         _log.info(
             "pod attached",

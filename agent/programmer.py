@@ -15,7 +15,7 @@ from typing import NamedTuple
 from agent import kernel as facade
 from agent.compiler import Tables
 from agent.frontends import Frontends, ServiceEntry
-from agent.kernel import Kernel, KernelError, MapFullError
+from agent.kernel import Kernel, KernelError, MapFullError, NoVethError
 from agent.namespaces import Namespaces
 from agent.networks import OPEN, Networks
 from agent.passage import Stage
@@ -70,6 +70,8 @@ class Outcome:
 
     resources: tuple[ResourceError, ...] = ()
     pods: dict[int, str] = field(default_factory=dict)
+    #: Of these, the ones that never will be, whatever is tried again.
+    hopeless: set[int] = field(default_factory=set)
     #: Verdicts of pods that were there before have changed: established connections are to be judged again.
     verdicts_changed: bool = False
 
@@ -360,6 +362,8 @@ class Programmer:
         except (KernelError, OSError, ValueError, KeyError) as error:
             reason = str(error) if not isinstance(error, KeyError) else "its namespace is gone"
             outcome.pods[cookie] = reason
+            if isinstance(error, NoVethError):
+                outcome.hopeless.add(cookie)
             errors.append(ResourceError(f"workload/{spec.uid}", reason))
 
     async def _seal(self, cookie: int, slots: asyncio.Semaphore, outcome: Outcome) -> None:

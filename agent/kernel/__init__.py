@@ -4,7 +4,7 @@ Owns everything between the agent's decisions and the pinned maps, programs and 
 ``model`` has the types, ``facade`` the class that the agent uses, the rest one topic each.
 """
 
-from agent.kernel.errors import KernelError
+from agent.kernel.errors import KernelError, NoVethError
 from agent.kernel.facade import Kernel, MapFullError
 from agent.kernel.model import (
     Backend,
@@ -36,6 +36,7 @@ __all__ = [
     "KernelError",
     "MapFullError",
     "Network",
+    "NoVethError",
     "Peer",
     "Pod",
     "Pressure",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from bpf.links import LinkError
@@ -11,6 +11,17 @@ from bpf.maps import MapError, MapFullError
 
 class KernelError(OSError):
     """The kernel refused something; the message names the object and the reason."""
+
+
+class NoVethError(KernelError):
+    """A pod has no veth to its node, so that nobody could judge what it sends: it cannot be in the mesh as it is."""
+
+    def __init__(self, addresses: Iterable[str]) -> None:
+        super().__init__(
+            f"no veth of the node has {' or '.join(sorted(addresses))} at its other end, and what passes interfaces of"
+            " other kinds (macvlan, ipvlan, host-device, tap) cannot be judged: give the pod a veth, or keep it out of the"
+            " mesh with its label istio.io/dataplane-mode=none"
+        )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from agent.kernel import namespace, netlink
-from agent.kernel.errors import KernelError
+from agent.kernel.errors import KernelError, NoVethError
 from agent.kernel.model import Pod
 from agent.kernel.pods import by_family, pod_flags
 from bpf import links, wire
@@ -37,7 +37,7 @@ class End(NamedTuple):
 def find(netns: int, host: int | None, addresses: tuple[str, ...]) -> list[End]:
     """The host's end of each veth that has one of the pod's addresses at its other end.
 
-    :raises KernelError: there is none, so that nobody could judge what comes from the pod.
+    :raises NoVethError: there is none.
     :raises OSError: a namespace cannot be entered.
     """
     wanted = {wire.canonical(address) for address in addresses}
@@ -52,7 +52,7 @@ def find(netns: int, host: int | None, addresses: tuple[str, ...]) -> list[End]:
         except OSError:
             return None
         # Indices of two namespaces may be equal by chance: it has to point back.
-        if end.peer != own.number or end.peer_namespace != netlink.namespace_number(netns):
+        if end.peer != own.number or not _leads_to(end, netns):
             return None
         return End(own.peer, own.mac)
 
@@ -62,8 +62,13 @@ def find(netns: int, host: int | None, addresses: tuple[str, ...]) -> list[End]:
     of_pod = namespace.inside(netns, in_pod)
     found = _on(host, ends)
     if not found:
-        raise KernelError(f"no veth of the node has {' or '.join(sorted(wanted))} at its other end")
+        raise NoVethError(wanted)
     return found
+
+
+def _leads_to(end: netlink.Veth, netns: int) -> bool:
+    """Whether the other end of an interface of this namespace is in that one. -1 is this one, and what has no number here."""
+    return end.peer_namespace != -1 and end.peer_namespace == netlink.namespace_number(netns)
 
 
 def _on(host: int | None, work: Callable[[], T]) -> T:
@@ -85,7 +90,7 @@ class Interfaces:
         :raises OSError: its veth cannot be found, or the kernel refuses.
         """
         cookie = pod.netns_cookie
-        ends = find(netns, self._host, pod.addresses)
+        ends = self._ends(pod, netns)
         for end in ends:
             value = wire.Interface(
                 cookie, *by_family(pod.addresses), pod.identity, pod_flags(pod), end.mac
@@ -96,6 +101,24 @@ class Interfaces:
         for end in ends:
             _on(self._host, lambda index=end.number: self._attach(cookie, index))  # type: ignore[misc]
         self._drop(cookie, {end.number for end in ends})
+
+    def _ends(self, pod: Pod, netns: int) -> list[End]:
+        """As :func:`find` says; of a pod that has lost its addresses those that it had, as it may take them again."""
+        try:
+            return find(netns, self._host, pod.addresses)
+        except NoVethError:
+            if known := _on(self._host, lambda: self._known(pod.netns_cookie, netns)):
+                return known
+            raise
+
+    def _known(self, cookie: int, netns: int) -> list[End]:
+        found = []
+        for index, value in self._elements():
+            if value.netns == cookie:
+                with contextlib.suppress(OSError):
+                    if _leads_to(netlink.link(index), netns):
+                        found.append(End(index, value.mac))
+        return found
 
     def _attach(self, cookie: int, index: int) -> None:
         for way, attach_type in _WAYS:
@@ -180,7 +203,7 @@ class Interfaces:
         """What is not as :meth:`enrol` made it, in words."""
         cookie = pod.netns_cookie
         try:
-            ends = find(netns, self._host, pod.addresses)
+            ends = self._ends(pod, netns)
         except (KernelError, OSError) as error:
             return [str(error)]
         found = []

@@ -21,13 +21,14 @@ class Netns:
         """:param wired: the other ends of its interfaces are in this namespace, as a pod's are in its node's."""
         self.name = f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
         self.path = Path("/run/netns", self.name)
-        self._interfaces = interfaces or ("eth0",)
+        self.interfaces = interfaces or ("eth0",)
         self._wired = wired
+        self._has: set[tuple[str, str]] = set()
 
     def __enter__(self) -> Netns:
         ip("netns", "add", self.name)
         lines = ["link set lo up"]
-        for number, interface in enumerate(self._interfaces):
+        for number, interface in enumerate(self.interfaces):
             if self._wired:
                 # It goes with the pod's end.
                 ours = f"mka{os.getpid()}-{next(_links)}"
@@ -35,12 +36,20 @@ class Netns:
             else:
                 lines.append(f"link add {interface} type veth peer name peer{number}")
                 lines.append(f"link set peer{number} up")
-            lines.append(f"link set {interface} up")
+            # No link-local address: its route comes a second or two later, in the midst of what a test compares.
+            lines.append(f"link set {interface} addrgenmode none up")
         ip("-n", self.name, "-batch", "-", input="\n".join(lines) + "\n")
         return self
 
     def add_address(self, address: str, interface: str = "eth0") -> None:
-        ip("-n", self.name, "addr", "add", address, "dev", interface)
+        # At once, without looking for who else has it.
+        nodad = ("nodad",) if ":" in address else ()
+        ip("-n", self.name, "addr", "add", address, "dev", interface, *nodad)
+        self._has.add((interface, address))
+
+    def has(self, address: str, interface: str = "eth0") -> bool:
+        """Whether :meth:`add_address` was called with that."""
+        return (interface, address) in self._has
 
     def remove(self) -> None:
         if self.path.exists():

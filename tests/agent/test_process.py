@@ -121,6 +121,8 @@ def test_an_end_is_an_upgrade(agent, tmp_path, number):
 
 
 def test_there_is_one_agent_at_a_time(agent):
+    # It accepts before it says that it runs.
+    agent.wait_for("agent runs")
     old = agent.pid
     agent.start(wait=False)
     try:
@@ -130,6 +132,8 @@ def test_there_is_one_agent_at_a_time(agent):
         os.kill(old, signal.SIGKILL)
         os.waitpid(old, 0)
     agent.wait_ready()
+    # The last thing that it says when it starts, of this process alone.
+    assert agent.admin_port
     assert agent.tail(1 << 20).count("agent runs") == 2
     assert connects(agent.run / "cni.sock")
 

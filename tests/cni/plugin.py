@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cni.install import install
+from tests.agent.pods import Netns
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,20 @@ class Plugin:
             check=False,
         )
         return Called(done.returncode, done.stdout, done.stderr)
+
+
+def network(netns: Netns, config: dict[str, Any]) -> dict[str, Any]:
+    """Do what the plugins before ours do when their result is prevResult: its addresses are on the pod's interfaces.
+
+    :returns: the configuration.
+    """
+    given = config.get("prevResult") or {}
+    for own in given.get("ips", ()):
+        interface = given["interfaces"][own["interface"]]
+        name, address = interface["name"], own["address"]
+        if "sandbox" in interface and name in netns.interfaces and not netns.has(address, name):
+            netns.add_address(address, name)
+    return config
 
 
 def previous(

@@ -12,14 +12,14 @@ import pytest
 from cni import protocol
 from tests.agent.pods import Netns, workload
 from tests.agent.process import AgentProcess
-from tests.cni.plugin import Plugin, previous
+from tests.cni.plugin import Plugin, network, previous
 
 pytestmark = pytest.mark.privileged
 
 
 @pytest.fixture
 def netns():
-    with Netns() as made:
+    with Netns(wired=True) as made:
         yield made
 
 
@@ -90,7 +90,7 @@ def test_add_waits_for_an_agent_that_comes_back(tmp_path, netns):
         starter.start()
         called = plugin.call(
             "ADD",
-            plugin.config(prevResult=previous(), timeout=30),
+            network(netns, plugin.config(prevResult=previous(), timeout=30)),
             CNI_CONTAINERID="c",
             CNI_NETNS=str(netns.path),
             CNI_IFNAME="eth0",

@@ -18,7 +18,7 @@ import pytest
 from cni import protocol
 from tests.agent.pods import Netns, workload
 from tests.agent.process import AgentProcess
-from tests.cni.plugin import Called, Plugin, previous
+from tests.cni.plugin import Called, Plugin, network, previous
 
 pytestmark = pytest.mark.privileged
 
@@ -95,7 +95,7 @@ PEERS = [never_answers, never_answers_but_reads, answers_half, answers_garbage, 
 
 @pytest.fixture(scope="module")
 def netns() -> Iterator[Netns]:
-    with Netns() as made:
+    with Netns(wired=True) as made:
         yield made
 
 
@@ -201,12 +201,16 @@ def test_an_agent_that_was_stopped_goes_on_as_if_nothing_had_been(tmp_path: Path
     pods = [f"p{n}" for n in range(24)]
     agent = AgentProcess(tmp_path, *(workload(pod, addresses=()) for pod in pods))
     plugin = Plugin(tmp_path / "bin", agent.run, timeout=1)
-    spaces = {pod: Netns().__enter__() for pod in pods}
+    spaces = {pod: Netns(wired=True).__enter__() for pod in pods}
+    configs = {
+        pod: network(space, plugin.config(prevResult=previous(f"10.77.0.{number}/24")))
+        for number, (pod, space) in enumerate(spaces.items(), 2)
+    }
 
     def ask(command: str, pod: str) -> Called:
         return plugin.call(
             command,
-            plugin.config(prevResult=previous(f"10.77.0.{pods.index(pod) + 2}/24")),
+            configs[pod],
             CNI_CONTAINERID=f"c-{pod}",
             CNI_NETNS=str(spaces[pod].path),
             CNI_IFNAME="eth0",

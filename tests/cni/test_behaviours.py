@@ -18,10 +18,11 @@ from typing import Any
 
 import pytest
 
+from bpf import links, wire
 from cni import protocol
 from tests.agent.pods import Netns, workload
 from tests.agent.process import REAL, AgentProcess
-from tests.cni.plugin import Called, Plugin, previous
+from tests.cni.plugin import Called, Plugin, network, previous
 
 pytestmark = pytest.mark.privileged
 
@@ -56,6 +57,8 @@ class Node:
         }
         if config is None:
             config = self.plugin.config(prevResult=previous())
+        if command == "ADD" and isinstance(netns, Netns) and isinstance(config, dict):
+            network(netns, config)
         return self.plugin.call(command, config, **environment)
 
     @property
@@ -93,7 +96,7 @@ def fresh(tmp_path: Path) -> Iterator[Node]:
 
 @pytest.fixture
 def netns() -> Iterator[Netns]:
-    with Netns() as made:
+    with Netns(wired=True) as made:
         yield made
 
 
@@ -374,6 +377,25 @@ class TestAdd:
         assert called.code >= 100
         assert "has no address" in called.text
 
+    @pytest.mark.skipif(MODULE != REAL, reason="needs the real kernel")
+    @pytest.mark.parametrize("kind", ["macvlan", "tap"])
+    def test_add_11_no_veth(self, node, kind):
+        """Nobody could judge what such a pod sends: it is not let in, and whoever made it is told what to do."""
+        with Netns("net1", wired=True) as netns:
+            make = "tuntap add eth0 mode tap" if kind == "tap" else f"link add eth0 link net1 type {kind}"
+            subprocess.run(["ip", "-n", netns.name, *make.split()], check=True)
+            subprocess.run(["ip", "-n", netns.name, "link", "set", "eth0", "up"], check=True)
+            netns.add_address("10.77.0.2/24")
+            called = node.call("ADD", netns)
+            assert called.code == protocol.ERR_REFUSED
+            assert "default/web cannot be in the mesh: it has no veth" in called.text
+            assert "istio.io/dataplane-mode=none" in called.text
+            assert node.pods() == set()
+            assert _holders(netns) == []
+            assert node.plugin.call("STATUS").code == 0
+            assert node.call("ADD", netns, pod="plain").code == 0
+            assert node.call("DEL", netns, pod="plain").code == 0
+
     def test_add_of_one_family_alone(self, node, netns):
         given = previous("fd00::2/64")
         assert node.call("ADD", netns, node.plugin.config(prevResult=given)).result == given
@@ -388,7 +410,7 @@ class TestAdd:
 
     def test_add_13(self, node):
         pods = [f"many{n}" for n in range(64)]
-        spaces = [Netns().__enter__() for _ in pods]
+        spaces = [Netns(wired=True).__enter__() for _ in pods]
         try:
             with concurrent.futures.ThreadPoolExecutor(64) as pool:
                 configs = [
@@ -415,7 +437,7 @@ class TestAdd:
                 space.remove()
 
     def test_add_14(self, node):
-        with Netns("eth0", "net1") as netns:
+        with Netns("eth0", "net1", wired=True) as netns:
             assert node.call("ADD", netns).code == 0
             second = node.plugin.config(prevResult=previous("10.77.9.9/24", interface="net1"))
             assert node.call("ADD", netns, second, CNI_IFNAME="net1").code == 0
@@ -431,6 +453,7 @@ class TestAdd:
             assert node.call("DEL", netns).code == 0
 
     def test_add_16(self, node, netns):
+        network(netns, node.plugin.config(prevResult=previous()))
         before = _sockets_and_rules(netns)
         assert node.call("ADD", netns, pod="plain").result == previous()
         assert _sockets_and_rules(netns) == before
@@ -486,6 +509,7 @@ def _holders(netns: Netns) -> list[str]:
 
 class TestDel:
     def test_del_01(self, node, netns):
+        network(netns, node.plugin.config(prevResult=previous()))
         before = _sockets_and_rules(netns)
         assert node.call("ADD", netns).code == 0
         called = node.call("DEL", netns)
@@ -615,9 +639,23 @@ class TestCheck:
         assert called.code != 0
         assert "rule" in called.text
 
+    @pytest.mark.skipif(MODULE != REAL, reason="needs the real kernel")
+    @pytest.mark.parametrize("way", ["from", "to"])
+    def test_chk_03_program_of_the_veth(self, node, added, way):
+        (path,) = (node.agent.pins / f"v{wire.ABI}/veth").glob(f"*_{way}")
+        link = links.open_pin(str(path))
+        try:
+            links.detach(link)
+        finally:
+            os.close(link)
+        called = node.call("CHECK", added)
+        assert called.code == protocol.ERR_TRY_AGAIN
+        assert f"({way} the pod)" in called.text
+        assert "no program on interface" in called.text
+
     def test_chk_04(self, node, added):
         ip = ["ip", "-n", added.name]
-        subprocess.run([*ip, "addr", "add", "10.77.0.2/24", "dev", "eth0"], check=True)
+        subprocess.run([*ip, "addr", "add", "10.77.0.99/24", "dev", "eth0"], check=True)
         subprocess.run([*ip, "route", "add", "10.250.0.0/16", "dev", "eth0"], check=True)
         subprocess.run(
             ["ip", "netns", "exec", added.name, "sysctl", "-qw", "net.ipv4.tcp_timestamps=0"], check=True
@@ -646,7 +684,7 @@ class TestCheck:
         assert node.call("CHECK", netns).code == 3
 
     def test_chk_07_another_namespace(self, node, added):
-        with Netns() as other:
+        with Netns(wired=True) as other:
             assert node.call("CHECK", other).code == 4
 
     def test_chk_08(self, node, added):
@@ -673,6 +711,14 @@ class TestCheck:
     def test_chk_11(self, node, added):
         subprocess.run(["ip", "-n", added.name, "addr", "flush", "dev", "eth0"], check=True)
         assert node.call("CHECK", added).code == 0
+
+    @pytest.mark.skipif(MODULE != REAL, reason="needs the real kernel")
+    def test_chk_11_interface(self, node, added):
+        """With it our programs are gone."""
+        subprocess.run(["ip", "-n", added.name, "link", "del", "eth0"], check=True)
+        called = node.call("CHECK", added)
+        assert called.code == protocol.ERR_TRY_AGAIN
+        assert "no veth of the node has 10.77.0.2 at its other end" in called.text
 
 
 class TestStatus:
@@ -728,7 +774,7 @@ class TestGarbageCollection:
     @pytest.fixture
     def three(self, node):
         pods = ["web", "many1", "many2"]
-        spaces = [Netns("eth0", "net1").__enter__() for _ in pods]
+        spaces = [Netns("eth0", "net1", wired=True).__enter__() for _ in pods]
         try:
             for number, (pod, space) in enumerate(zip(pods, spaces, strict=True)):
                 config = node.plugin.config(prevResult=previous(f"10.77.2.{number + 1}/24"))
@@ -794,7 +840,7 @@ class TestOneThatFails:
         assert "pods" in called.text
 
     def test_gc_06(self, failing_node):
-        with Netns() as first, Netns() as second:
+        with Netns(wired=True) as first, Netns(wired=True) as second:
             assert failing_node.call("ADD", first, pod="many1").code == 0
             config = failing_node.plugin.config(prevResult=previous("10.77.0.3/24"))
             assert failing_node.call("ADD", second, config, pod="many2").code == 0

@@ -562,6 +562,42 @@ def test_pod_without_a_veth_is_not_enrolled(node, make_pod):
 
 
 @pytest.mark.families("ipv4")
+def test_pod_that_loses_its_address_is_judged_where_it_was(node, make_pod):
+    pod = make_pod()
+    pod.enrol({})
+    before = names(node, pod)
+    run(pod.netns, "ip", "addr", "flush", "dev", "eth0")
+    with pytest.raises(OSError, match="no veth of the node"):
+        find(pod.netns, node.netns, pod.addresses)
+    assert node.kernel.missing(pod.cookie, pod.netns) == []
+    pod.enrol()
+    assert names(node, pod) == before
+    run(pod.netns, "ip", "link", "del", "eth0")
+    assert any("no veth of the node" in text for text in node.kernel.missing(pod.cookie, pod.netns))
+    with pytest.raises(OSError, match="no veth of the node"):
+        pod.enrol()
+
+
+@pytest.mark.families("ipv4")
+def test_pair_within_the_pod_is_no_veth_of_the_node(node, make_pod):
+    """Where the node has a pair of its own with the same two indices, which is nobody's business."""
+    pod = make_pod()
+    theirs = new_namespace()
+    host = new_namespace()
+    try:
+        for netns in (theirs, host):
+            run(netns, "ip", "link", "add", "a0", "type", "veth", "peer", "name", "a1")
+        run(theirs, "ip", "addr", "add", f"{pod.address}/16", "dev", "a0")
+        numbers = [inside(netns, lambda: socket.if_nametoindex("a0")) for netns in (theirs, host)]
+        assert numbers[0] == numbers[1]
+        with pytest.raises(OSError, match="no veth of the node"):
+            find(theirs, host, pod.addresses)
+    finally:
+        os.close(theirs)
+        os.close(host)
+
+
+@pytest.mark.families("ipv4")
 def test_index_of_another_namespace_is_no_veth_of_the_pod(node, make_pod):
     """The pod's peer index means something else in a namespace that is not the other end's."""
     pod = make_pod()
