@@ -37,7 +37,7 @@ TOKENS: Final = "/var/run/secrets/mycel.io"
 ROOTS_FOLDER: Final = "/etc/mycel/roots"
 
 #: Seconds that a new pod has to stay ready before its predecessor, or the next node's, is ended: one that dies soon after it said
-#: that it is ready stops a rollout, and leaves a proxy's predecessor there to take its listeners back.
+#: that it is ready stops a rollout.
 MIN_READY: Final = 5
 
 EVERYTHING: Final[list[Json]] = [{"operator": "Exists"}]
@@ -121,6 +121,11 @@ def ready(port: int) -> Json:
         "timeoutSeconds": 2,
         "failureThreshold": 3,
     }
+
+
+def stays_ready(port: int, seconds: int) -> Json:
+    """Ready once it has said so for ``seconds``, each second anew; and no longer, as :func:`ready`."""
+    return ready(port) | {"periodSeconds": 1, "successThreshold": seconds + 1, "failureThreshold": 6}
 
 
 def field(name: str, path: str) -> Json:

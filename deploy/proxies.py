@@ -6,6 +6,9 @@ from deploy import parts
 from deploy.parts import L7PROXY, NODEPROXY, Json
 from deploy.values import Proxy, Values
 
+#: Seconds that a new one has to stay ready: of one that dies sooner the predecessor is still there, to take its listeners back.
+_STAYS_READY = 3
+
 
 def nodeproxy(values: Values, namespace: str) -> Json:
     drain = f"--drain-timeout={values.nodeproxy.drain_seconds}"
@@ -28,7 +31,8 @@ def _daemon_set(
         "metadata": parts.metadata(name, name, namespace=namespace),
         "spec": {
             "selector": {"matchLabels": parts.selector(name)},
-            "minReadySeconds": parts.MIN_READY,
+            # No `minReadySeconds` (and a readiness that takes its time instead): with a surge, Kubernetes' controller may look
+            # for the last time when the new pod has not been ready for that long yet. Such a rollout stands still for good.
             # The new one takes over the listeners before the old one drains: no connection is refused in between.
             "updateStrategy": {
                 "type": "RollingUpdate",
@@ -66,7 +70,7 @@ def _daemon_set(
                                 *parts.logging(values),
                             ],
                             "ports": [{"name": "admin", "containerPort": admin, "protocol": "TCP"}],
-                            "readinessProbe": parts.ready(admin),
+                            "readinessProbe": parts.stays_ready(admin, _STAYS_READY),
                             "resources": parts.resources(chosen.resources),
                             "securityContext": parts.unprivileged_with_maps(),
                             "volumeMounts": [

@@ -6,7 +6,6 @@ VirtualService), by connections of which the kernel and the node proxies alone k
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -112,12 +111,13 @@ class Steady:
         return found
 
     def _counts(self) -> dict[str, int]:
-        """By node and kind."""
+        """What succeeded, by node and kind."""
         counts: dict[str, int] = {}
         for node, lines in self._lines().items():
             reports = [line["counts"] for line in lines if "counts" in line]
             for kind, count in (reports[-1] if reports else {}).items():
-                counts[f"{node} {kind}"] = count
+                if not kind.endswith(" failed"):
+                    counts[f"{node} {kind}"] = count
         return counts
 
     def _runs(self) -> bool:
@@ -150,33 +150,34 @@ def _service(namespace: str, name: str, port_name: str, port: int, target: int) 
     }
 
 
-@contextlib.contextmanager
-def begun(cluster: Cluster, namespace: str, life: float) -> Iterator[Steady]:
-    """Traffic in an enrolled namespace, whose long connections last ``life`` seconds; it goes on from one test to the next."""
-    cluster.kubectl("create", "namespace", namespace)
-    cluster.kubectl("label", "namespace", namespace, "mycel.io/mesh=enabled")
-    traffic = Steady(Apps(cluster, namespace), life)
+@pytest.fixture(scope="module")
+def steady(request: pytest.FixtureRequest, mesh: Mesh, lab_cluster: Cluster) -> Iterator[Steady]:
+    """Traffic in an enrolled namespace, whose long connections last ``request.param`` seconds.
+
+    It goes on from one test to the next, and ends before the one of another life begins.
+    """
+    namespace = f"steady-{request.param:.0f}"
+    lab_cluster.kubectl("create", "namespace", namespace)
+    lab_cluster.kubectl("label", "namespace", namespace, "mycel.io/mesh=enabled")
+    traffic = Steady(Apps(lab_cluster, namespace), request.param)
     try:
         traffic.start()
         yield traffic
     finally:
-        cluster.kubectl("delete", "namespace", namespace, "--wait=false", check=False)
+        # Clients first: nothing is to be read from them any more, and they take the next ones' machine.
+        lab_cluster.kubectl("delete", "deployments", "--all", "-n", namespace, "--wait=false", check=False)
+        lab_cluster.kubectl("delete", "namespace", namespace, "--wait=false", check=False)
 
 
-@pytest.fixture(scope="module")
-def steady(mesh: Mesh, lab_cluster: Cluster) -> Iterator[Steady]:
-    """Long connections last for ever."""
-    with begun(lab_cluster, "steady", FOR_EVER) as traffic:
-        yield traffic
+def lasting(seconds: float) -> pytest.MarkDecorator:
+    """A test under traffic whose long connections last that long; all tests of one life come one after the other.
+
+    A proxy cuts what outlives its drain deadline, so what lasts for ever is for tests in which no proxy ends.
+    """
+    return pytest.mark.parametrize("steady", [seconds], indirect=True, scope="module", ids="{:.0f}s".format)
 
 
-@pytest.fixture(scope="module")
-def ending(mesh: Mesh, lab_cluster: Cluster) -> Iterator[Steady]:
-    """Long connections end by themselves within the proxies' drain deadline."""
-    with begun(lab_cluster, "ending", WITHIN_DRAIN) as traffic:
-        yield traffic
-
-
+@lasting(FOR_EVER)
 def test_a_rolling_update_of_backends(steady: Steady):
     servers = [f"deployment/server-{node}" for node in ("node1", "node2")]
     steady.cluster.kubectl("rollout", "restart", "-n", steady.apps.namespace, *servers)
@@ -194,18 +195,14 @@ def roll(traffic: Steady, mesh: Mesh, part: str) -> None:
     traffic.check(3.0)
 
 
+@lasting(FOR_EVER)
 @pytest.mark.parametrize("part", ["agent", "controlplane"])
 def test_a_rolling_update_of_what_carries_nothing(steady: Steady, mesh: Mesh, part: str):
     """An agent's and a controller's end is nobody's business."""
     roll(steady, mesh, part)
 
 
-@pytest.mark.parametrize("part", ["nodeproxy", "l7proxy"])
-def test_a_rolling_update_of_the_proxies(ending: Steady, mesh: Mesh, part: str):
-    """What a proxy carries ends within its drain deadline here."""
-    roll(ending, mesh, part)
-
-
+@lasting(FOR_EVER)
 def test_a_leader_that_is_killed(steady: Steady, mesh: Mesh):
     def holder() -> str:
         lease = steady.cluster.get("lease", "mycel-controlplane", "-n", mesh.namespace)
@@ -220,6 +217,7 @@ def test_a_leader_that_is_killed(steady: Steady, mesh: Mesh):
     steady.check()
 
 
+@lasting(FOR_EVER)
 @pytest.mark.soak
 def test_a_time_without_the_api_server(steady: Steady, mesh: Mesh, lab_cluster: Cluster):
     """With it goes who would, at its return, find that no node has been heard of, and take every endpoint out of service."""
@@ -263,6 +261,13 @@ def test_a_time_without_the_api_server(steady: Steady, mesh: Mesh, lab_cluster: 
         steady.apps.client(f"after-{node.name}", node=node.name)
     assert backend.restarts == 0
     steady.check()
+
+
+@lasting(WITHIN_DRAIN)
+@pytest.mark.parametrize("part", ["nodeproxy", "l7proxy"])
+def test_a_rolling_update_of_the_proxies(steady: Steady, mesh: Mesh, part: str):
+    """What a proxy carries ends within its drain deadline here."""
+    roll(steady, mesh, part)
 
 
 def _kill(pid: int) -> None:

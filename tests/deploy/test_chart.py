@@ -138,3 +138,14 @@ def test_order_names_what_is_referred_to_first() -> None:
     order = ["Namespace", "ServiceAccount", "ClusterRole", "Secret", "Deployment", "DaemonSet"]
     assert all(kinds.index(a) < kinds.index(b) for a, b in itertools.pairwise(order))
     assert kinds[-1] == "ValidatingWebhookConfiguration"
+
+
+def test_what_surges_waits_in_its_probe() -> None:
+    """Of a DaemonSet with both, Kubernetes' controller may forget to look when a new pod has been ready for long enough."""
+    sets = [one for one in manifests.build(Values()) if one["kind"] == "DaemonSet"]
+    surging = [one["spec"] for one in sets if one["spec"]["updateStrategy"]["rollingUpdate"]["maxSurge"]]
+    assert len(surging) == 2
+    for spec in surging:
+        (container,) = spec["template"]["spec"]["containers"]
+        assert "minReadySeconds" not in spec
+        assert container["readinessProbe"]["successThreshold"] > 1
