@@ -13,6 +13,7 @@ from agent.debug_maps import map_pages
 from agent.debug_why import Why
 from agent.flowlog import protocol_name, reason_name
 from agent.kernel import FlowCounters, FlowKey, Kernel
+from agent.kernel.tables import Tables
 from agent.metrics import name_of
 from agent.node import Node
 from agent.proxies import Proxies
@@ -26,7 +27,7 @@ Queries = Mapping[str, Callable[[Mapping[str, str]], object]]
 
 def queries(node: Node, kernel: Kernel, pins: Path) -> Queries:
     """Pages with parameters, by path."""
-    why = Why(node, pins, kernel.host_addresses)
+    why = Why(node, lambda: Tables.open(pins), kernel.host_addresses)
     return {"/debug/why": why.page, **map_pages(node, kernel, pins)[1]}
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from agent.compiler import Tables as Compiled
@@ -76,10 +75,10 @@ class _Asked:
 class Why:
     """See the module. Called in the admin server's threads."""
 
-    def __init__(self, node: Node, pins: Path, host: Callable[[], frozenset[str]]) -> None:
-        """``host`` gives the node's own addresses."""
+    def __init__(self, node: Node, tables: Callable[[], Tables], host: Callable[[], frozenset[str]]) -> None:
+        """``tables`` opens the kernel's, ``host`` gives the node's own addresses."""
         self._node = node
-        self._pins = pins
+        self._open = tables
         self._host = host
 
     def page(self, query: Mapping[str, str]) -> dict[str, Any]:
@@ -106,7 +105,7 @@ class Why:
         if elsewhere:
             return {"node": node.name, "elsewhere": elsewhere}
         model = Model(mesh, compiled, node=node.name, host=host)
-        with Tables.open(self._pins) as tables:
+        with self._open() as tables:
             return _Answer(node, model, tables, parties, asked).made()
 
     def _asked(self, query: Mapping[str, str], parties: Parties, host: frozenset[str]) -> tuple[_Asked, str]:
