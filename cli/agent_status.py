@@ -37,10 +37,7 @@ def problems(status: Json) -> list[str]:
     if not controller["connected"]:
         why = f": {controller['problem']}" if controller["problem"] else ""
         found.append(f"no controller is connected{why}; the last good configuration is in force")
-    proxies = {str(one) for one in status["proxies"]}
-    for name in ("nodeproxy", "l7proxy"):
-        if not any(name in one for one in proxies):
-            found.append(f"no {name} is connected")
+    found += [f"no {role} is connected" for role, count in sorted(status["proxies"].items()) if not count]
     for link in status.get("detached_links", ()):
         found.append(f"{link} is not attached to the node's cgroup: what it decides is not decided")
     for pod in status["unattached"]:
@@ -70,14 +67,14 @@ def _row(status: Json) -> tuple[str, ...]:
     elif not splice["supported"]:
         spliced = "unsupported"
     else:
-        spliced = f"{'on' if splice['on'] else 'off'}, {splice['entered']} entered" if splice["on"] else "off"
+        spliced = f"on, {splice['entered']} entered" if splice["on"] else "off"
     return (
         status["node"],
         "connected" if status["controller"]["connected"] else "AWAY",
         status["version"][:_VERSION] or "none",
         str(status.get("attached", "?")),
         str(status.get("enrolled", "?")),
-        ", ".join(sorted(map(str, status["proxies"]))) or "none",
+        ", ".join(role for role, count in sorted(status["proxies"].items()) if count) or "none",
         spliced,
         f"{fullest['name']} {fullest['entries'] / fullest['size']:.0%}" if fullest else "?",
         str(sum(status.get("repairs", {}).values())),

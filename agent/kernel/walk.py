@@ -377,10 +377,13 @@ class Walker:
     def _probe(self, question: Question, branch: Branch) -> None:
         peer = self._peer(branch)
         branch.way = Way.PROBE
-        if question.protocol is Protocol.UDP:
+        if peer is None or not peer.flags & wire.PEER_ENROLLED:
+            branch.add(Step("way", "plain, as without a mesh: the other end is not in it", ("peers",)))
+        elif not peer.flags & wire.PEER_LOCAL:
+            branch.add(Step("way", "plain, and no probe on another node: judged there", ("peers",)))
+            branch.remote = True
+        elif question.protocol is Protocol.UDP:
             branch.add(Step("way", "the node looks whether its pod lives: not judged", ("roles",)))
-        elif peer is None or not peer.flags & wire.PEER_LOCAL or not peer.flags & wire.PEER_ENROLLED:
-            branch.add(Step("way", "plain: no pod in the mesh on this node", ("peers",)))
         elif not self._is_open(peer, branch):
             branch.add(Step("way", "a probe of the node's", ("connecting",)))
             self._judge_via(Via.PROBE, peer, wire.IDENTITY_PROBE, question.source, branch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,9 +24,15 @@ def serve() -> Iterator[Serve]:
             *,
             json: dict[str, Callable[[], Any]] | None = None,
             ready: bool | str = True,
+            queries: dict[str, Callable[[Mapping[str, str]], Any]] | None = None,
         ) -> str:
             server = AdminServer(
-                "127.0.0.1", 0, registry=registry or CollectorRegistry(), ready=lambda: ready, json=json
+                "127.0.0.1",
+                0,
+                registry=registry or CollectorRegistry(),
+                ready=lambda: ready,
+                json=json,
+                queries=queries,
             )
             stack.enter_context(server)
             return f"127.0.0.1:{server.port}"
