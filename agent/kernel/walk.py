@@ -1,8 +1,9 @@
 """What becomes of a connection or datagram, told from the tables: the programs' own lookups, in their order, one step each.
 
-Owns the mirror of ``connect.c``, ``lookup.c``, ``sockops.c`` (splice), ``datagrams.h`` and ``veth.c``; the tables themselves are
-read by :mod:`agent.kernel.tables`. It decides nothing, and knows nothing of what was wished: who wants to know whether the kernel
-is right compares this with the model (:mod:`agent.debug_why`).
+Owns the mirror of ``connect.c``, ``sockops.c`` (splice), ``datagrams.h`` and ``from_pod()`` of ``veth.c``; what arrives is
+:mod:`agent.kernel.arrivals`'s, the tables themselves are read by :mod:`agent.kernel.tables`. It decides nothing, and knows
+nothing of what was wished: who wants to know whether the kernel is right compares this with the model
+(:mod:`agent.debug_why`).
 
 A step that refuses ends the walk, as it ends the program. Of a service each backend that may be drawn has a branch.
 """
@@ -12,9 +13,9 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Sequence
 
+from agent.kernel.arrivals import OWN_PORTS, Arrivals
 from agent.kernel.steps import (
     MOST,
-    NO_INTERFACE,
     Branch,
     Dialler,
     Question,
@@ -24,20 +25,15 @@ from agent.kernel.steps import (
     end_text,
     reason_text,
 )
-from agent.kernel.tables import Judgement, Slot, Tables
+from agent.kernel.tables import Slot
 from bpf import wire
 from bpf.wire import Direction, Endpoint, Protocol, Reason, Via
 
-_OWN_PORTS = frozenset({wire.PORT_OUTBOUND, wire.PORT_OUTBOUND_L7, wire.PORT_HBONE})
 _ANY_NODE = {False: "0.0.0.0", True: "::"}
 
 
-class Walker:
+class Walker(Arrivals):
     """:param name: what people call an identity."""
-
-    def __init__(self, tables: Tables, name: Callable[[int], str] = lambda n: f"identity {n}") -> None:
-        self._tables = tables
-        self._name = name
 
     def walk(self, question: Question) -> Walk:
         """From the source on.
@@ -86,8 +82,6 @@ class Walker:
             judge(question, branch)
         found.left_out = max(0, len(ends) - MOST)
 
-    # TCP, as connect.c
-
     def _connect(self, question: Question, pod: wire.Pod, own: str, found: Walk) -> None:
         key = Endpoint(question.destination, question.port, Protocol.TCP)
         service = self._tables.service(key)
@@ -96,7 +90,7 @@ class Walker:
         if not own and enrolled:
             found.add(_no_address())
             return
-        if key.port in _OWN_PORTS and enrolled:
+        if key.port in OWN_PORTS and enrolled:
             text = f"port {key.port} of a pod in the mesh is the mesh's own"
             found.add(Step("destination", text, ("peers",), reason_text(Reason.OWN_PORT)))
             return
@@ -206,15 +200,17 @@ class Walker:
         if not self._egress(question, branch):
             return
         if peer is None or not peer.flags & wire.PEER_ENROLLED:
-            branch.way = Way.PLAIN
-            branch.add(Step("way", "plain, as without a mesh: the other end is not in it"))
+            self._plain(branch)
+            if not branch.refused:
+                self._leaves(question.netns, own, branch)
             return
         if not peer.flags & wire.PEER_LOCAL:
             self._captured(own, branch)
             return
         branch.way = Way.DIRECT
         branch.add(Step("way", "direct: the endpoint is on this node"))
-        if self._judge_via(Via.DIRECT, peer, pod.identity, own, branch):
+        judged = self._judge_via(Via.DIRECT, peer, pod.identity, own, branch)
+        if judged and self._leaves(question.netns, own, branch):
             self._splice(pod, self._tables.pod(peer.netns), branch)
 
     def _l7(self, question: Question, pod: wire.Pod, own: str, branch: Branch) -> None:
@@ -223,15 +219,15 @@ class Walker:
         if branch.address != own and not self._egress(question, branch):
             return
         if peer is None or not peer.flags & wire.PEER_ENROLLED:
-            branch.way = Way.PLAIN
-            branch.add(Step("way", "l7proxy dials it plain: the other end is not in the mesh"))
+            self._plain(branch)
         elif not peer.flags & wire.PEER_LOCAL:
             branch.way, branch.remote = Way.CAPTURED, True
             branch.add(Step("way", "l7proxy hands it to the node proxy: HBONE to the endpoint's node"))
         else:
             branch.way = Way.DIRECT
             branch.add(Step("way", "l7proxy dials it from the pod's namespace"))
-            self._judge_via(Via.DIRECT, peer, pod.identity, own, branch)
+            if self._judge_via(Via.DIRECT, peer, pod.identity, own, branch):
+                self._leaves(question.netns, own, branch)
 
     def _captured(self, own: str, branch: Branch) -> None:
         branch.way = Way.CAPTURED
@@ -261,8 +257,6 @@ class Walker:
         text = f"off: {why}" if why else "on: past TCP, once both ends have read enough (docs/splice.md)"
         branch.add(Step("splice", text, ("splice_counters", "pods"), facts={"on": not why}))
 
-    # UDP, as datagrams.h and veth.c
-
     def _send(self, question: Question, pod: wire.Pod, own: str, found: Walk) -> None:
         key = Endpoint(question.destination, question.port, Protocol.UDP)
         service = self._tables.service(key)
@@ -280,142 +274,20 @@ class Walker:
             branch.way = Way.SELF
             branch.add(Step("way", "the pod's own address: it never leaves its namespace"))
             return
-        veth = self._tables.interface(question.netns)
-        if veth is None:
-            text = "the pod's own has no entry: all that it sends is dropped"
-            branch.add(Step("veth", text, ("interfaces",), NO_INTERFACE))
-            return
-        if own not in (veth.address4, veth.address6):
-            text = (
-                f"the pod's own has {' and '.join(filter(None, (veth.address4, veth.address6)))}, not {own}"
-            )
-            branch.add(Step("veth", text, ("interfaces",), reason_text(Reason.SPOOFED)))
+        if not self._leaves(question.netns, own, branch):
             return
         if not self._egress(question, branch):
             return
         if peer is None or not peer.flags & wire.PEER_ENROLLED:
             branch.add(Step("way", "as it is, not encrypted; the other end is not in the mesh"))
+            if netns := self._owner(branch.address):
+                self.datagram_arrives(own, netns, branch)
         elif not peer.flags & wire.PEER_LOCAL:
             branch.add(Step("way", "as it is, not encrypted; judged at the veth of the endpoint's node"))
             branch.remote = True
         else:
             branch.add(Step("way", "as it is, judged at the endpoint's veth"))
-            self.datagram_arrives(own, peer, branch)
-
-    def datagram_arrives(self, source: str, peer: wire.Peer, branch: Branch, *, host: bool = False) -> None:
-        """As ``to_pod()``, of a datagram that begins something."""
-        veth = self._tables.interface(peer.netns)
-        if veth is None:
-            text = "the endpoint's has no entry: all that comes to it is dropped"
-            branch.add(Step("veth", text, ("interfaces",), NO_INTERFACE))
-            return
-        if veth.flags & wire.POD_OPEN:
-            branch.add(Step("veth", "the endpoint joins or leaves: not judged", ("interfaces",)))
-            return
-        sender = self._tables.peer(source)
-        enrolled = sender is not None and bool(sender.flags & wire.PEER_ENROLLED)
-        identity = sender.identity if sender is not None and enrolled else wire.IDENTITY_PLAIN
-        text = f"by who has its source's address: {self._called(identity)}"
-        branch.add(Step("veth", text, ("interfaces", "peers"), facts={"identity": identity}))
-        found = self._tables.judge(peer.netns, identity, source, branch.port)
-        if self._authorization(branch, found) and not host:
-            self._ingress(source, peer.netns, branch, Protocol.UDP)
-
-    # What arrives in a pod's namespace, as lookup.c
-
-    def arrival(self, question: Question, branch: Branch) -> None:
-        """Of somebody whom no hook of this node has seen: plain text by its address."""
-        peer = self._peer(branch)
-        branch.way = Way.DATAGRAM if question.protocol is Protocol.UDP else Way.PLAIN
-        host = question.dialler is Dialler.HOST
-        if peer is None or not peer.flags & wire.PEER_ENROLLED:
-            branch.add(Step("way", "plain, as without a mesh: the other end is not in it"))
-            return
-        if not peer.flags & wire.PEER_LOCAL:
-            branch.add(Step("way", "plain, judged on the endpoint's node"))
-            branch.remote = True
-            return
-        if question.protocol is Protocol.UDP:
-            self.datagram_arrives(question.source, peer, branch, host=host)
-            return
-        if self._is_open(peer, branch):
-            return
-        if branch.port == wire.PORT_HBONE:
-            self._hbone_listener(branch)
-            return
-        if branch.port in _OWN_PORTS:
-            text = f"port {branch.port} is the mesh's own, for what connect() turned there"
-            branch.add(Step("way", text, refused=reason_text(Reason.NOT_CAPTURED)))
-            return
-        sender = self._tables.peer(question.source)
-        if sender is not None and sender.flags & wire.PEER_ENROLLED and not sender.flags & wire.PEER_JOINING:
-            text = f"plain text from {question.source}, which is a pod's in the mesh ({self._called(sender.identity)})"
-            branch.add(Step("way", text, ("peers", "connecting"), reason_text(Reason.SPOOFED)))
-            return
-        branch.add(Step("way", "plain: nobody wrote down who dials", ("connecting",)))
-        self._judge_via(Via.PLAIN, peer, wire.IDENTITY_PLAIN, question.source, branch)
-
-    def delivery(self, branch: Branch) -> None:
-        """Of the node proxy, by HBONE from another node."""
-        branch.way = Way.CAPTURED
-        peer = self._peer(branch)
-        if peer is None or not peer.flags & wire.PEER_LOCAL or not peer.flags & wire.PEER_ENROLLED:
-            text = "no pod in the mesh on this node, as the kernel has it"
-            branch.add(Step("arrival", text, ("peers",), reason_text(Reason.UNKNOWN_DESTINATION)))
-            return
-        if self._hbone_listener(branch):
-            text = "the node proxy judges it by the client's certificate; what it delivers the kernel takes"
-            branch.add(Step("arrival", text, ("connecting",), facts={"via": "tunnel"}))
-
-    def _hbone_listener(self, branch: Branch) -> bool:
-        where = end_text(branch.address, wire.PORT_HBONE)
-        if self._tables.has_listener(branch.address, wire.PORT_HBONE):
-            return branch.add(Step("listener", f"{where}, the node proxy's", ("listeners",)))
-        reason = reason_text(Reason.NO_LISTENER)
-        return branch.add(Step("listener", f"nobody listens at {where}", ("listeners",), reason))
-
-    def _probe(self, question: Question, branch: Branch) -> None:
-        peer = self._peer(branch)
-        branch.way = Way.PROBE
-        if peer is None or not peer.flags & wire.PEER_ENROLLED:
-            branch.add(Step("way", "plain, as without a mesh: the other end is not in it", ("peers",)))
-        elif not peer.flags & wire.PEER_LOCAL:
-            branch.add(Step("way", "plain, and no probe on another node: judged there", ("peers",)))
-            branch.remote = True
-        elif question.protocol is Protocol.UDP:
-            branch.add(Step("way", "the node looks whether its pod lives: not judged", ("roles",)))
-        elif not self._is_open(peer, branch):
-            branch.add(Step("way", "a probe of the node's", ("connecting",)))
-            self._judge_via(Via.PROBE, peer, wire.IDENTITY_PROBE, question.source, branch)
-
-    def _is_open(self, peer: wire.Peer, branch: Branch) -> bool:
-        pod = self._tables.pod(peer.netns)
-        if pod is None or not pod.flags & wire.POD_OPEN:
-            return False
-        branch.add(Step("way", "the endpoint joins or leaves: plain text to it is not judged", ("pods",)))
-        return True
-
-    # Single questions
-
-    def _peer(self, branch: Branch) -> wire.Peer | None:
-        peer = self._tables.peer(branch.address)
-        if peer is None:
-            text = "nobody that the mesh knows"
-            branch.add(Step("peer", f"{branch.address}: {text}", ("peers",)))
-            return None
-        names = {
-            wire.PEER_LOCAL: "on this node",
-            wire.PEER_ENROLLED: "in the mesh",
-            wire.PEER_JOINING: "joining or leaving",
-            wire.PEER_NODE: "a node's own",
-        }
-        words = [word for flag, word in names.items() if peer.flags & flag]
-        if not peer.flags & wire.PEER_LOCAL:
-            words.insert(0, "elsewhere")
-        text = f"{branch.address}: {self._called(peer.identity)}, {', '.join(words)}"
-        facts = {"identity": peer.identity, "flags": peer.flags, "netns": peer.netns}
-        branch.add(Step("peer", text, ("peers",), facts=facts))
-        return peer
+            self.datagram_arrives(own, peer.netns, branch)
 
     def _egress(self, question: Question, branch: Branch) -> bool:
         found = self._tables.network(
@@ -423,68 +295,6 @@ class Walker:
         )
         said = f"{branch.address}, {question.protocol.name} {branch.port}"
         return self._network_step("egress", found.isolated, found.allowed, found.address_class, said, branch)
-
-    def _ingress(self, source: str, netns: int, branch: Branch, protocol: Protocol) -> bool:
-        found = self._tables.network(netns, Direction.INBOUND, source, protocol, branch.port)
-        said = f"{source}, {protocol.name} {branch.port}"
-        return self._network_step("ingress", found.isolated, found.allowed, found.address_class, said, branch)
-
-    @staticmethod
-    def _network_step(
-        step: str, isolated: bool, allowed: bool, number: int, said: str, branch: Branch
-    ) -> bool:
-        facts = {"isolated": isolated, "allowed": allowed, "class": number}
-        if not isolated:
-            return branch.add(Step(step, "no NetworkPolicy isolates the pod", ("networks",), facts=facts))
-        text = f"NetworkPolicy: {said} is in class {number}, which is {'' if allowed else 'not '}allowed"
-        reason = "" if allowed else reason_text(Reason.NETWORK_POLICY)
-        return branch.add(Step(step, text, ("networks",), reason, facts))
-
-    def _authorization(self, branch: Branch, found: Judgement) -> bool:
-        facts = {
-            "identity": found.identity,
-            "class": found.address_class,
-            "generation": found.generation,
-            "allowed": found.reason is None,
-        }
-        if found.reason is Reason.NO_POLICY:
-            text = "the endpoint has no table of verdicts"
-            return branch.add(Step("authorization", text, ("policies",), reason_text(found.reason), facts))
-        entry = (
-            "no entry"
-            if found.port is None
-            else f"entry for {'any port' if found.port == 0 else f'port {found.port}'}"
-        )
-        said = self._called(found.identity)
-        if found.address_class:
-            said += f", address of class {found.address_class}"
-        text = f"{said}: {entry} says {'ALLOW' if found.reason is None else 'DENY'}, generation {found.generation}"
-        if found.port is None:
-            text = f"{said}: no entry for port {branch.port} or any, generation {found.generation}"
-        maps = ("policies", "classes") if found.address_class else ("policies",)
-        reason = "" if found.reason is None else reason_text(found.reason)
-        return branch.add(Step("authorization", text, maps, reason, facts))
-
-    def _judge_via(self, kind: Via, peer: wire.Peer, identity: int, source: str, branch: Branch) -> bool:
-        """As ``judge_via()``."""
-        found = self._tables.judge(peer.netns, identity, source, branch.port)
-        if kind is Via.PROBE:
-            if found.reason is Reason.POLICY:
-                found = self._tables.judge(peer.netns, wire.IDENTITY_PLAIN, source, branch.port)
-            return self._authorization(branch, found)
-        return self._authorization(branch, found) and self._ingress(source, peer.netns, branch, Protocol.TCP)
-
-    def _called(self, identity: int) -> str:
-        match identity:
-            case wire.IDENTITY_PLAIN:
-                return "no identity"
-            case wire.IDENTITY_PROBE:
-                return "a probe"
-            case wire.IDENTITY_TUNNEL:
-                return "the node proxy"
-            case wire.IDENTITY_MESH:
-                return "any workload of the mesh"
-        return f"{self._name(identity)} ({identity})" if self._name(identity) else f"identity {identity}"
 
 
 def _no_address() -> Step:

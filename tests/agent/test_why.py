@@ -392,6 +392,7 @@ def _interface(node: Node) -> None:
         (_network, "tcp", "egress: the kernel refuses (network-policy), the model has it allowed"),
         (_network, "udp", "egress: the kernel refuses"),
         (_identity, "tcp", "identity 999 in the kernel"),
+        (_peer, "tcp", "refused by the kernel (unknown-destination)"),
         (_peer, "tcp", f"peers {ADDRESSES['server']}: the kernel has no entry"),
         (_unenrolled, "tcp", f"peers {ADDRESSES['server']}: in the mesh in the model only"),
         (_pod, "tcp", "the kernel has no entry, the model one"),

@@ -1,4 +1,4 @@
-"""A controller and clients as the commands meet them: real HTTP servers, made of the processes' own admin server."""
+"""What the commands meet: a controller and clients (real HTTP servers, of the processes' own admin server), or a whole mesh."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from common.admin import AdminServer
+from lab import Lab
 
 #: ``serve(registry, json={...}, ready=...)`` gives the address, ``HOST:PORT``.
 Serve = Callable[..., str]
@@ -38,3 +39,11 @@ def serve() -> Iterator[Serve]:
             return f"127.0.0.1:{server.port}"
 
         yield start
+
+
+@pytest.fixture(scope="package")
+def lab() -> Iterator[Lab]:
+    """Two nodes with the mesh, for all modules of this folder; each works in namespaces of its own."""
+    with Lab(nodes=2, ipv6=True) as lab:
+        lab.namespace("default")
+        yield lab
