@@ -86,8 +86,8 @@ class Model:
             named_ports=server.named_ports if server is not None and not server.host_network else (),
         )
         if verdict.allowed:
-            return Said(True, (verdict.policy,), "NetworkPolicy that allows it")
-        return Said(False, isolating, "no NetworkPolicy that isolates the pod allows it")
+            return Said(True, (verdict.policy,), f"NetworkPolicy {verdict.policy} allows it")
+        return Said(False, isolating, f"no rule of NetworkPolicy {', '.join(isolating)} allows it")
 
     def authorization(
         self, destination: Workload | None, source: Workload | None, address: str, port: int
@@ -104,15 +104,18 @@ class Model:
         principal = source.identity.removeprefix("spiffe://") if source is not None else None
         verdict = authorize(policies, principal, port, address)
         if verdict.policy:
-            said = "AuthorizationPolicy that decides"
-            return Said(verdict.allowed, (verdict.policy,), said)
+            word = "allows" if verdict.allowed else "denies"
+            return Said(verdict.allowed, (verdict.policy,), f"AuthorizationPolicy {verdict.policy} {word} it")
         if verdict.allowed:
             names = tuple(f"{p.namespace}/{p.name}" for p in policies)
-            return Said(
-                True, names, "no DENY matches, and no ALLOW selects it" if names else "no policy selects it"
+            said = (
+                f"no DENY of AuthorizationPolicy {', '.join(names)} matches"
+                if names
+                else "no policy selects it"
             )
+            return Said(True, names, said)
         allows = tuple(f"{p.namespace}/{p.name}" for p in policies if p.action is Action.ALLOW)
-        return Said(False, allows, "no ALLOW that selects it matches")
+        return Said(False, allows, f"no ALLOW of AuthorizationPolicy {', '.join(allows)} matches")
 
     # Entries
 

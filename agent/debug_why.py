@@ -258,10 +258,9 @@ class _Answer:
             step.policies, step.model = one.policies, f"{one.word}: {one.text}"
             if one.allowed is not (not step.refused):
                 differs = True
-                by = f" ({', '.join(one.policies)})" if one.policies else ""
                 self._note(
                     f"{branch.address}:{branch.port} {name}: the kernel {'refuses' if step.refused else 'allows'} "
-                    f"({step.refused or 'an entry'}), the model has it {one.word}{by}: {one.text}"
+                    f"({step.refused or 'an entry'}), the model has it {one.word}: {one.text}"
                 )
         refusing = next(((name, one) for name, one in said.items() if not one.allowed), None)
         wished = "refused" if refusing is not None or self._is_spoofed(branch) else "allowed"

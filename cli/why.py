@@ -241,9 +241,8 @@ def _step(step: Json, indent: str = "") -> None:
         output.styled(f"{line}  REFUSED: {step['refused']}", "red")
     else:
         print(line)
-    if step.get("model"):
-        policies = f" - {', '.join(step['policies'])}" if step.get("policies") else ""
-        print(f"{indent}{' ' * _STEP}policies: {step['model']}{policies}")
+    if step.get("policies") or step.get("model", "").startswith("refused"):
+        print(f"{indent}{' ' * _STEP}policies: {step['model']}")
 
 
 def _endpoint(endpoint: Json, *, alone: bool) -> None:
@@ -253,7 +252,7 @@ def _endpoint(endpoint: Json, *, alone: bool) -> None:
         line += f"  {endpoint['pod']}"
     if endpoint.get("node"):
         line += f" on {endpoint['node']}"
-    if not alone:
+    if endpoint["share"] is not None and not alone:
         line += f"  {endpoint['share']:.1%}"
     output.styled(line, "bold")
     for step in endpoint["steps"]:

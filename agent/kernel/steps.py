@@ -71,7 +71,7 @@ class Branch:
 
     address: str
     port: int
-    share: float
+    share: float | None  #: of the draws; None where it is not the kernel that draws
     steps: list[Step] = field(default_factory=list)
     way: Way = Way.NONE
     refused: str = ""
@@ -127,7 +127,7 @@ def shown_branch(branch: Branch) -> dict[str, Any]:
     shown: dict[str, Any] = {
         "address": branch.address,
         "port": branch.port,
-        "share": round(branch.share, 6),
+        "share": None if branch.share is None else round(branch.share, 6),
         "way": branch.way.value,
         "kernel": "refused" if branch.refused else "allowed",
         "reason": branch.refused,

@@ -77,7 +77,7 @@ class Walker(Arrivals):
         """Nobody turns the address to another one here; of a service's it is kube-proxy who does."""
         ends = question.l7 or ((question.destination, question.port),)
         for address, port in ends[:MOST]:
-            branch = Branch(address, port, 1 / len(ends))
+            branch = Branch(address, port, None if len(ends) > 1 else 1.0)
             found.branches.append(branch)
             judge(question, branch)
         found.left_out = max(0, len(ends) - MOST)
@@ -109,8 +109,10 @@ class Walker(Arrivals):
             way.maps = ("listeners",)
             way.facts = {"way": Way.CAPTURED_L7.value}
             if found.add(way):
-                slots = [Slot(a, p, 1 / len(question.l7)) for a, p in question.l7]
+                slots = [Slot(a, p, 1.0) for a, p in question.l7]
                 self._branches(found, slots, question, pod, own, self._l7)
+                for branch in found.branches:
+                    branch.share = None
             return
         self._drawn(found, service, question, pod, own, self._tcp)
 

@@ -419,7 +419,7 @@ def test_a_policy_that_the_kernel_forgot_is_a_difference(kernel: Kernel):
         {ADDRESSES["server"]: "allowed"},
         "refused",
     )
-    assert "the model has it refused (shop/deny)" in answer["differences"][0]
+    assert "the model has it refused: AuthorizationPolicy shop/deny denies it" in answer["differences"][0]
 
 
 def test_changed_services_are_differences(kernel: Kernel):

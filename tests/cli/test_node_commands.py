@@ -128,7 +128,7 @@ def test_a_difference_is_loud(stack: ExitStack, serve: Serve):
     assert "ALLOWED (direct)" in shown.stdout
     assert "THE KERNEL AND THE POLICIES DIFFER" in shown.stdout
     assert (
-        "DIFFERS: 10.244.1.7:9000 authorization: the kernel allows (an entry), the model has it refused (shop/deny)"
+        "DIFFERS: 10.244.1.7:9000 authorization: the kernel allows (an entry), the model has it refused: AuthorizationPolicy shop/deny denies it"
         in (shown.stdout)
     )
 

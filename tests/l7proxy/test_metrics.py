@@ -15,7 +15,8 @@ LIMIT = 8
 def pod_named(name: str) -> Pod:
     identity = f"spiffe://cluster.local/ns/default/sa/{name}"
     return Pod(
-        Enroll(name, 1, "10.0.0.1", "default", name, name, identity, workload_name=name), lambda _count, _ipv6: True
+        Enroll(name, 1, "10.0.0.1", "default", name, name, identity, workload_name=name),
+        lambda _count, _ipv6: True,
     )
 
 
