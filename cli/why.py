@@ -291,7 +291,7 @@ def _verdict(answer: Json) -> None:
     if answer["differences"]:
         output.styled(
             "THE KERNEL AND THE POLICIES DIFFER: what the kernel says above is what happens; "
-            "the agent's log, and /debug/status, say whether it repairs it",
+            "the agent's log, and mycel agent status, say whether it repairs it",
             "bold white on red",
         )
 
