@@ -23,6 +23,8 @@ _HERE = Path(__file__).parent
 #: struct bpf_insn: code, registers (destination in the low half), offset, immediate value.
 _INSTRUCTION = struct.Struct("=BBhi")
 _LD_IMM64 = 0x18
+#: So many versions of the programs, of 0.4 MB each.
+_FILES = 32
 _PSEUDO_MAP_FD = 1
 
 
@@ -148,5 +150,8 @@ def _write(file: Path, kept: Mapping[str, _Kept]) -> None:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         aside.write_text(json.dumps({name: (one.code.hex(), one.maps) for name, one in kept.items()}))
         aside.rename(file)
+        others = sorted(file.parent.iterdir(), key=lambda one: one.stat().st_mtime, reverse=True)
+        for old in others[_FILES:]:
+            old.unlink(missing_ok=True)
     except OSError:
         aside.unlink(missing_ok=True)

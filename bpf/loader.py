@@ -356,7 +356,11 @@ def _compile(
         compile,
         maps={name: one.fd for name, one in opened.items()}
         | {f"{name}_before": one.before.fd for name, one in resized.items()},
-        key=(str(headers.resolve()), *sorted(resized), *(flag for flag in flags if not flag.startswith("-DMAP_"))),
+        key=(
+            str(headers.resolve()),
+            *sorted(resized),
+            *(flag for flag in flags if not flag.startswith("-DMAP_")),
+        ),
     )
     # Its descriptors are closed with the module.
     stack.callback(module.cleanup)

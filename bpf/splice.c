@@ -148,12 +148,7 @@ int sock_recv_length(void *ctx)
 			*(volatile u64 *)&splice->side[end->side & 1].read = read;
 		return 0;
 	}
-	void *tcp = to_tcp_sock(sk);
-
-	if (!tcp || (end->flags & SPLICE_NEVER) || end->reads < SPLICE_READS)
-		return 0;
-	/* Bulk gains nothing: what it reads for each segment that it sends would be more than the queue takes. */
-	if (read > ((u64)LOAD(u32, tcp, TCP_SOCK_DATA_SEGS_OUT) + 1) * SPLICE_BULK)
+	if ((end->flags & SPLICE_NEVER) || end->reads < SPLICE_READS)
 		return 0;
 	splice_want(end, read);
 	return 0;
@@ -167,12 +162,15 @@ int sock_recv_length_entry(void *ctx)
 }
 
 /* What cannot be in the splice although it reads as it should. */
-inline_always bool may_enter(void *sk, void *tcp)
+inline_always bool may_enter(void *sk, void *tcp, u64 read)
 {
 	void *socket = LOAD_POINTER(sk, SOCK_SOCKET);
 	void *file = LOAD_POINTER(socket, SOCKET_FILE);
 
 	if (LOAD(u8, sk, SOCK_STATE) != BPF_TCP_ESTABLISHED || !(LOAD(u32, file, FILE_FLAGS) & O_NONBLOCK))
+		return false;
+	/* Bulk gains nothing: what it reads for each segment that it sends would be more than the queue takes. */
+	if (read > ((u64)LOAD(u32, tcp, TCP_SOCK_DATA_SEGS_OUT) + 1) * SPLICE_BULK)
 		return false;
 	if (LOAD_POINTER(tcp, SOCK_ULP) || LOAD(u16, tcp, TCP_SOCK_URG_DATA))
 		return false;
@@ -234,7 +232,7 @@ int bpf_iter__bpf_sk_storage_map__splice(void *ctx)
 	}
 	if (flags & SPLICE_LEAVING || (flags & SPLICE_READY_BOTH) != SPLICE_READY_BOTH)
 		return 0;
-	if ((end->flags & SPLICE_NEVER) || !is_pair(splice) || !may_enter(sk, tcp)) {
+	if ((end->flags & SPLICE_NEVER) || !is_pair(splice) || !may_enter(sk, tcp, end->read)) {
 		splice_leave(splice);
 		return 0;
 	}

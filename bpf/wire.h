@@ -441,7 +441,7 @@ struct socket_state {
  */
 #define SPLICE_READS 3		/* of an end, before it enters */
 #define SPLICE_CAP (1 << 20)	/* bytes sent and not yet read, of one direction */
-#define SPLICE_BULK (512 << 10) /* bytes of one direction for each message of the other, from which it stays out */
+#define SPLICE_BULK (512 << 10) /* bytes of one direction for each segment of the other */
 
 #define SPLICE_WANTED 1 /* splice_end.flags: it is in splices */
 #define SPLICE_IN 2	/* in splice_sockets */

@@ -11,22 +11,31 @@ from controlplane.api import MeshConfig, Resource, Update, Workload, encode
 
 PREFIX = "mk-agent"
 _numbers = itertools.count(1)
+_links = itertools.count(1)
 
 
 class Netns:
     """One namespace with interface ``eth0``; a context manager that removes it."""
 
-    def __init__(self, *interfaces: str) -> None:
+    def __init__(self, *interfaces: str, wired: bool = False) -> None:
+        """:param wired: the other ends of its interfaces are in this namespace, as a pod's are in its node's."""
         self.name = f"{PREFIX}-{os.getpid()}-{next(_numbers)}"
         self.path = Path("/run/netns", self.name)
         self._interfaces = interfaces or ("eth0",)
+        self._wired = wired
 
     def __enter__(self) -> Netns:
         ip("netns", "add", self.name)
         lines = ["link set lo up"]
         for number, interface in enumerate(self._interfaces):
-            lines.append(f"link add {interface} type veth peer name peer{number}")
-            lines += [f"link set peer{number} up", f"link set {interface} up"]
+            if self._wired:
+                # It goes with the pod's end.
+                ours = f"mka{os.getpid()}-{next(_links)}"
+                ip("link", "add", ours, "up", "type", "veth", "peer", "name", interface, "netns", self.name)
+            else:
+                lines.append(f"link add {interface} type veth peer name peer{number}")
+                lines.append(f"link set peer{number} up")
+            lines.append(f"link set {interface} up")
         ip("-n", self.name, "-batch", "-", input="\n".join(lines) + "\n")
         return self
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -81,6 +82,7 @@ class AgentProcess:
             *("--log-level", "debug"),
         ]
         with self.log.open("ab") as log:
+            self._log_start = log.tell()
             self._popen = subprocess.Popen(
                 command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
@@ -95,6 +97,15 @@ class AgentProcess:
             assert self._popen.poll() is None, f"the agent ended:\n{self.tail()}"
             assert time.monotonic() < deadline, f"the agent did not come up:\n{self.tail()}"
             time.sleep(0.02)
+
+    @property
+    def admin_port(self) -> int:
+        """Of the process that was started last; it may accept on its sockets before it has said which."""
+        deadline = time.monotonic() + 10.0
+        while not (found := re.search(rb"admin_port=(\d+)", self.log.read_bytes()[self._log_start :])):
+            assert time.monotonic() < deadline, f"no admin port in the log:\n{self.tail()}"
+            time.sleep(0.02)
+        return int(found[1])
 
     def wait_for(self, text: str, timeout: float = 10.0) -> None:
         """Wait until it stands in the log."""

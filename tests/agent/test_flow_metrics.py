@@ -80,7 +80,7 @@ def test_zones_protocol_and_verdict():
     assert sent == 100
 
     def value(name: str, protocol: str, verdict: str = "allowed") -> float:
-        return by[f"mycel_flow_{name}", protocol, verdict][1]
+        return float(by[f"mycel_flow_{name}", protocol, verdict][1])
 
     assert value("received_bytes_total", "tcp") == 20
     assert value("opened_total", "tcp") == 5

@@ -56,8 +56,7 @@ def hello(
 
 
 def page(agent: AgentProcess, path: str) -> str:
-    ports = re.findall(r"admin_port=(\d+)", agent.tail(1 << 20))
-    with urllib.request.urlopen(f"http://127.0.0.1:{ports[-1]}{path}", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{agent.admin_port}{path}", timeout=5) as answer:
         return str(answer.read().decode())
 
 
@@ -68,7 +67,8 @@ def test_a_proxy_in_a_cgroup_of_its_own_is_welcome(agent):
 
 def test_whom_it_does_not_serve(agent, tmp_path):
     assert "is the agent's" in hello(agent, cgroup="agent")
-    with Netns() as netns:
+    with Netns(wired=True) as netns:
+        netns.add_address("10.77.0.2/24")
         plugin = Plugin(tmp_path / "bin", agent.run)
         environment = {
             "CNI_CONTAINERID": "c",
@@ -99,7 +99,8 @@ def test_memory_and_no_compiler_in_it(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_end_is_an_upgrade(agent, tmp_path, number):
-    with Netns() as netns:
+    with Netns(wired=True) as netns:
+        netns.add_address("10.77.0.2/24")
         plugin = Plugin(tmp_path / "bin", agent.run)
         environment = {"CNI_CONTAINERID": "c", "CNI_NETNS": str(netns.path), "CNI_IFNAME": "eth0"}
         pod = {"CNI_ARGS": "K8S_POD_UID=uid-web;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web"}

@@ -189,6 +189,7 @@ def test_an_agent_that_hangs_stops_neither_its_node_nor_the_mesh(mesh, lab_clust
     (agent,) = mesh.pods("agent", node.name)
     agent_uid = lab_cluster.get("pod", agent, "-n", mesh.namespace)["metadata"]["uid"]
     before = enrolled.client("before", node=node.name)
+    gone = before.uid
     plain = Apps(lab_cluster, "default")
     lab_cluster.kubectl("create", "serviceaccount", "plain", "-n", "default", check=False)
     stopped = node.pod_pids(agent_uid)
@@ -216,9 +217,8 @@ def test_an_agent_that_hangs_stops_neither_its_node_nor_the_mesh(mesh, lab_clust
         mesh.wait_ready()
         enrolled.wait_rolled_out("waits", timeout=60)
         (waits,) = enrolled.pods("waits")
-        wait_until(
-            lambda: waits.uid in attached(node) and before.uid not in attached(node), 20.0, "all is right"
-        )
+        uid = waits.uid
+        wait_until(lambda: uid in attached(node) and gone not in attached(node), 20.0, "all is right")
     finally:
         for name, where in (("plain", "default"), ("always", "kube-system")):
             lab_cluster.kubectl(

@@ -81,7 +81,7 @@ class Steady:
                 self.apps.deployment(
                     f"client-{node}", container, labels={"app": "client"}, node=node, grace=1
                 )
-        wait_until(self._runs, 20.0, "every kind of traffic runs", interval=0.5, explain=self._said)
+        wait_until(self._runs, 40.0, "every kind of traffic runs", interval=0.5, explain=self._said)
 
     def check(self, seconds: float = 2.0) -> dict[str, int]:
         """Let it run a little longer; then, no request has failed since the last check, and every kind has gone on.
@@ -200,6 +200,12 @@ def test_a_rolling_update_of_what_carries_nothing(steady: Steady, mesh: Mesh, pa
     roll(steady, mesh, part)
 
 
+@pytest.mark.parametrize("part", ["nodeproxy", "l7proxy"])
+def test_a_rolling_update_of_the_proxies(ending: Steady, mesh: Mesh, part: str):
+    """What a proxy carries ends within its drain deadline here."""
+    roll(ending, mesh, part)
+
+
 def test_a_leader_that_is_killed(steady: Steady, mesh: Mesh):
     def holder() -> str:
         lease = steady.cluster.get("lease", "mycel-controlplane", "-n", mesh.namespace)
@@ -257,12 +263,6 @@ def test_a_time_without_the_api_server(steady: Steady, mesh: Mesh, lab_cluster: 
         steady.apps.client(f"after-{node.name}", node=node.name)
     assert backend.restarts == 0
     steady.check()
-
-
-@pytest.mark.parametrize("part", ["nodeproxy", "l7proxy"])
-def test_a_rolling_update_of_the_proxies(ending: Steady, mesh: Mesh, part: str):
-    """What a proxy carries ends within its drain deadline here."""
-    roll(ending, mesh, part)
 
 
 def _kill(pid: int) -> None:

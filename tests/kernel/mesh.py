@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -280,7 +280,7 @@ class TestPod:
         self._closing.callback(worker.close)
         return worker
 
-    def enrol(self, table: dict[tuple[int, int], bool] | None = None, generation: int = 1) -> Self:
+    def enrol(self, table: Mapping[Any, bool] | None = None, generation: int = 1) -> Self:
         pod = Pod(self.cookie, self.addresses, self.identity, zone=self.zone)
         self.node.kernel.add_pod(pod, self.netns)
         if table is not None:

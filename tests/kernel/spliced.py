@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import select
 import socket
 import struct
@@ -20,11 +21,15 @@ CAP = 1 << 20
 BUFFERS = 16 << 20
 
 
+#: A prime number of bytes, so that no buffer's size divides it.
+_BLOCK = random.Random(1).randbytes(1_048_573)
+
+
 def pattern(start: int, count: int) -> bytes:
     """Bytes of a stream that tell their place in it."""
-    first, last = start // 4, (start + count) // 4 + 1
-    words = struct.pack(f"={last - first}I", *((n * 2654435761) & 0xFFFFFFFF for n in range(first, last)))
-    return words[start % 4 : start % 4 + count]
+    start %= len(_BLOCK)
+    times = (start + count) // len(_BLOCK) + 1
+    return (_BLOCK * times)[start : start + count]
 
 
 class Connection:
@@ -75,10 +80,8 @@ class Connection:
     def fill(self, sock: socket.socket, most: int = 64 << 20) -> int:
         """Send until there is no room for a while; how much went."""
         before = self.wrote[sock]
-        block = pattern(0, 1 << 16)
         while self.wrote[sock] - before < most and select.select([], [sock], [], 0.3)[1]:
-            start = self.wrote[sock]
-            self.wrote[sock] += sock.send(block if start % (1 << 16) == 0 else pattern(start, 1 << 16))
+            self.wrote[sock] += sock.send(pattern(self.wrote[sock], 1 << 16))
         return self.wrote[sock] - before
 
     def walk(self) -> Walk:

@@ -182,9 +182,9 @@ def test_a_conversation_s_record_is_what_was_counted(talk: Talk, pods: tuple[Tes
     assert (out.netns, into.netns) == (client.cookie, server.cookie)
     assert (out.sent, out.received, out.sent_datagrams, out.received_datagrams) == (555, 1110, 3, 3)
     assert (into.sent, into.received, into.sent_datagrams, into.received_datagrams) == (1110, 555, 3, 3)
-    for one in by.values():
-        assert one.client_address == client.address
-        assert (one.server_address, one.server_port) == (server.address, PORT)
+    for record in by.values():
+        assert record.client_address == client.address
+        assert (record.server_address, record.server_port) == (server.address, PORT)
     assert [flow.closed for flow in talk.accounts()] == [1, 1]
     # And the next datagram begins another one.
     talk.ask(1)

@@ -189,6 +189,21 @@ def test_pod_with_addresses_of_one_family_only(node, make_pod, remote, captured)
     assert node.kernel.missing(client.cookie, client.netns) == []
 
 
+@pytest.mark.families("ipv4")
+def test_namespace_without_ipv6(node, make_pod, remote, captured):
+    client = make_pod()
+    run(client.netns, "sh", "-c", "echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6")
+    client.addresses = (client.address4,)
+    client.enrol({})
+    assert node.kernel.missing(client.cookie, client.netns) == []
+    with listen(node, client, PORT_OUTBOUND) as listener, client.app.connect((remote, 8443)):
+        accepted, peer = listener.accept()
+        accepted.close()
+        assert peer[0] == client.address4
+    node.kernel.remove_pod(client.cookie, client.netns)
+    assert not namespace.is_prepared(client.netns)
+
+
 def test_nonblocking_connect_is_captured(node, client, remote):
     with (
         listen(node, client, PORT_OUTBOUND) as listener,
@@ -419,8 +434,8 @@ def test_mptcp_is_refused(node, client, make_pod):
 
 @pytest.mark.families("ipv4")
 def test_udp_passes(client, make_pod):
-    """To services' addresses, pods and our ports alike, until it is supported."""
-    server = make_pod().enrol({})
+    """To a pod that allows it, and to our ports alike: those are of TCP."""
+    server = make_pod().enrol({(client.identity, 0): True})
     got = namespace.inside(server.netns, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     sent = namespace.inside(client.netns, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
     with got, sent:
@@ -432,19 +447,21 @@ def test_udp_passes(client, make_pod):
 
 
 def test_proxies_are_not_captured(node, client, remote, family):
-    """Their own dials from the pod's namespace go where they say."""
+    """Their own dials from the pod's namespace go where they say; to the mesh on other nodes only the node proxy's, by HBONE."""
     host = node.worker("host")
-    node.kernel.set_peer(node.gateway, Peer(local=False, enrolled=True, identity=79))
-    with host.listen((node.gateway, 9002)) as listener:
-        for role in ("agent", "nodeproxy", "l7proxy"):
+    with host.listen((node.gateway, PORT_HBONE)) as listener:
+        for role, enrolled in (("agent", False), ("nodeproxy", True), ("l7proxy", False)):
+            node.kernel.set_peer(node.gateway, Peer(local=False, enrolled=enrolled, identity=79))
             worker = client.worker(role)
             [fd] = node.kernel.create_outbound(client.netns, ipv6=family == "ipv6")
-            with worker.dial_with(fd, (node.gateway, 9002)) as sock:
-                accepted, peer = listener.accept()
-                accepted.close()
-                assert sock.getpeername() == (node.gateway, 9002)
-                assert peer[0] == client.address
-    node.kernel.remove_peer(node.gateway)
+            try:
+                with worker.dial_with(fd, (node.gateway, PORT_HBONE)) as sock:
+                    accepted, peer = listener.accept()
+                    accepted.close()
+                    assert sock.getpeername() == (node.gateway, PORT_HBONE)
+                    assert peer[0] == client.address
+            finally:
+                node.kernel.remove_peer(node.gateway)
     host.close()
 
 

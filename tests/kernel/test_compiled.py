@@ -71,6 +71,13 @@ def test_what_cannot_be_read_is_compiled(folder: Path, content: bytes) -> None:
     assert load(table=7)[1].asked == ["f"]
 
 
+def test_old_ones_go(folder: Path) -> None:
+    for number in range(compiled._FILES + 3):
+        load(f"key{number}", table=7)
+    assert len(list(folder.iterdir())) == compiled._FILES
+    assert load(f"key{number}", table=7)[1].asked == []
+
+
 def test_nothing_is_kept_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(compiled.FOLDER, raising=False)
     for _ in range(2):

@@ -8,12 +8,15 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
 from agent.flowlog import FlowLog, Names, Sink
 from agent.kernel import Direction, FlowKey, Kernel, MapFullError, Peer, Reason
 from bpf import wire
+from bpf.maps import Map
 from bpf.wire import Conversation, ConversationKey, FlowRecord, Via
 from tests.kernel.mesh import Node, TestPod
 
@@ -27,6 +30,19 @@ def records(kernel: Kernel, *pods: TestPod) -> list[FlowRecord]:
     identities = {pod.identity for pod in pods}
     found = [FlowRecord.unpack(data) for data in kernel.read_records(1 << 30)]
     return [one for one in found if {one.source, one.destination} <= identities | {0}]
+
+
+def more(found: list[Any], new: Iterable[Any]) -> list[Any]:
+    found.extend(new)
+    return found
+
+
+def emptied(node: Node, name: str) -> Map:
+    """A map of the node that other tests have used too, and perhaps filled."""
+    table = node.kernel._maps[name]
+    for key, _ in list(table.items()):
+        table.delete(key)
+    return table
 
 
 def until(condition, seconds: float = 5.0) -> None:
@@ -70,7 +86,7 @@ def test_both_ends_of_a_connection(node, pods):
     [port] = talk(client, server, [(1000, 300)])
     after = time.monotonic_ns()
     found: list[FlowRecord] = []
-    until(lambda: len(found.extend(records(node.kernel, *pods)) or found) == 2)
+    until(lambda: len(more(found, records(node.kernel, *pods))) == 2)
     out, into = sorted(found, key=lambda one: one.direction)
     assert (out.direction, into.direction) == (Direction.OUTBOUND, Direction.INBOUND)
     assert (out.sent, out.received, into.sent, into.received) == (1000, 300, 300, 1000)
@@ -125,7 +141,7 @@ def test_records_add_up_to_the_sums_over_successors(node, pods):
                 break
     finally:
         thread.join(30)
-    until(lambda: len(found.extend(records(node.kernel, *pods)) or found) >= 2 * len(sizes))
+    until(lambda: len(more(found, records(node.kernel, *pods))) >= 2 * len(sizes))
     time.sleep(0.1)
     found += records(node.kernel, *pods)
     assert node.kernel.records_lost() == lost
@@ -185,7 +201,7 @@ def test_losses_are_counted_exactly(small, small_pod):
     assert len(kept) == room
     talk(client, server, [(10, 20)] * 5)
     until(lambda: sum(flow.closed for flow in small.kernel.flows().values()) == 10)
-    until(lambda: len(kept.extend(small.kernel.read_records(1 << 30)) or kept) == room + 10)
+    until(lambda: len(more(kept, small.kernel.read_records(1 << 30))) == room + 10)
     assert small.kernel.records_lost() == lost
     flows = small.kernel.flows()
     assert sum(flow.refused for flow in flows.values()) == 3 * room
@@ -211,7 +227,7 @@ def test_a_reader_that_dies_over_a_record_leaves_it_to_its_successor(node, pods)
 
 def test_a_conversation_ends_by_silence(node, make_pod):
     pod = make_pod().enrol({})
-    table = node.kernel._maps["conversations"]
+    table = emptied(node, "conversations")
     now = time.monotonic_ns()
     idle = 31_000_000_000
 
@@ -246,7 +262,7 @@ def test_a_conversation_ends_by_silence(node, make_pod):
 
 def test_thousands_of_silent_conversations_end_in_one_pass(node, make_pod):
     pod = make_pod().enrol({})
-    table = node.kernel._maps["conversations"]
+    table = emptied(node, "conversations")
     last = time.monotonic_ns() - 31_000_000_000
     for port in range(1, 5001):
         key = ConversationKey(pod.cookie, pod.address, "10.88.0.2", port, 53)
@@ -259,8 +275,8 @@ def test_thousands_of_silent_conversations_end_in_one_pass(node, make_pod):
     found = [FlowRecord.unpack(data) for data in node.kernel.read_records(1 << 30)]
     read = sum(one.netns == pod.cookie for one in found)
     assert read + node.kernel.records_lost() - lost == 5000
-    key = FlowKey(pod.identity, 78, 53, Direction.OUTBOUND, wire.PROTOCOL_UDP)
-    assert node.kernel.flows()[key].closed == 5000
+    account = FlowKey(pod.identity, 78, 53, Direction.OUTBOUND, wire.PROTOCOL_UDP)
+    assert node.kernel.flows()[account].closed == 5000
 
 
 def test_zones_are_in_accounts_and_records(node, make_pod):
@@ -280,7 +296,7 @@ def test_zones_are_in_accounts_and_records(node, make_pod):
     finally:
         node.kernel.remove_peer(node.gateway)
     found: list[FlowRecord] = []
-    until(lambda: len(found.extend(records(node.kernel, client, server)) or found) == 4)
+    until(lambda: len(more(found, records(node.kernel, client, server))) == 4)
     assert {(one.source, one.source_zone, one.destination_zone) for one in found} == {
         (client.identity, 3, 3),
         (0, 4, 3),

@@ -106,7 +106,8 @@ def test_every_map_gets_another_size_under_traffic(own):
                 with captured.app.connect(("10.88.0.9", 7)) as sock:
                     accepted, _ = listener.accept()
                     with accepted:
-                        key = wire.CapturedKey(captured.cookie, *sock.getsockname(), wire.PORT_OUTBOUND)
+                        address, port = sock.getsockname()[:2]
+                        key = wire.CapturedKey(captured.cookie, address, port, wire.PORT_OUTBOUND)
                         value = reader[0].lookup(key.pack())
                         if value is None or wire.Captured.unpack(value).destination_address != "10.88.0.9":
                             wrong.append("captured, and a proxy does not see where to")

@@ -24,7 +24,7 @@ PORT = 8080
 
 
 @pytest.fixture(scope="module")
-def streams(tmp_path_factory) -> Path:
+def streams(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = require_program("gcc")
     program = tmp_path_factory.mktemp("streams") / "streams"
     done = subprocess.run(
@@ -85,7 +85,8 @@ def test_no_byte_is_lost_or_overtaken(node, make_pod, streams, flags, connection
     seed = time.time_ns() % 1_000_000_007
     serving = start(server, streams, "serve", "0.0.0.0", PORT, 32, seed, flags & ~MAPPED)
     try:
-        assert serving.stdout.readline() == "ready\n", serving.stderr.read()
+        assert serving.stdout is not None
+        assert serving.stdout.readline() == "ready\n", serving.communicate(timeout=10)[1]
         with walking(node.kernel.splices, 0.003):
             dialling = start(client, streams, "dial", server.address, PORT, 32, seed, flags, connections)
             try:

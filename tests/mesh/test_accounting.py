@@ -247,13 +247,13 @@ def test_tunnels_have_no_account_in_the_kernel(lab: Lab, world: World):
         expected = metrics.total(RECEIVED, reporter=reporter, **principals)
         found = metrics.total("mycel_flow_received_bytes_total", reporter=reporter, **principals, **zones)
         assert found == expected > 0
-    for node in lab.nodes:
-        agent = lab.metrics(node.name, "agent")
+    for machine in lab.nodes:
+        agent = lab.metrics(machine.name, "agent")
         for name in ("mycel_flow_opened_total", "mycel_flow_sent_bytes_total", OPENED, SENT):
-            assert agent.total(name, **principals) == 0, (node.name, name)
-        ports = {row["port"] for row in lab.get_json(node.name, "agent", "/debug/flows")}
+            assert agent.total(name, **principals) == 0, (machine.name, name)
+        ports = {row["port"] for row in lab.get_json(machine.name, "agent", "/debug/flows")}
         assert not ports & {15001, 15002, 15008}
-        for row in lab.get_json(node.name, "agent", "/debug/flows?newest=1000&verdict=allowed"):
+        for row in lab.get_json(machine.name, "agent", "/debug/flows?newest=1000&verdict=allowed"):
             assert row["server"].rpartition(":")[2] not in ("15001", "15002", "15008"), row
 
 
