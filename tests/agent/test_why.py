@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from agent.debug_why import Why
 from agent.kernel.tables import Tables
+from agent.mesh import Mesh
 from agent.passage import Stage
 from bpf import wire
 from bpf.wire import Direction
@@ -23,8 +26,11 @@ from controlplane.api import (
     NetworkPolicy,
     NetworkPort,
     NetworkRule,
+    Operation,
+    Rule,
     Service,
     ServicePort,
+    Source,
 )
 from tests.agent.kernel_tables import HOST, Kernel, Node
 from tests.agent.shop import ADDRESSES, OUTSIDE, PORT, VIP, mesh, policy
@@ -442,3 +448,64 @@ def test_changed_services_are_differences(kernel: Kernel):
     kernel.maps["services"].delete(key.pack())
     texts = ask(node, "shop/client", "web.shop", 80)["differences"]
     assert texts == ["services 10.96.0.1:80/TCP: the kernel has no entry, the model has shop/web"]
+
+
+def policies_of_all_kinds() -> st.SearchStrategy[Mesh]:
+    """What a server may have, of AuthorizationPolicy, NetworkPolicy and mTLS mode."""
+    blocks = st.lists(st.sampled_from(["10.244.1.0/24", "10.244.1.5/32", "0.0.0.0/0"]), max_size=1).map(tuple)
+    sources = st.builds(
+        Source,
+        principals=st.lists(
+            st.sampled_from([f"cluster.local/ns/shop/sa/{n}" for n in ("client", "other")]), max_size=1
+        ).map(tuple),
+        ip_blocks=blocks,
+        not_ip_blocks=blocks,
+    )
+    operations = st.builds(Operation, ports=st.sampled_from([(), (PORT,), (80,)]))
+    rules = st.builds(
+        Rule, st.lists(sources, max_size=2).map(tuple), st.lists(operations, max_size=1).map(tuple)
+    )
+    authorizations = st.lists(
+        st.tuples(st.sampled_from(Action), st.lists(rules, max_size=2).map(tuple)), max_size=2
+    )
+    peers = st.sampled_from(
+        [NetworkPeer("clients"), NetworkPeer(cidr="10.244.1.0/24", excepts=("10.244.1.6/32",))]
+    )
+    ports = st.sampled_from([NetworkPort("TCP", PORT), NetworkPort("UDP"), NetworkPort("TCP", 1, 100)])
+    network_rules = st.builds(
+        NetworkRule, st.lists(peers, max_size=2).map(tuple), st.lists(ports, max_size=2).map(tuple)
+    )
+    networks = st.none() | st.lists(network_rules, max_size=2).map(tuple)
+
+    def made(
+        found: list[tuple[Action, tuple[Rule, ...]]],
+        ingress: tuple[NetworkRule, ...] | None,
+        egress: tuple[NetworkRule, ...] | None,
+        mtls: MtlsMode,
+    ) -> Mesh:
+        authorized = [
+            Authorization("shop", f"a{n}", action, rules) for n, (action, rules) in enumerate(found)
+        ]
+        return mesh(
+            *authorized,
+            NetworkPolicy("shop", "n", ingress, egress),
+            policies=tuple(f"shop/{one.name}" for one in authorized),
+            network_policies=("shop/n",),
+            client_network_policies=("shop/n",),
+            mtls=mtls,
+        )
+
+    return st.builds(made, authorizations, networks, networks, st.sampled_from(MtlsMode))
+
+
+@settings(max_examples=15, deadline=None)
+@given(policies_of_all_kinds())
+def test_tables_and_policies_never_differ(state: Mesh):
+    require_root()
+    with Kernel() as kernel:
+        node = Node(kernel, state)
+        for source in ("shop/client", "shop/other", "shop/stranger", OUTSIDE, "host"):
+            for port in (PORT, 80):
+                for protocol in ("tcp", "udp"):
+                    answer = ask(node, source, "shop/server", port, protocol=protocol)
+                    assert answer["differences"] == []

@@ -7,6 +7,8 @@ connections do too, and the difference is told.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -348,21 +350,15 @@ def test_an_entry_that_somebody_changed_is_a_difference(
     if verdict == "refused":
         assert not happened
     assert done.returncode == 1
-    agent = lab.process("node1", "agent")
-    for pid in lab.processes_of("node1", "agent"):
-        _look(pid)
-    assert agent.running
+    _look(lab)
     repaired = eventually(lambda: not why(lab, client, server)["differences"], 15.0)
     assert repaired
     assert eventually(lambda: echoes(world.client, world.server.address, ECHO, timeout=3) == "", 10.0)
 
 
-def _look(pid: int) -> None:
+def _look(lab: Lab) -> None:
     """The agent compares the kernel with what it wrote, at once."""
-    import os
-    import signal
-
-    os.kill(pid, signal.SIGUSR1)
+    os.kill(lab.process("node1", "agent").pid, signal.SIGUSR1)
 
 
 def test_a_difference_is_written_in_words(lab: Lab, world: World):
@@ -374,8 +370,7 @@ def test_a_difference_is_written_in_words(lab: Lab, world: World):
     assert done.returncode == 1
     assert "REFUSED: policy" in done.stdout
     assert "THE KERNEL AND THE POLICIES DIFFER" in done.stdout
-    for pid in lab.processes_of("node1", "agent"):
-        _look(pid)
+    _look(lab)
     assert eventually(
         lambda: not why(lab, name(world.client), f"{name(world.server)}:{ECHO}")["differences"], 15.0
     )
