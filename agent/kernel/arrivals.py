@@ -6,6 +6,7 @@ Owns the mirror of ``lookup.c``, of ``to_pod()`` in ``veth.c`` and of ``judge_vi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from agent.kernel.steps import NO_INTERFACE, Branch, Dialler, Question, Step, Way, end_text, reason_text
 from agent.kernel.tables import Judgement, Tables
@@ -74,7 +75,7 @@ class Arrivals:
         text = f"by who has its source's address: {self._called(identity)}"
         branch.add(Step("veth", text, ("interfaces", "peers"), facts={"identity": identity}))
         found = self._tables.judge(netns, identity, source, branch.port)
-        if self._authorization(branch, found) and not host:
+        if self._authorization(netns, branch, found) and not host:
             self._ingress(source, netns, branch, Protocol.UDP)
 
     def delivery(self, branch: Branch) -> None:
@@ -171,8 +172,8 @@ class Arrivals:
         reason = "" if allowed else reason_text(Reason.NETWORK_POLICY)
         return branch.add(Step(step, text, ("networks",), reason, facts))
 
-    def _authorization(self, branch: Branch, found: Judgement) -> bool:
-        facts = {
+    def _authorization(self, netns: int, branch: Branch, found: Judgement) -> bool:
+        facts: dict[str, Any] = {
             "identity": found.identity,
             "class": found.address_class,
             "generation": found.generation,
@@ -181,19 +182,19 @@ class Arrivals:
         if found.reason is Reason.NO_POLICY:
             text = "the endpoint has no table of verdicts"
             return branch.add(Step("authorization", text, ("policies",), reason_text(found.reason), facts))
-        entry = (
-            "no entry"
-            if found.port is None
-            else f"entry for {'any port' if found.port == 0 else f'port {found.port}'}"
-        )
         said = self._called(found.identity)
         if found.address_class:
-            said += f", address of class {found.address_class}"
-        text = f"{said}: {entry} says {'ALLOW' if found.reason is None else 'DENY'}, generation {found.generation}"
+            blocks = self._tables.class_entries(netns, found.generation)
+            facts["blocks"] = sorted(b for b, number in blocks.items() if number == found.address_class)
+            said += f", address in {', '.join(facts['blocks'])}"
         if found.port is None:
-            text = f"{said}: no entry for port {branch.port} or any, generation {found.generation}"
+            text = f"{said}: no entry for port {branch.port} or any"
+        else:
+            which = f"port {found.port}" if found.port else "any port"
+            text = f"{said}: entry for {which} says {'DENY' if found.reason else 'ALLOW'}"
+        text += f", generation {found.generation}"
         maps = ("policies", "classes") if found.address_class else ("policies",)
-        reason = "" if found.reason is None else reason_text(found.reason)
+        reason = reason_text(found.reason) if found.reason else ""
         return branch.add(Step("authorization", text, maps, reason, facts))
 
     def _judge_via(self, kind: Via, peer: wire.Peer, identity: int, source: str, branch: Branch) -> bool:
@@ -202,9 +203,9 @@ class Arrivals:
         if kind is Via.PROBE:
             if found.reason is Reason.POLICY:
                 found = self._tables.judge(peer.netns, wire.IDENTITY_PLAIN, source, branch.port)
-            return self._authorization(branch, found)
+            return self._authorization(peer.netns, branch, found)
         return (
-            self._authorization(branch, found)
+            self._authorization(peer.netns, branch, found)
             and self._ingress(source, peer.netns, branch, Protocol.TCP)
             and self._leaves(peer.netns, branch.address, branch, "the endpoint's")
         )

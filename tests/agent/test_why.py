@@ -249,6 +249,8 @@ def test_authorization_names_the_policy(
         assert answer["differences"] == []
         if verdict != "allowed":
             judged = step(answer, "authorization")
+            if policies[0].name == "block":
+                assert f"address in {ADDRESSES['client']}/32" in judged["text"]
             assert (judged["refused"], judged["policies"]) == ("policy", named)
             assert judged["model"].startswith("refused: ")
             assert answer["endpoints"][0]["policies"] == named

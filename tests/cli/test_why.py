@@ -19,6 +19,9 @@ from typing import Any
 
 import pytest
 
+from cli import why as asking
+from cli.agents import Agent, Agents
+from cli.http import Direct
 from lab import Lab, Place, Pod
 from lab.processes import wait_until
 from tests.mesh.helpers import (
@@ -98,14 +101,22 @@ def world(lab: Lab) -> World:
     return World(servers[0], servers[1], client, bob, stranger, echo, web)
 
 
-def why(lab: Lab, source: str, destination: str, *more: str) -> dict[str, Any]:
-    done = lab.mycel("why", source, destination, *more, "-o", "json", check=False)
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout)
-    except ValueError:
-        pytest.fail(f"mycel why {source} {destination}: status {done.returncode}: {done.stdout}")
-    assert done.returncode == {"allowed": 0, "unknown": 2}.get(answer["verdict"], 1) or answer["differences"]
-    return answer
+class Through(Direct):
+    """The agents' pages, from this process; an address is a node's name."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+
+    def read_text(self, address: str, path: str, *, who: str) -> str:
+        return self._lab.get(address, "agent", path).decode()
+
+
+def why(
+    lab: Lab, source: str, destination: str, *, udp: bool = False, node: str | None = None
+) -> dict[str, Any]:
+    """What the command would write as JSON."""
+    agents = Agents(Through(lab), [Agent(one.name, one.name) for one in lab.nodes], where="the lab")
+    return asking.ask(agents, source, destination, protocol="udp" if udp else "tcp", node=node)
 
 
 def reasons(answer: Mapping[str, Any]) -> dict[str, str]:
@@ -149,7 +160,7 @@ def test_every_way_that_a_connection_may_go(lab: Lab, world: World):
     assert (answer["node"], answer["verdict"], answer["differences"]) == ("node2", "allowed", [])
     answer = why(lab, name(world.stranger), f"{name(world.server)}:{ECHO}")
     assert (answer["verdict"], ways(answer), answer["differences"]) == ("allowed", {server: "plain"}, [])
-    answer = why(lab, client, f"echo.{NAMESPACE}:dns", "--udp")
+    answer = why(lab, client, f"echo.{NAMESPACE}:dns", udp=True)
     assert (answer["verdict"], set(ways(answer).values()), answer["differences"]) == (
         "allowed",
         {"datagram"},
@@ -164,6 +175,8 @@ def test_every_way_that_a_connection_may_go(lab: Lab, world: World):
             {world.server.address6: "direct"},
             [],
         )
+    done = lab.mycel("why", client, f"echo.{NAMESPACE}:80", "-o", "json")
+    assert (json.loads(done.stdout)["verdict"], done.returncode) == ("allowed", 0)
     text = lab.mycel("why", client, f"echo.{NAMESPACE}:80").stdout
     assert f"from  {client} ({world.client.address}) on node1" in text
     assert "ALLOWED (captured:15001, direct)" in text
@@ -222,7 +235,7 @@ def test_what_it_says_is_what_happens(lab: Lab, world: World, case: str):
         client, server = clients[who], servers[which]
         if protocol == "udp":
             happened = asks(client, server.address)
-            answer = why(lab, name(client), f"{name(server)}:{DATAGRAMS}", "--udp")
+            answer = why(lab, name(client), f"{name(server)}:{DATAGRAMS}", udp=True)
         else:
             happened = echoes(client, server.address, ECHO, timeout=4) == ""
             answer = why(lab, name(client), f"{name(server)}:{ECHO}")
@@ -269,7 +282,7 @@ def test_the_nodes_own_processes(lab: Lab, world: World):
             ("kubelet", lab.probe(world.server, ECHO)),
             ("host", echoes(lab.node("node1"), world.server.address, ECHO, timeout=4) == ""),
         ):
-            answer = why(lab, source, server, "--from-node", "node1")
+            answer = why(lab, source, server, node="node1")
             assert answer["verdict"] == ("allowed" if happens else "refused")
             assert happens is (source == "kubelet")
             assert answer["differences"] == []
@@ -340,8 +353,7 @@ def test_an_entry_that_somebody_changed_is_a_difference(
     for _ in range(3):
         change(lab, world)
         happened = echoes(world.client, world.server.address, ECHO, timeout=3) == ""
-        done = lab.mycel("why", client, server, "-o", "json", check=False)
-        answer = json.loads(done.stdout)
+        answer = why(lab, client, server)
         found = answer["differences"]
         if found:
             break
@@ -349,7 +361,7 @@ def test_an_entry_that_somebody_changed_is_a_difference(
     assert answer["verdict"] == verdict
     if verdict == "refused":
         assert not happened
-    assert done.returncode == 1
+    assert asking.status(answer) == 1
     _look(lab)
     repaired = eventually(lambda: not why(lab, client, server)["differences"], 15.0)
     assert repaired
