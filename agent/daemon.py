@@ -23,7 +23,7 @@ from agent.cni_node import BUNDLE, CniNode, entry
 from agent.cni_node import InstallError as CniInstallError
 from agent.cni_node import Settings as CniSettings
 from agent.cni_service import CniService
-from agent.debug import pages
+from agent.debug import pages, queries
 from agent.enrolment import EnrolmentFile
 from agent.flow_metrics import Records
 from agent.flowlog import KEEP, RATE, FlowLog, Names, Sink
@@ -296,8 +296,8 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
                 or serving.is_set()
                 or "not serving plugins and proxies yet"
             ),
-            json=pages(node, kernel, proxies, stream),
-            queries={"/debug/flows": flow_log.newest},
+            json=pages(node, kernel, proxies, stream, options.pins),
+            queries={"/debug/flows": flow_log.newest, **queries(node, kernel, options.pins)},
         )
     except OSError as error:
         raise StartError(f"admin address {options.admin[0]}:{options.admin[1]}: {error.strerror}") from None

@@ -6,18 +6,34 @@ Owns their shape. They are called in the admin server's threads and only read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from agent.debug_maps import map_pages
+from agent.debug_why import Why
 from agent.flowlog import protocol_name, reason_name
 from agent.kernel import FlowCounters, FlowKey, Kernel
+from agent.kernel.tables import Tables
 from agent.metrics import name_of
 from agent.node import Node
 from agent.proxies import Proxies
 from agent.stream import Stream
+from bpf import wire
+from bpf.limits import LIMITS
 from bpf.wire import PROTOCOL_UDP
 
+Queries = Mapping[str, Callable[[Mapping[str, str]], object]]
 
-def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mapping[str, Callable[[], object]]:
+
+def queries(node: Node, kernel: Kernel, pins: Path) -> Queries:
+    """Pages with parameters, by path."""
+    why = Why(node, lambda: Tables.open(pins), kernel.host_addresses)
+    return {"/debug/why": why.page, **map_pages(node, kernel, pins)[1]}
+
+
+def pages(
+    node: Node, kernel: Kernel, proxies: Proxies, stream: Stream, pins: Path
+) -> Mapping[str, Callable[[], object]]:
     """Page by path."""
 
     def name(number: int) -> str:
@@ -31,6 +47,18 @@ def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mappi
             "problem": node.problem,
             "proxies": proxies.connected(),
             "unattached": node.unattached(),
+            "abi": wire.ABI,
+            "attached": len(node.pods.sandboxes()),
+            "enrolled": len(node.enrolled()),
+            "detached_links": kernel.detached(),
+            "repairs": node.repairs,
+            "refusals": {reason_name(reason): count for reason, count in kernel.refusals_by_reason().items()},
+            "splice": {
+                "supported": kernel.splices.supported,
+                "on": kernel.splices.on,
+                **{slot.name.lower(): count for slot, count in kernel.splices.counters().items()},
+            },
+            "fullest": _fullest(kernel),
             "limits": [
                 "UDP of enrolled pods is judged and counted, and not encrypted",
             ],
@@ -137,6 +165,19 @@ def pages(node: Node, kernel: Kernel, proxies: Proxies, stream: Stream) -> Mappi
         "/debug/flows": flows,
         "/debug/connections": connections,
         "/debug/tables": tables,
+        **map_pages(node, kernel, pins)[0],
+    }
+
+
+def _fullest(kernel: Kernel) -> dict[str, Any]:
+    """The map that has least room left, of those that do not forget by themselves."""
+    found = {m: p for m, p in kernel.pressure().items() if p.size and m in LIMITS and not LIMITS[m].forgets}
+    name, pressure = max(found.items(), key=lambda item: (item[1].ratio, item[0]))
+    return {
+        "name": name,
+        "entries": pressure.used,
+        "size": pressure.size,
+        "refused": sum(p.refused for p in found.values()),
     }
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from cli.http import Unreachable, decode
+from cli.http import Refused, Unreachable, decode
 from common import kubernetes
 from common.kubernetes import Access, AccessError, ApiError, Client, path_of
 from deploy import crds, parts
@@ -202,7 +202,8 @@ class Cluster:
             said = error.message.strip().partition("\n")[0]
             if error.status == 403:
                 said += "; this needs the right to get pods/proxy"
-            raise Unreachable(f"{who} ({name}) answers {path} with {error.status}: {said}") from error
+            message = f"{who} ({name}) answers {path} with {error.status}: {said}"
+            raise Refused(message, error.status, said) from error
 
     def read_json(self, address: str, path: str, *, who: str) -> Any:
         """As :meth:`read_text`, decoded. :raises Unreachable: also when the answer is no JSON."""

@@ -17,6 +17,15 @@ class Unreachable(Exception):
     """A process did not answer, or answered with something else than what it serves. The text is for people."""
 
 
+class Refused(Unreachable):
+    """A process answers with an error; ``said`` is its own text, all of it but the end of a very long one."""
+
+    def __init__(self, message: str, status: int, said: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.said = said
+
+
 class Reader(Protocol):
     """How admin servers are reached: directly, or through the API server (:class:`cli.cluster.Cluster`)."""
 
@@ -55,7 +64,7 @@ def read_text(address: str, path: str, *, who: str) -> str:
         with contextlib.suppress(OSError, http.client.HTTPException):
             said = error.read(_LONGEST_REASON).decode("utf-8", "replace").strip().partition("\n")[0]
         status = f"{error.code} {error.reason}" + (f": {said}" if said else "")
-        raise Unreachable(f"{who} at {address} answers {path} with {status}") from error
+        raise Refused(f"{who} at {address} answers {path} with {status}", error.code, said) from error
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise Unreachable(f"{who} does not answer at {address}: {reason}") from error

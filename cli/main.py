@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
-from cli import output
+from cli import node_commands, output
+from cli.options import (
+    DEFAULT_NAMESPACE,
+    UNKNOWN,
+    ContextOption,
+    ControllerOption,
+    JsonOption,
+    KubeconfigOption,
+    NamespaceOption,
+    cannot_reach,
+)
 
 app = typer.Typer(
     name="mycel",
@@ -22,29 +32,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich" if sys.stdout.isatty() else None,
 )
-
-UNKNOWN = 2
-
-ControllerOption = Annotated[
-    str | None,
-    typer.Option(
-        "--controller",
-        envvar="MYCEL_CONTROLLER",
-        help="A controller's admin address, HOST:PORT, instead of a cluster.",
-    ),
-]
-KubeconfigOption = Annotated[
-    Path | None, typer.Option("--kubeconfig", help="Instead of $KUBECONFIG or ~/.kube/config.")
-]
-ContextOption = Annotated[str | None, typer.Option("--context", help="Of the kubeconfig.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON.")]
-
-NamespaceOption = Annotated[
-    str,
-    typer.Option(
-        "--namespace", "-n", envvar="MYCEL_NAMESPACE", help="Where Mycel is, or will be, installed."
-    ),
-]
 ValuesOption = Annotated[
     list[Path] | None,
     typer.Option("--values", "-f", help="YAML file of values, as for the Helm chart; may be repeated."),
@@ -53,8 +40,6 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="One value, as in image.tag=1.0; may be repeated, and wins over files."),
 ]
-
-_DEFAULT_NAMESPACE = "mycel-system"
 
 
 @app.command()
@@ -89,7 +74,7 @@ def check(
         str, typer.Option("--wait", help="Go on until there is no error, at most so long: 30s, 2m.")
     ] = "0s",
     controller: ControllerOption = None,
-    namespace: NamespaceOption = _DEFAULT_NAMESPACE,
+    namespace: NamespaceOption = DEFAULT_NAMESPACE,
     kubeconfig: KubeconfigOption = None,
     context: ContextOption = None,
     as_json: JsonOption = False,
@@ -118,7 +103,7 @@ def check(
 
                     found = checks.until_well(lambda: installation.findings(cluster), seconds)
     except (Unreachable, NoCluster, ApiError) as error:
-        _cannot_reach(error)
+        cannot_reach(error)
     checks.write(found, as_json=as_json)
     if any(finding.severity is Severity.ERROR for finding in found):
         raise typer.Exit(1)
@@ -127,7 +112,7 @@ def check(
 @app.command()
 def stat(
     controller: ControllerOption = None,
-    namespace: NamespaceOption = _DEFAULT_NAMESPACE,
+    namespace: NamespaceOption = DEFAULT_NAMESPACE,
     kubeconfig: KubeconfigOption = None,
     context: ContextOption = None,
     interval: Annotated[float, typer.Option("--interval", help="Seconds to measure.", min=0.1)] = 2.0,
@@ -148,13 +133,13 @@ def stat(
             with Cluster(namespace, kubeconfig=kubeconfig, context=context) as cluster:
                 measured = watch.measure(installation.controllers(cluster), interval, cluster)
     except (Unreachable, NoCluster, ApiError) as error:
-        _cannot_reach(error)
+        cannot_reach(error)
     watch.write(measured, as_json=as_json)
 
 
 @app.command()
 def install(
-    namespace: NamespaceOption = _DEFAULT_NAMESPACE,
+    namespace: NamespaceOption = DEFAULT_NAMESPACE,
     values: ValuesOption = None,
     settings: SetOption = None,
     crds: Annotated[
@@ -190,7 +175,7 @@ def install(
 
 @app.command()
 def upgrade(
-    namespace: NamespaceOption = _DEFAULT_NAMESPACE,
+    namespace: NamespaceOption = DEFAULT_NAMESPACE,
     values: ValuesOption = None,
     settings: SetOption = None,
     kubeconfig: KubeconfigOption = None,
@@ -226,7 +211,7 @@ def upgrade(
 
 @app.command()
 def uninstall(
-    namespace: NamespaceOption = _DEFAULT_NAMESPACE,
+    namespace: NamespaceOption = DEFAULT_NAMESPACE,
     kubeconfig: KubeconfigOption = None,
     context: ContextOption = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
@@ -319,21 +304,7 @@ def _duration(text: str, option: str) -> float:
     return found
 
 
-def _cannot_reach(error: Exception) -> NoReturn:
-    from common.kubernetes import ApiError
-
-    if isinstance(error, ApiError):
-        hint = (
-            "Reading the mesh's namespace and `get pods/proxy` in it is what this needs: docs/kubernetes.md"
-        )
-        output.fail(f"the API server says {error}", hint if error.status in (401, 403) else "")
-        raise typer.Exit(UNKNOWN) from error
-    output.fail(
-        str(error),
-        "Name a cluster by --kubeconfig and --context or KUBECONFIG, or a controller's admin address by --controller "
-        "HOST:PORT or MYCEL_CONTROLLER; for manifests alone use: mycel check --config FOLDER",
-    )
-    raise typer.Exit(UNKNOWN) from error
+node_commands.add_to(app)
 
 
 if __name__ == "__main__":

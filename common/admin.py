@@ -73,8 +73,8 @@ class AdminServer:
         """Bind ``address`` (IPv4 or IPv6) and ``port`` (0 for any free one).
 
         ``ready`` returns True, or False or the reason why not. ``json`` holds further pages by path; what a function
-        returns is encoded by msgspec, and unknown types by their ``str``. A page that is in ``queries`` too is answered from
-        there when it is asked with parameters (each name once); those functions may raise BadQueryError.
+        returns is encoded by msgspec, and unknown types by their ``str``. A page that is in ``queries`` is answered from
+        there when it is asked with parameters (each name once), or is not in ``json``; those functions may raise BadQueryError.
 
         :raises OSError: the address cannot be bound.
         """
@@ -132,7 +132,7 @@ class AdminServer:
                 return _text(HTTPStatus.SERVICE_UNAVAILABLE, ready or "not ready")
             case "/logging":
                 return _as_json(logs.levels())
-            case path if url.query and path in self._queries:
+            case path if path in self._queries and (url.query or path not in self._json):
                 given = parse_qs(url.query, keep_blank_values=True)
                 if twice := [name for name, values in given.items() if len(values) > 1]:
                     return _text(HTTPStatus.BAD_REQUEST, f"{twice[0]}: given more than once")
@@ -144,7 +144,7 @@ class AdminServer:
             case path if path in self._json:
                 return _as_json(self._json[path]())
             case _:
-                pages = ["/metrics", "/healthz/ready", "/logging", *sorted(self._json)]
+                pages = ["/metrics", "/healthz/ready", "/logging", *sorted({*self._json, *self._queries})]
                 return _text(HTTPStatus.NOT_FOUND, "\n".join(["there is:", *pages]))
 
 

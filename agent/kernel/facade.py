@@ -39,7 +39,7 @@ from agent.kernel.services import Services
 from agent.kernel.splices import Splices
 from bpf import links, schema, usage, wire
 from bpf.limits import UNSIZED
-from bpf.maps import Map, MapFullError
+from bpf.maps import Info, Map, MapFullError
 from bpf.usage import Usage
 from bpf.wire import Role
 
@@ -467,6 +467,10 @@ class Kernel:
                     usage.memory(table),
                 )
             return found
+
+    def map_infos(self) -> dict[str, Info]:
+        """What the kernel says of each map, by name."""
+        return {name: table.info for name, table in self._maps.items()}
 
     def _used(self, name: str) -> int:
         counter = self._usage.get(name)

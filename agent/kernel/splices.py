@@ -44,7 +44,14 @@ class Splices:
     @property
     def supported(self) -> bool:
         """False where the kernel has no tracepoint ``sock_recv_length`` (Linux 6.3): everything goes by TCP."""
-        return self._get(SpliceCounter.OFF) != wire.SPLICE_UNSUPPORTED
+        with self._lock:
+            return self._get(SpliceCounter.OFF) != wire.SPLICE_UNSUPPORTED
+
+    @property
+    def on(self) -> bool:
+        """Whether connections of this node may enter."""
+        with self._lock:
+            return self._get(SpliceCounter.OFF) == 0
 
     def switch(self, on: bool) -> None:
         """Whether connections of this node may enter. Those that are in leave at the next walks."""

@@ -28,9 +28,11 @@ from agent.kernel import (
     Pod,
     Pressure,
     Protocol,
+    Reason,
     Service,
 )
 from agent.kernel.splices import Splices
+from bpf.maps import Info
 from bpf.wire import Role, SpliceCounter
 
 _SO_COOKIE = 57
@@ -47,6 +49,10 @@ class FakeSplices(Splices):
 
     @property
     def supported(self) -> bool:
+        return False
+
+    @property
+    def on(self) -> bool:
         return False
 
     def counters(self) -> dict[SpliceCounter, int]:
@@ -261,6 +267,12 @@ class FakeKernel(Kernel):
 
     def pressure(self) -> dict[str, Pressure]:
         return dict(self.map_pressure)
+
+    def map_infos(self) -> dict[str, Info]:
+        return {}
+
+    def refusals_by_reason(self) -> dict[Reason, int]:
+        return {}
 
     def events_fd(self) -> int:
         return self.fake_events

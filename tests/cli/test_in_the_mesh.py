@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,6 @@ spec:
     - {destination: {host: web, subset: v1}, weight: 50}
     - {destination: {host: web, subset: v2}, weight: 50}
 """
-
-
-@pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
-    with Lab(nodes=2) as lab:
-        lab.namespace("default")
-        yield lab
 
 
 @pytest.fixture(scope="module")

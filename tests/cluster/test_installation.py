@@ -132,6 +132,23 @@ def test_stat_sees_traffic_between_nodes(installed: Mesh, own: Cluster, apps: Ap
     assert services[0]["mtls_share"] == 1.0, services
 
 
+def test_nodes_are_looked_into_through_the_api_server(installed: Mesh, apps: Apps) -> None:
+    """Both ends' agents are asked by pods/proxy, and agree with the policies."""
+    apps.server("web", node="node2")
+    client = apps.client("client", node="node1")
+    apps.wait_reachable(client, "http://web/")
+    question = (f"{apps.namespace}/{client.name}", f"web.{apps.namespace}:80")
+    answer = json.loads(installed.mycel("why", *question, "-o", "json"))
+    assert (answer["verdict"], answer["differences"], answer["node"]) == ("allowed", [], "node1")
+    (endpoint,) = answer["endpoints"]
+    assert endpoint["node"] == "node2"
+    assert {step.get("node") for step in endpoint["steps"]} == {None, "node2"}
+    found = json.loads(installed.mycel("agent", "status", "-o", "json", check=False))
+    assert {one["node"] for one in found} >= {"node1", "node2"}
+    shown = json.loads(installed.mycel("bpf", "policies", question[0], "-o", "json"))
+    assert [(one["node"], one["pod"]) for one in shown] == [("node1", question[0])]
+
+
 def test_upgrade_keeps_what_was_chosen_and_takes_what_is_new(installed: Mesh, own: Cluster) -> None:
     said = installed.mycel("upgrade", "--set", "log.level=debug", timeout=300)
     parts = ["mycel-controlplane", "mycel-agent", "mycel-nodeproxy"]

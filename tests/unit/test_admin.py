@@ -29,7 +29,7 @@ class Process:
             registry=self.registry,
             ready=lambda: self.ready,
             json={"/debug/pods": lambda: {"pods": [Pod("a", 1)]}, "/debug/broken": lambda: 1 // 0},
-            queries={"/debug/pods": self.query},
+            queries={"/debug/pods": self.query, "/debug/asked": self.query},
         )
 
     def query(self, parameters):
@@ -113,6 +113,12 @@ def test_a_page_with_parameters(server: AdminServer) -> None:
     assert json.loads(body) == {"uid": "a b"}
     assert ask(server, "GET", "/debug/pods?name=a")[::2] == (400, "there is uid\n")
     assert ask(server, "GET", "/debug/pods?uid=a&uid=b")[::2] == (400, "uid: given more than once\n")
+
+
+def test_a_page_that_is_only_for_questions(server: AdminServer) -> None:
+    assert ask(server, "GET", "/debug/asked")[::2] == (400, "there is uid\n")
+    assert json.loads(ask(server, "GET", "/debug/asked?uid=a")[2]) == {"uid": "a"}
+    assert "/debug/asked" in ask(server, "GET", "/")[2].splitlines()
 
 
 def test_a_page_that_fails_says_so_and_the_server_lives_on(server: AdminServer) -> None:
