@@ -277,8 +277,11 @@ def test_one_pod_does_not_take_all(world: World, server: Server):
 
     held = [world.dial(server.port) for _ in range(3)]
     assert all(echoed(sock) for sock in held)
-    with world.dial(server.port) as refused:
-        assert not echoed(refused)
+    try:
+        with world.dial(server.port) as refused:
+            assert not echoed(refused)
+    except ConnectionResetError:
+        pass  # The proxy was so fast that connect() has seen its reset already.
     assert all(echoed(sock) for sock in held)
     held.pop().close()
     wait_until(lambda: len(world.a.proxy.tunnels.open) == 2, "ended")
