@@ -346,8 +346,8 @@ class Programmer:
         try:
             async with slots:
                 if self._pods.get(cookie) != pod:
-                    # One that runs already is dialled meanwhile: it is never without verdicts.
-                    first = _Policy(1, verdicts) if pod.open and cookie not in self._pods else None
+                    is_first = cookie not in self._pods and cookie not in self._policies
+                    first = _Policy(1, verdicts) if is_first and (pod.open or not spec.leaving) else None
                     known = (1, verdicts.table, verdicts.classes) if first is not None else None
                     with self._namespaces.borrow(cookie) as netns:
                         await asyncio.to_thread(self._kernel.add_pod, pod, netns, known)

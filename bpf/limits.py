@@ -90,6 +90,7 @@ LIMITS: Mapping[str, Limit] = {
 
 #: Maps without a size of their own, and what happens when the kernel has no memory for another element.
 UNSIZED: Mapping[str, str] = {
+    "closed": "another connection takes the slot: what still comes of the one before it is counted as refused",
     "counters": "it has a slot for each counter from the beginning",
     "udp_sockets": "the datagram, or connect(), is refused with ENOMEM",
     "splice_counters": "it has a slot for each counter from the beginning",

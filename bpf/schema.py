@@ -109,6 +109,7 @@ MAPS = (
     ),
     MapSpec("records", maps.RINGBUF, 0, 0, 1 << 20),
     MapSpec("recent", maps.LRU_HASH, wire.Refusal.LAYOUT.size, 8, 8192, 0, 2),
+    MapSpec("closed", maps.ARRAY, 4, wire.Closed.LAYOUT.size, wire.CLOSED_SLOTS),
     MapSpec("counters", maps.ARRAY, 4, 8, wire.COUNTERS, 0, 2),
     MapSpec("events", maps.RINGBUF, 0, 0, 1 << 18, 0, 2),
     MapSpec("splices", maps.HASH, 8, wire.SPLICE_SIZE, 65536, maps.F_NO_PREALLOC),

@@ -253,9 +253,6 @@ int sock_ops(struct bpf_sock_ops *ctx)
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		accepted(ctx, sk);
 		break;
-	case BPF_SOCK_OPS_RTT_CB:
-		splice_rtt(ctx, sk);
-		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		if (ctx->args[1] == BPF_TCP_CLOSE)
 			closed(ctx, sk, ctx->args[0]);

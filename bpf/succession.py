@@ -19,7 +19,9 @@ from bpf import schema
 from bpf.maps import Map
 
 #: Maps that only remember: what they lose costs an account, a client's backend or a line of the log.
-_FORGETTABLE = frozenset({"affinity", "counters", "datagrams", "events", "flows", "recent", "refused"})
+_FORGETTABLE = frozenset(
+    {"affinity", "closed", "counters", "datagrams", "events", "flows", "recent", "refused"}
+)
 
 
 class SuccessionError(Exception):

@@ -42,6 +42,7 @@ struct wire_types {
 	struct connection connection;
 	struct event event;
 	struct refusal refusal;
+	struct closed closed;
 };
 
 int wire_types(struct wire_types *types)

@@ -343,6 +343,44 @@ inline_always bool is_own_mac(struct __sk_buff *ctx, struct interface *interface
 	return difference == 0;
 }
 
+/*
+ * What a TCP socket of the pod sends after its handshake, by its own address: most of what passes, so it is seen with few looks.
+ * Whatever is unusual about it is left to the parser. A socket may own what a tunnel made of its segment, so what the packet is
+ * counts too.
+ */
+inline_always bool is_usual_tcp(struct __sk_buff *ctx, struct interface *interface, bool ipv6)
+{
+	u8 *at = (u8 *)(long)ctx->data, *end = (u8 *)(long)ctx->data_end;
+	const struct address *own = ipv6 ? &interface->address6 : &interface->address4;
+	u8 *tcp = at + ETH_HLEN + (ipv6 ? sizeof(struct ipv6hdr) : sizeof(struct iphdr));
+
+	if (tcp + sizeof(struct transport) > end || is_none(own))
+		return false;
+	for (int i = 0; i < 6; i++) {
+		if (at[ETH_ALEN + i] != interface->mac[i])
+			return false;
+	}
+	if (ipv6) {
+		struct ipv6hdr *ip = (void *)(at + ETH_HLEN);
+
+		if (ip->version != 6 || ip->nexthdr != IPPROTO_TCP)
+			return false;
+		for (int i = 0; i < 4; i++) {
+			if (ip->saddr.s6_addr32[i] != own->word[i])
+				return false;
+		}
+	} else {
+		struct iphdr *ip = (void *)(at + ETH_HLEN);
+
+		if (at[ETH_HLEN] != 0x45 || ip->protocol != IPPROTO_TCP ||
+		    (ip->frag_off & bpf_htons(0x3fff)) || ip->saddr != own->word[3])
+			return false;
+	}
+	u8 flags = tcp[offsetof(struct transport, flags)];
+
+	return (!(flags & TCP_SYN) || (flags & TCP_ACK)) && is_of_tcp_socket(ctx);
+}
+
 inline_always void account_talk(struct __sk_buff *ctx, struct interface *interface, struct packet *packet,
 				struct talk_key *key, u32 direction, bool from_pod)
 {
@@ -369,9 +407,12 @@ int from_pod(struct __sk_buff *ctx)
 		count(REASON_SPOOFED);
 		return DROP;
 	}
+	bool may_be_judged = (ipv6 || protocol == bpf_htons(ETH_P_IP)) && !ctx->vlan_present;
+
+	if (may_be_judged && is_usual_tcp(ctx, interface, ipv6))
+		return NEXT;
 	/* What is no IP, or in a VLAN, cannot be judged. */
-	if ((!ipv6 && protocol != bpf_htons(ETH_P_IP)) || ctx->vlan_present ||
-	    !parse(ctx, ETH_HLEN, ipv6, &packet)) {
+	if (!may_be_judged || !parse(ctx, ETH_HLEN, ipv6, &packet)) {
 		count(REASON_SPOOFED);
 		return DROP;
 	}

@@ -527,10 +527,17 @@ struct event {
 	__be16 server_port;
 };
 
-/* recent: refusal -> when it was told last, nanoseconds (clients repeat their SYNs); reason 0: when it was closed. */
+/* recent: refusal -> when it was told last, nanoseconds (clients repeat their SYNs). */
 struct refusal {
 	struct tuple tuple;
 	__u32 reason;
+};
+
+/* closed: slot, by the connection's fingerprint -> the last one there that was closed, and when (nanoseconds). */
+#define CLOSED_SLOTS 65536
+struct closed {
+	__u64 fingerprint;
+	__u64 when;
 };
 
 #endif

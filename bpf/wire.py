@@ -748,7 +748,7 @@ class Event(Record):
 
 @dataclass(frozen=True, slots=True)
 class Refusal(Record):
-    """Key of ``recent``; its value is when that was told last, or (reason 0) when it was closed, in nanoseconds."""
+    """Key of ``recent``; its value is when that was told last, in nanoseconds."""
 
     LAYOUT = Layout(
         "refusal",
@@ -763,6 +763,15 @@ class Refusal(Record):
     client_port: int
     server_port: int
     reason: int
+
+
+@dataclass(frozen=True, slots=True)
+class Closed(Record):
+    """Value of ``closed``: the connection of that slot that ended last, and when, in nanoseconds."""
+
+    LAYOUT = Layout("closed", fingerprint=U64, when=U64)
+    fingerprint: int
+    when: int
 
 
 #: Bytes of ``struct datagram_key`` and ``struct datagram_socket``, too.
@@ -823,6 +832,8 @@ COUNTER_FULL = {
 #: And refusals because a pod had used its own share of a map up.
 COUNTER_SHARE = {"connecting": 22, "captured": 23}
 COUNTERS = 37
+#: Of the map ``closed``.
+CLOSED_SLOTS = 65536
 #: Maps that no program adds elements to.
 COUNTED_BY_AGENT = frozenset(
     {

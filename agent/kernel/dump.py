@@ -60,6 +60,7 @@ _ELEMENTS: Mapping[str, tuple[Kind, Kind]] = {
     "refused": (wire.FlowKey, wire.Refusals),
     "conversations": (wire.ConversationKey, wire.Conversation),
     "recent": (wire.Refusal, "nanoseconds"),
+    "closed": ("slot", wire.Closed),
     "counters": ("slot", "count"),
     "splices": ("id", "raw"),
     "splice_sockets": ("key", "socket"),

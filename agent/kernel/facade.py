@@ -7,6 +7,7 @@ import struct
 import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -155,35 +156,44 @@ class Kernel:
     ) -> None:
         """Enrol a pod: refuse everything inbound until its policy is set, capture its dials from now on.
 
-        :param policy: generation, table and classes (see :meth:`set_policy`) that judge from the first moment on: for a pod that
-            runs already, whose address is dialled meanwhile.
+        :param policy: generation, table and classes (see :meth:`set_policy`) that judge it. A pod that runs already (``open``) is
+            judged by them from the first moment on, as its address is dialled meanwhile; of another everything is refused until
+            they are in force, and stays so when they cannot be.
 
         In its namespace: sk_lookup link, ``tcp_fwmark_accept``, the rule and the table that bring answers to delivered
         connections back. Called again with another address or identity it changes those. An address that another
         pod had belongs to this one from now on.
         """
-        with naming(f"pod {pod.netns_cookie} ({', '.join(pod.addresses)})"):
-            if policy is not None:
-                # Not under the lock, as in set_policy.
-                generation, table, classes = policy
-                self._policies.set_policy(pod.netns_cookie, table, generation, classes)
+        with naming(f"pod {pod.netns_cookie} ({', '.join(pod.addresses)})"), ThreadPoolExecutor(1) as judging:
+            judged: Future[None] | None = None
             with self._lock:
                 is_new = self._pods.get(pod.netns_cookie) is None
+            # Verdicts and veth not under the lock, and at once: for each the kernel takes some tens of milliseconds.
+            if policy is not None:
+                generation, table, classes = policy
+                judged = judging.submit(
+                    self._policies.set_policy, pod.netns_cookie, table, generation, classes
+                )
             try:
+                if judged is not None and pod.open:
+                    judged.result()
                 with self._lock:
                     self._pods.add(pod, netns)
-                # Not under the lock: the kernel takes some tens of milliseconds.
                 self._interfaces.enrol(pod, netns)
             except (OSError, ValueError):
+                if judged is not None:
+                    wait([judged])
                 if is_new:
                     self._interfaces.remove(pod.netns_cookie)
                     with self._lock:
                         if self._pods.get(pod.netns_cookie) is not None:
                             self._pods.remove(pod.netns_cookie)
                             namespace.restore(netns)
-                        if policy is not None:
+                        if judged is not None:
                             self._policies.remove(pod.netns_cookie)
                 raise
+            if judged is not None:
+                judged.result()
 
     def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
         """Forget a pod: no element about it stays in any map, no link in its namespace, no listener.

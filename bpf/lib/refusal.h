@@ -11,7 +11,6 @@
 #define ATTEMPT_NS (130 * SECOND_NS)
 /* How long after its end a connection's stragglers (data, FIN, RST) are known as such. */
 #define STRAGGLER_NS (10 * SECOND_NS)
-#define REASON_CLOSED 0
 /* An application that dials again and again is told of once in a while. */
 #define DIAL_NS (5 * SECOND_NS)
 
@@ -115,31 +114,52 @@ inline_always void refuse_dial(u64 netns, const struct address *client, u32 reas
 	refuse_first(netns, client, reason, source, destination, address, port, IPPROTO_TCP, direction);
 }
 
+inline_always u64 mixed(u64 hash, u32 word)
+{
+	hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
+	return hash ^ hash >> 29;
+}
+
+/* The same of either end of a connection. */
+inline_always u64 fingerprint_of(const struct tuple *tuple)
+{
+	u64 client = tuple->client_port, server = tuple->server_port;
+
+	for (int i = 0; i < 4; i++) {
+		client = mixed(client, tuple->client_address.word[i]);
+		server = mixed(server, tuple->server_address.word[i]);
+	}
+	return mixed(client + server, (u32)(client ^ server));
+}
+
+inline_always struct closed *closed_at(u64 fingerprint)
+{
+	u32 slot = (u32)(fingerprint >> 32) & (CLOSED_SLOTS - 1);
+
+	return map_lookup(MAP(CLOSED), &slot);
+}
+
 /* A connection has ended: what still comes of it belongs to no socket, and is no attempt to connect. */
 inline_always void note_closed(struct tuple *tuple)
 {
-	struct refusal closed = { .tuple = *tuple, .reason = REASON_CLOSED };
-	u64 now = now_ns();
+	u64 fingerprint = fingerprint_of(tuple);
+	struct closed *closed = closed_at(fingerprint);
 
-	map_update(MAP(RECENT), &closed, &now, BPF_ANY);
+	if (!closed)
+		return;
+	closed->when = now_ns();
+	closed->fingerprint = fingerprint;
 }
 
 /* Either end may be the one that lingers. */
 inline_always bool is_straggler(struct tuple *tuple)
 {
-	struct refusal closed = { .tuple = *tuple, .reason = REASON_CLOSED };
-	u64 *when = map_lookup(MAP(RECENT), &closed);
+	u64 fingerprint = fingerprint_of(tuple);
+	struct closed *closed = closed_at(fingerprint);
 
-	if (!when) {
-		closed.tuple.client_address = tuple->server_address;
-		closed.tuple.client_port = tuple->server_port;
-		closed.tuple.server_address = tuple->client_address;
-		closed.tuple.server_port = tuple->client_port;
-		when = map_lookup(MAP(RECENT), &closed);
-	}
-	if (!when)
+	if (!closed || *(volatile u64 *)&closed->fingerprint != fingerprint)
 		return false;
-	u64 before = *(volatile u64 *)when;
+	u64 before = *(volatile u64 *)&closed->when;
 
 	return now_ns() - before < STRAGGLER_NS;
 }

@@ -111,41 +111,7 @@ inline_always void splice_begin(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u
 		.side = side,
 	};
 
-	if (storage_get(MAP(SPLICE_ENDS), sk, &end, BPF_SK_STORAGE_GET_F_CREATE) && id)
-		set_cb_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG);
-}
-
-/* What this end sent was acknowledged: while TCP carries anything, this comes again. */
-inline_always void splice_rtt(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
-{
-	struct splice_end *end = storage_get(MAP(SPLICE_ENDS), sk, 0, 0);
-	struct splice *splice;
-	void *tcp;
-
-	if (!end || (end->flags & (SPLICE_NEVER | SPLICE_IN)) == SPLICE_NEVER) {
-		set_cb_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
-		return;
-	}
-	tcp = to_tcp_sock(sk);
-	if (!tcp)
-		return;
-	if (!(end->flags & SPLICE_IN)) {
-		/* Bulk: should it enter all the same one day, the agent's walk will see to its leaving. */
-		if (LOAD(u64, tcp, TCP_SOCK_BYTES_ACKED) > (u64)(end->reads + 1) * SPLICE_BULK)
-			set_cb_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
-		return;
-	}
-	splice = map_lookup(MAP(SPLICES), &end->id);
-	if (!splice || !is_drained(end, splice, tcp))
-		return;
-	u64 key = splice_key(end->id, end->side);
-
-	if (!map_delete(MAP(SPLICE_SOCKETS), &key)) {
-		__sync_fetch_and_or(&end->flags, (u64)SPLICE_NEVER);
-		__sync_fetch_and_and(&end->flags, ~(u64)SPLICE_IN);
-		splice_count(SPLICE_COUNTER_LEFT);
-	}
-	set_cb_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
+	storage_get(MAP(SPLICE_ENDS), sk, &end, BPF_SK_STORAGE_GET_F_CREATE);
 }
 
 /*

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from bpf import compiled
 from tests.kernel.mesh import Node, TestPod, Worker
 from tests.requirements import require_root
 
@@ -21,10 +20,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     This process is in the cgroup of its agent meanwhile: for the tests of this folder only.
     """
     require_root()
-    with pytest.MonkeyPatch.context() as patch:
-        # Compiled anew: programs that were kept have no BTF, by which layouts are compared.
-        patch.delenv(compiled.FOLDER, raising=False)
-        node = Node(Path(tmp_path_factory.mktemp("kernel")))
+    node = Node(Path(tmp_path_factory.mktemp("kernel")))
     yield node
     node.close()
 

@@ -262,6 +262,7 @@ def everything_about(node, pod):
             "events",
             "records",
             "counters",
+            "closed",
             "flows",
             "refused",
             "conversations",

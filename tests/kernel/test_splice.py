@@ -235,16 +235,6 @@ def test_nothing_is_lost_by_leaving(connection):
         connection.node.kernel.splices.switch(True)
 
 
-def test_leaves_by_itself(connection):
-    """Without a walk: as soon as it hears from its peer while its queue is empty."""
-    connection.enter()
-    went = connection.fill(connection.client, 4 << 20)
-    connection.receive(connection.server, went)
-    connection.rounds()
-    assert connection.has_left()
-    assert not connection.spliced(connection.client)
-
-
 # Readers that change
 
 
