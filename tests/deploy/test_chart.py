@@ -142,7 +142,7 @@ def test_order_names_what_is_referred_to_first() -> None:
 
 def test_what_surges_waits_in_its_probe() -> None:
     """Of a DaemonSet with both, Kubernetes' controller may forget to look when a new pod has been ready for long enough."""
-    sets = [one for one in manifests.build(Values()) if one["kind"] == "DaemonSet"]
+    sets = [one for one in manifests.build(Values(), "mycel-system") if one["kind"] == "DaemonSet"]
     surging = [one["spec"] for one in sets if one["spec"]["updateStrategy"]["rollingUpdate"]["maxSurge"]]
     assert len(surging) == 2
     for spec in surging:
