@@ -109,7 +109,11 @@ def test_no_byte_is_lost_or_overtaken(node, make_pod, streams, flags, connection
     # They were in it, and out of it again.
     assert happened[SpliceCounter.ENTERED] > connections / 20, happened
     assert happened[SpliceCounter.LEFT] > 0 and happened[SpliceCounter.OVERFLOWS] > 0, happened
-    assert node.kernel.pressure()["splices"].used == 0
+    # The kernel may still be about to close what the programs have left.
+    deadline = time.monotonic() + 5
+    while used := node.kernel.pressure()["splices"].used:
+        assert time.monotonic() < deadline, f"{used} connections are left behind"
+        time.sleep(0.02)
     if flags & RESETS:
         return
     # What goes past TCP is counted to the byte.
