@@ -181,7 +181,8 @@ ClientMessage = Hello | Ack | Nack
 class Update(msgspec.Struct, frozen=True, tag="update"):
     """A change to the client's state; ``complete`` replaces all of it.
 
-    ``version`` is the snapshot's SHA-256 in hex. A client applies updates in order and acknowledges each.
+    ``version`` is the snapshot's SHA-256 in hex; for a client of an earlier protocol, which is sent less, with that protocol's
+    number before it (``2:...``). A client applies updates in order and acknowledges each.
     """
 
     nonce: int

@@ -1,4 +1,8 @@
-"""What clients of an earlier version of the protocol are sent instead: never something that would allow more in their eyes."""
+"""What clients of an earlier version of the protocol are sent instead: never something that would allow more in their eyes.
+
+They hear another version of the snapshot too: what they hold is less than all of it, and whoever comes after them on their node,
+with the state that they left on its disk, has to be sent the whole.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,19 @@ from collections.abc import Iterable
 
 from msgspec.structs import replace
 
-from controlplane.api import Action, Authorization, NetworkPolicy, Resource, Rule
+from controlplane.api import API_VERSION, Action, Authorization, NetworkPolicy, Resource, Rule
+
+_SEPARATOR = ":"
+
+
+def version_for(api: int, snapshot: str) -> str:
+    """A snapshot's version as a client of that version of the protocol is told it."""
+    return snapshot if api >= API_VERSION else f"{api}{_SEPARATOR}{snapshot}"
+
+
+def snapshot_of(version: str) -> str:
+    """The snapshot's own version, whoever was told it."""
+    return version.rpartition(_SEPARATOR)[2]
 
 
 def resources(found: Iterable[Resource]) -> tuple[Resource, ...]:

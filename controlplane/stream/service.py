@@ -89,9 +89,10 @@ class MeshService:
                         self._answer(session, api.decode_client(answers.get_nowait()), client, log)
                     if reader.done():
                         return
-                    update = session.next_update(self._publisher.snapshot)
+                    snapshot = self._publisher.snapshot
+                    update = session.next_update(snapshot)
                     if update is not None:
-                        client.sent(update.version)
+                        client.sent(snapshot.version)
                         self._clients.pushed(client, "mesh")
                         log.debug(
                             "update sent",

@@ -48,7 +48,7 @@ class Updates:
         self._whole: dict[bool, tuple[Resource, ...]] = {}
         self._encoded: dict[int, tuple[tuple[Resource, ...], msgspec.Raw]] = {}
         self._packed: dict[int, bytes] = {}
-        self._messages: dict[tuple[int, int, bool], bytes] = {}
+        self._messages: dict[tuple[int, str, int, bool], bytes] = {}
 
     def between(self, old: Snapshot, new: Snapshot, network: bool = True) -> Delta:
         """``network``: for a client that knows :data:`controlplane.api.API_NETWORK`."""
@@ -72,10 +72,10 @@ class Updates:
 
     def encode(self, update: Update, packed: bool = False) -> bytes:
         """The update's bytes; ``packed`` if that may be. Upserts that are sent to many are encoded for the first of them."""
-        if update.version != self._target:
+        if older.snapshot_of(update.version) != self._target:
             return _encoder.encode(update)
         item = id(update.upserts)
-        key = (update.nonce, item, packed)
+        key = (update.nonce, update.version, item, packed)
         if key in self._messages:
             return self._messages[key]
         # The tuple is kept with it: an id is one object's only while it lives.
@@ -114,6 +114,7 @@ class Session:
 
     def __init__(self, held: str = "", updates: Updates | None = None, api: int = API_VERSION) -> None:
         self._held = held
+        self._api = api
         self._network = api >= API_NETWORK
         self._updates = updates or Updates()
         self._sent: Snapshot | None = None  # None: nothing sent on this stream yet
@@ -126,12 +127,13 @@ class Session:
         if self._waiting or (self._sent is not None and self._sent.version == snapshot.version):
             return None
         self._nonce += 1
-        if self._sent is None and self._held == snapshot.version:
-            update = Update(self._nonce, snapshot.version)
+        version = older.version_for(self._api, snapshot.version)
+        if self._sent is None and self._held == version:
+            update = Update(self._nonce, version)
         elif self._sent is None:
             update = Update(
                 self._nonce,
-                snapshot.version,
+                version,
                 complete=True,
                 upserts=self._updates.whole(snapshot, self._network),
             )
@@ -139,7 +141,7 @@ class Session:
             upserts, removes = self._updates.between(self._sent, snapshot, self._network)
             if self._refused:
                 upserts, removes = self._with_refused(snapshot, upserts, removes)
-            update = Update(self._nonce, snapshot.version, upserts=upserts, removes=removes)
+            update = Update(self._nonce, version, upserts=upserts, removes=removes)
         self._sent = snapshot
         self._refused = set()
         self._waiting = True

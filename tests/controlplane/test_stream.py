@@ -220,6 +220,23 @@ def test_what_an_older_client_refused_goes_along_again_as_it_knows_it() -> None:
     assert not any(s.ip_blocks for r in again.rules for s in r.sources)
 
 
+@pytest.mark.parametrize("before", [1, 2])
+def test_what_an_older_client_held_is_not_all_for_the_next_one(before: int) -> None:
+    """An agent that is upgraded, or set back, finds the other one's last good state: less is in it, or what it cannot read."""
+    full, updates = _with_addresses(), Updates()
+    first = Session("", updates, api=before).next_update(full)
+    assert first is not None
+    assert api.decode_update(updates.encode(first)) == first
+    again = Session(first.version, updates, api=before).next_update(full)
+    assert again == api.Update(1, first.version), "nothing is new for its like"
+    after = Session(first.version, updates).next_update(full)
+    assert after is not None
+    assert after.complete
+    assert {api.resource_key(r): r for r in after.upserts} == full.resources
+    assert api.decode_update(updates.encode(after)) == after
+    assert Session(after.version, updates, api=before).next_update(full) == first
+
+
 _SNAPSHOTS = [
     compile_all(*[pod(n, node=node) for n in names])
     for names in ("", "a", "ab", "bc", "abc")
@@ -310,6 +327,19 @@ async def test_reconnecting_with_the_same_state(harness: Harness) -> None:
         await client.hello(version=controller.snapshot.version)
         update = await client.take()
         assert (update.complete, update.upserts) == (False, ())
+
+
+async def test_an_older_client_has_the_snapshot_that_it_acknowledged(harness: Harness) -> None:
+    write(harness.config, "web.yaml", *two_versions())
+    async with harness.serving() as controller, harness.channel() as channel:
+        client = MeshClient(channel)
+        await client.hello(api=2)
+        assert (await client.take()).version == f"2:{controller.snapshot.version}"
+
+        async def acknowledged() -> bool:
+            return bool((await harness.clients())[0]["version_acked"] == controller.snapshot.version)
+
+        await eventually(acknowledged)
 
 
 async def test_a_refusal_is_shown(harness: Harness) -> None:
