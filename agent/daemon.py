@@ -240,6 +240,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
     )
     node.tell(proxies)
     node.loads(lambda: _load(options))
+    node.gives_roles(roles.repair)
     enrolment = EnrolmentFile(options.run)
     splicer = Splicer(kernel.splices, on=options.splice)
 

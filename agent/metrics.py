@@ -144,8 +144,10 @@ class Collector:
             "policy",
             "peer",
             "service",
+            "network policy",
             "listener",
             "link",
+            "role",
             "stray pod",
             "stray peer",
         ):

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ class Namespaces:
 
     def __init__(self) -> None:
         self._fds: dict[int, int] = {}
+        #: A descriptor's number that was closed may be another file's at once.
+        self._lock = threading.Lock()
 
     def hold(self, cookie: int, netns: int) -> None:
         """Keep a duplicate until :meth:`release_others`."""
@@ -30,7 +33,8 @@ class Namespaces:
     def release_others(self, needed: Collection[int]) -> None:
         """Let go of all but those cookies."""
         for cookie in self._fds.keys() - set(needed):
-            os.close(self._fds.pop(cookie))
+            with self._lock:
+                os.close(self._fds.pop(cookie))
 
     @contextlib.contextmanager
     def borrow(self, cookie: int) -> Iterator[int]:
@@ -38,7 +42,8 @@ class Namespaces:
 
         :raises KeyError: no pod with that namespace is attached.
         """
-        fd = os.dup(self._fds[cookie])
+        with self._lock:
+            fd = os.dup(self._fds[cookie])
         try:
             yield fd
         finally:

@@ -82,6 +82,10 @@ class Node:
         """How programs that somebody detached come back."""
         self._reconciler.load = load
 
+    def gives_roles(self, give: Callable[[], int]) -> None:
+        """How roles that the kernel has lost come back; ``give`` says how many those were."""
+        self._reconciler.give_roles = give
+
     def look(self) -> None:
         """Compare the kernel with what was written into it now, all of it."""
         self._reconciler.look()

@@ -23,8 +23,10 @@ SETTLE = 3.0
 LAST_CALL = 0.5
 #: Seconds that another node may need until it has captured a pod that joins: its plain text is plain text until then.
 GRACE = 30.0
-#: Seconds between looks whether the proxies have their listeners.
+#: Seconds between looks whether the proxies have their listeners: at first, and at most. A look is a whole pass, and there may be
+#: no proxy for long.
 POLL = 0.1
+POLL_MOST = 2.0
 
 
 class Stage(enum.IntEnum):
@@ -94,7 +96,7 @@ class Passages:
                     {Stage.PREPARED: LAST_CALL, Stage.CAPTURED: SETTLE}.get(stage, 0.0) - (now - since)
                 )
             elif stage is Stage.PREPARED:
-                waits.append(POLL)
+                waits.append(min(max(POLL, (now - since) / 8), POLL_MOST))
             elif stage is Stage.CAPTURED:
                 waits.append(SETTLE - (now - since))
         return max(0.0, min(waits)) if waits else None

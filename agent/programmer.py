@@ -7,6 +7,7 @@ changed meanwhile. What cannot be written is reported and counts as not written,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ _PARALLEL = 8
 _FORGET_AT = 0.75
 
 #: Maps with an element for each pod.
-_OF_PODS = ("listeners", "peers", "pods", "policies")
+_OF_PODS = ("interfaces", "listeners", "peers", "pods", "policies", "shares")
 
 _REFUSED = Verdicts({})
 
@@ -243,11 +244,16 @@ class Programmer:
             self._pods[cookie] = known._replace(identity=0)
         for cookie in lacking:
             policy = self._policies.get(cookie)
-            if policy is not None and (policy.generation, policy.verdicts.table) != (
-                await asyncio.to_thread(self._kernel.policy, cookie)
-            ):
+            if policy is not None and not await asyncio.to_thread(self._has_policy, cookie, policy):
                 self._found(found, "policy", cookie)
                 self._policies[cookie] = policy._replace(verdicts=_UNLIKE_ANY)
+            for direction in Direction:
+                key = (cookie, direction)
+                if key in self._networks and not await asyncio.to_thread(
+                    self._kernel.has_network, cookie, direction, self._networks[key]
+                ):
+                    self._found(found, "network policy", cookie)
+                    del self._networks[key]
         of_pods = {address for pod in (*pods.values(), *self._pods.values()) for address in pod.addresses}
         for address in (peers.keys() | self._peers.keys()) - of_pods:
             there, wished = peers.get(address), self._peers.get(address)
@@ -263,6 +269,13 @@ class Programmer:
                 self._found(found, "service", f"{frontend.address}:{frontend.port}")
                 self._services[frontend] = None
         return found
+
+    def _has_policy(self, cookie: int, policy: _Policy) -> bool:
+        there = self._kernel.policy(cookie)
+        return (
+            there == (policy.generation, policy.verdicts.table)
+            and self._kernel.policy_classes(cookie, policy.generation) == policy.verdicts.classes
+        )
 
     def _found(self, found: Counter[str], what: str, which: object, **more: object) -> None:
         found[what] += 1
@@ -319,6 +332,11 @@ class Programmer:
         self._kernel.forget_flows(stale)
         _log.warning("accounts of identities that are gone were added up", accounts=len(stale))
 
+    def count_shares(self) -> None:
+        """What goes with a removed pod is in no count of whoever dialled it: its share would shrink for good."""
+        if wrong := self._kernel.count_shares():
+            _log.debug("pods' shares of maps were counted again", pods=wrong)
+
     def _set_peer(self, address: str, peer: facade.Peer) -> None:
         try:
             self._kernel.set_peer(address, peer)
@@ -361,6 +379,10 @@ class Programmer:
                     await self._set_policy(cookie, verdicts, outcome)
         except (KernelError, OSError, ValueError, KeyError) as error:
             reason = str(error) if not isinstance(error, KeyError) else "its namespace is gone"
+            if cookie not in self._pods:
+                # Without verdicts it is refused to everybody; whoever gives it up has to know of it.
+                with contextlib.suppress(KernelError):
+                    self._pods.update({c: there for c, there in self._kernel.pods().items() if c == cookie})
             outcome.pods[cookie] = reason
             if isinstance(error, NoVethError):
                 outcome.hopeless.add(cookie)

@@ -81,6 +81,8 @@ class Reconciler:
         self.repairs: Counter[str] = Counter()
         #: The loader: puts programs back at the node's cgroup.
         self.load: Callable[[], Awaitable[None]] = _nothing
+        #: Gives cgroups their roles again where the kernel has lost them; how many those were.
+        self.give_roles: Callable[[], int] = lambda: 0
         self._look_now = asyncio.Event()
         #: Numbers of no workload, and since when.
         self._unused: dict[int, float] = {}
@@ -346,18 +348,17 @@ class Reconciler:
         services = self._programmer.services()
         part = slice(self._turn % share, None, share)
         self._turn += 1
-        try:
-            found = await self._programmer.audit(cookies[part], services[part])
-            if detached := await asyncio.to_thread(self._programmer.detached):
-                _log.warning("kernel state is not as it was written: repaired", what="link", which=detached)
-                await self.load()
-                found["link"] += len(detached)
-        except OSError as error:
-            _log.error("kernel cannot be compared with what was written", reason=str(error))
-        else:
-            self.repairs.update(found)
-            if found:
-                self._dirty.set()
+        found = await self._programmer.audit(cookies[part], services[part])
+        self.repairs.update(found)
+        if found:
+            self._dirty.set()
+        # Here, not in a thread: roles are given and taken by this one.
+        if lost := self.give_roles():
+            self.repairs["role"] += lost
+        if detached := await asyncio.to_thread(self._programmer.detached):
+            _log.warning("kernel state is not as it was written: repaired", what="link", which=detached)
+            await self.load()
+            self.repairs["link"] += len(detached)
 
     async def _hand_listeners(self) -> None:
         """A listener that the kernel has lost: whoever has to hold it gets another."""
@@ -392,9 +393,15 @@ class Reconciler:
             self._look_now.clear()
             if not self._state.mesh.known:
                 continue
-            async with self._passing:
-                await self._look(share)
-            await self._hand_listeners()
+            try:
+                async with self._passing:
+                    await self._look(share)
+                await self._hand_listeners()
+            except OSError as error:
+                _log.error("kernel cannot be compared with what was written", reason=str(error))
+            except Exception:
+                # A load that failed, for one: the next comparison tries again.
+                _log.exception("comparing with the kernel failed")
 
     async def _forget_identities(self) -> None:
         """Forget the numbers of workloads that are long gone, once nothing in the kernel carries them.
@@ -431,6 +438,7 @@ class Reconciler:
                 # Accounts may be many, and need nothing of what is programmed.
                 current = set(self.tables.identities.values())
                 await asyncio.to_thread(self._programmer.forget_accounts, current)
+                await asyncio.to_thread(self._programmer.count_shares)
                 await self._forget_identities()
             except OSError as error:
                 _log.error("kernel cannot be looked at", reason=str(error))

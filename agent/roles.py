@@ -62,6 +62,29 @@ class Roles:
         self._own = own
         self._hierarchy = hierarchy
         self._fixed: dict[int, Role] = {}
+        self._given: dict[int, tuple[processes.Cgroup, Role]] = {}
+
+    def repair(self) -> int:
+        """Give again what was given here and the kernel has not; how many those were.
+
+        :raises KernelError: it cannot be looked at.
+        """
+        there = self._kernel.roles()
+        lost = [(one, role) for one, role in tuple(self._given.values()) if there.get(one.id) is not role]
+        repaired = 0
+        for one, role in lost:
+            if not _is_there(one):
+                self._given.pop(one.id, None)
+                continue
+            self._kernel.set_role(one.id, role)
+            _log.warning(
+                "kernel state is not as it was written: repaired",
+                what="role",
+                which=str(one.path),
+                role=role.name,
+            )
+            repaired += 1
+        return repaired
 
     def forget_gone(self) -> None:
         """Remove the roles of cgroups that are no more (proxies of an earlier time)."""
@@ -92,6 +115,7 @@ class Roles:
                 if found is role and (cgroup is None or cgroup_id != cgroup.id):
                     self._kernel.set_role(cgroup_id, Role.NONE)
                     self._fixed.pop(cgroup_id, None)
+                    self._given.pop(cgroup_id, None)
         except KernelError as error:
             raise RoleError(str(error)) from None
         if cgroup is not None:
@@ -128,3 +152,11 @@ class Roles:
                 self._kernel.set_role(cgroup.id, role)
         except (KernelError, MapFullError) as error:
             raise RoleError(f"cgroup {cgroup.path}: {error}") from None
+        self._given[cgroup.id] = (cgroup, role)
+
+
+def _is_there(one: processes.Cgroup) -> bool:
+    try:
+        return one.path.stat().st_ino == one.id
+    except OSError:
+        return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from bpf import links, wire
 from bpf.maps import Map
 
 _TUPLE_SIZE = wire.Tuple.LAYOUT.size
+_COOKIE_SIZE = 8
 _LISTENER_PORTS = (wire.PORT_OUTBOUND, wire.PORT_OUTBOUND_L7, wire.PORT_HBONE)
 
 
@@ -155,19 +157,18 @@ class Pods:
     def count_shares(self) -> int:
         """Set right what each pod has of the maps that have shares; how many were wrong.
 
-        Entries that are removed from here are in no count. What comes and goes meanwhile may be off by one.
+        Entries that are removed from here are in no count. A pod that dials meanwhile is left for another time: one that is
+        refused for what it has not is at rest.
         """
-        have: dict[int, list[int]] = {}
-        for _, value in self._connecting.items():
-            have.setdefault(wire.Who.unpack(value).netns, [0, 0])[0] += 1
-        for key, _ in self._captured.items():
-            have.setdefault(wire.CapturedKey.unpack(key).netns, [0, 0])[1] += 1
+        before = dict(self._shares.items())
+        # Values of the one and keys of the other begin with the cookie. They may be a quarter of a million.
+        connecting = Counter(value[:_COOKIE_SIZE] for _, value in self._connecting.items())
+        captured = Counter(key[:_COOKIE_SIZE] for key, _ in self._captured.items())
         wrong = 0
         for key, value in self._shares.items():
-            (cookie,) = struct.unpack("=Q", key)
-            right = wire.Share(*have.get(cookie, (0, 0)))
-            if wire.Share.unpack(value) != right:
-                self._shares.update(key, right.pack())
+            right = wire.Share(connecting[key], captured[key]).pack()
+            if value == before.get(key) and value != right:
+                self._shares.update(key, right)
                 wrong += 1
         return wrong
 

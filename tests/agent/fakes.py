@@ -72,6 +72,8 @@ class FakeKernel(Kernel):
         self.refused: list[Connection] = []
         self.accounts: dict[FlowKey, FlowCounters] = {}
         self.map_pressure: dict[str, Pressure] = {"pods": Pressure(0, 1024, 0)}
+        self.fake_detached: list[str] = []
+        self.share_counts = 0
         self.fake_roles: dict[int, Role] = {}
         self.fake_pods: dict[int, Pod] = {}
         self.fake_policies: dict[int, tuple[int, dict[tuple[int, ...], bool]]] = {}
@@ -113,14 +115,11 @@ class FakeKernel(Kernel):
         policy: tuple[int, Mapping[tuple[int, ...], bool], Mapping[str, int]] | None = None,
     ) -> None:
         os.fstat(netns)
-        judged = f" judged by {policy[0]}" if policy is not None else ""
-        self._write(
-            f"add pod {pod.netns_cookie} {','.join(pod.addresses)} {pod.identity}{judged}", pod.netns_cookie
-        )
+        self._write(f"add pod {pod.netns_cookie} {','.join(pod.addresses)} {pod.identity}", pod.netns_cookie)
         self.fake_pods[pod.netns_cookie] = pod
         if policy is not None:
-            self.fake_policies[pod.netns_cookie] = (policy[0], dict(policy[1]))
-            self.fake_classes[pod.netns_cookie] = dict(policy[2])
+            generation, table, classes = policy
+            self.set_policy(pod.netns_cookie, table, generation, classes)
 
     def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
         self._write(f"remove pod {netns_cookie}", netns_cookie)
@@ -240,7 +239,11 @@ class FakeKernel(Kernel):
         return [frontend for frontend in frontends if frontend not in self.fake_services]
 
     def detached(self) -> list[str]:
-        return []
+        return list(self.fake_detached)
+
+    def count_shares(self) -> int:
+        self.share_counts += 1
+        return 0
 
     def captured_fd(self) -> int:
         return os.open("/dev/null", os.O_RDONLY)

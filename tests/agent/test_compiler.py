@@ -206,6 +206,7 @@ class TestPolicies:
                         allowed(found, number, asked, address)
                         == authorize(policies, principal, asked, address).allowed
                     )
+                assert allowed(found, IDENTITY_PROBE, asked, address)
                 plain = (exception[1] if asked == exception[0] else mode) is MtlsMode.PERMISSIVE
                 assert allowed(found, IDENTITY_PLAIN, asked, address) == (
                     plain and authorize(policies, None, asked, address).allowed

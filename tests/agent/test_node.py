@@ -435,7 +435,7 @@ async def test_status_is_about_room_for_pods(world):
     for name in ("recent", "affinity", "refused", "flows", "connecting"):
         world.kernel.map_pressure[name] = Pressure(8192, 8192, 1)
     await world.node.cni.status()
-    for name in ("pods", "policies", "peers", "listeners"):
+    for name in ("pods", "policies", "peers", "listeners", "interfaces", "shares"):
         world.kernel.map_pressure[name] = Pressure(8192, 8192, 1)
         with pytest.raises(Refusal, match="no room for another pod") as refused:
             await world.node.cni.status()
@@ -590,12 +590,10 @@ async def test_a_policy_change_ends_what_it_refuses_twice(world, monkeypatch):
     world.kernel.refused = [connection(1)]
     deny = Authorization("default", "deny", Action.ALLOW, ())
     await world.node.apply(Update(2, "v2", upserts=(deny, workload("web", policies=("default/deny",)))))
-    await asyncio.sleep(0.02)
-    assert world.kernel.refused == []
+    await until(lambda: "destroy 1" in world.kernel.calls)
     # Judged by the old table, established after the swap.
     world.kernel.refused = [connection(2)]
-    await asyncio.sleep(0.1)
-    assert world.kernel.calls[-2:] == ["destroy 1", "destroy 2"]
+    await until(lambda: world.kernel.calls[-2:] == ["destroy 1", "destroy 2"])
 
 
 async def test_strict_is_in_force_when_the_update_is_acknowledged(world):
@@ -619,8 +617,7 @@ class TestFailures:
         )
         assert "map full" in world.node.problem
         world.kernel.broken.clear()
-        await asyncio.sleep(0.2)
-        assert world.node.problem == ""
+        await until(lambda: world.node.problem == "")
         assert "10.0.2.1" in world.kernel.peers()
 
     async def test_add_is_undone_when_the_kernel_fails(self, world):
@@ -643,6 +640,7 @@ class TestFailures:
         with pytest.raises(Refusal):
             await world.add("web")
         assert world.told.transcript == []
+        assert world.kernel.pods() == {}
 
     async def test_another_pod_is_not_hindered(self, world):
         await world.node.apply(complete(workload("web"), workload("other")))
@@ -696,8 +694,7 @@ class TestRestart:
         assert world.node.enrolled() == ()
         # When it ends, its entry goes; or the runtime attaches it again.
         world.kernel.ended.add(world.cookie("web"))
-        await asyncio.sleep(0.2)
-        assert world.kernel.pods() == {}
+        await until(lambda: world.kernel.pods() == {})
 
     async def test_an_orphan_that_is_attached_again_is_itself_again(self, world):
         await world.node.apply(complete(workload("web")))
@@ -763,8 +760,8 @@ class TestRestart:
 
     async def test_the_last_good_state_is_private_and_whole(self, world):
         await world.node.apply(complete(workload("web")))
-        await asyncio.sleep(0.1)
         file = world.folder / "state" / MESH_FILE
+        await until(file.exists)
         assert file.stat().st_mode & 0o777 == 0o600
         assert file.read_bytes() == last_good(workload("web")).replace(b"\xa5nonce\x01", b"\xa5nonce\x00")
         assert (world.folder / "state").stat().st_mode & 0o777 == 0o700
@@ -825,6 +822,44 @@ async def test_accounts_of_the_past_go_when_there_is_no_room(world):
     world.kernel.map_pressure["flows"] = Pressure(75, 100, 0)
     world.node._programmer.forget_accounts({number})
     assert list(world.kernel.accounts) == keys[:2]
+
+
+async def test_shares_of_maps_are_counted_again_from_time_to_time(world, monkeypatch):
+    monkeypatch.setattr("agent.reconciler.MAINTENANCE", 0.02)
+    await world.restart()
+    await until(lambda: world.kernel.share_counts > 1)
+
+
+async def test_a_load_that_fails_is_tried_again_and_keeps_nothing_else_from_repair(world):
+    await world.node.apply(complete(workload("web")))
+    await world.add("web")
+    loads: list[int] = []
+
+    async def load() -> None:
+        loads.append(len(loads))
+        if len(loads) == 1:
+            raise RuntimeError("no memory for a compiler")
+        world.kernel.fake_detached.clear()
+
+    world.node.loads(load)
+    world.kernel.fake_detached.append("link_connect4")
+    world.kernel.fake_policies.clear()
+    world.node.look()
+    await until(lambda: loads and world.pod_policy("web") is not None)
+    assert world.node.repairs == {"policy": 1}
+    world.node.look()
+    await until(lambda: world.node.repairs == {"policy": 1, "link": 1})
+
+
+async def test_roles_that_the_kernel_has_lost_are_given_again(world):
+    lost = [1, 0]
+    world.node.gives_roles(lambda: lost.pop(0))
+    await world.node.apply(complete())
+    world.node.look()
+    await until(lambda: world.node.repairs == {"role": 1})
+    world.node.look()
+    await until(lambda: not lost)
+    assert world.node.repairs == {"role": 1}
 
 
 async def test_pods_that_ran_before_the_plugin_are_named(world):

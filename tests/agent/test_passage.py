@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent import processes, sandboxes
-from agent.passage import LAST_CALL, SETTLE, Passages, Stage
+from agent.passage import LAST_CALL, POLL, POLL_MOST, SETTLE, Passages, Stage
 from lab import cgroups
 from tests.agent.pods import Netns
 
@@ -26,7 +26,9 @@ def test_the_way_in_and_out():
     passages = Passages()
     join = lambda now, reachable=True: passages.join(1, running=True, reachable=reachable, now=now)  # noqa: E731
     assert join(0.0, False) is Stage.PREPARED
+    assert passages.next(leaving=(), now=0.0) == POLL
     assert join(99.0, False) is Stage.PREPARED
+    assert passages.next(leaving=(), now=99.0) == POLL_MOST
     assert join(100.0) is Stage.CAPTURED
     assert passages.next(leaving=(), now=101.0) == pytest.approx(SETTLE - 1)
     assert join(100.0 + SETTLE - 0.1) is Stage.CAPTURED

@@ -76,6 +76,28 @@ class SmallKernel(FakeKernel):
             self.fake_roles[cgroup_id] = role
 
 
+def test_what_the_kernel_has_lost_is_given_again(tmp_path: Path):
+    """A proxy without its role would be an application to the kernel; a cgroup that is gone, or has none any more, gets none."""
+    kernel = SmallKernel()
+    roles = Roles(kernel, own=None, hierarchy=tmp_path)
+    folders = [tmp_path / name for name in ("kubelet", "nodeproxy", "gone")]
+    for folder in folders:
+        folder.mkdir()
+    kubelet, nodeproxy, gone = map(cgroup, folders)
+    roles.only(Role.PROBER, kubelet)
+    roles.register(api.Role.NODEPROXY, nodeproxy)
+    roles.register(api.Role.L7PROXY, gone)
+    assert roles.repair() == 0
+    folders[2].rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
+    kernel.fake_roles = {kubelet.id: Role.ENVOY}
+    assert roles.repair() == 2
+    assert kernel.roles() == {kubelet.id: Role.PROBER, nodeproxy.id: Role.NODEPROXY}
+    roles.only(Role.PROBER, None)
+    assert roles.repair() == 0
+    assert kernel.roles() == {nodeproxy.id: Role.NODEPROXY}
+    kernel.close()
+
+
 def test_proxies_that_are_gone_make_room(tmp_path: Path):
     """One that crashes again and again has a cgroup of its own each time, and the agent lives on."""
     kernel = SmallKernel()

@@ -89,8 +89,8 @@ def test_comes_back_less_and_less_often_for_applications_that_do_not_read(monkey
     walks = asyncio.run(walks_of(kernel, 0.8))
     gaps = [later - earlier for earlier, later in itertools.pairwise(walks)]
     assert len(gaps) >= 3
-    assert gaps == sorted(gaps)
-    assert gaps[-1] > 3 * gaps[0]
+    # A busy machine makes them longer.
+    assert all(gap >= 0.04 * 2**number for number, gap in enumerate(gaps))
 
 
 def test_goes_on_after_an_error(monkeypatch):

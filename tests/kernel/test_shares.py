@@ -90,6 +90,21 @@ def test_captured_connections_fill_their_own_share_only(small):
     node.kernel.remove_peer("10.88.0.9")
 
 
+def test_dials_that_went_with_the_pod_that_they_were_to_are_counted_again(small):
+    node, (greedy, _, server) = small
+    greedy.enrol({})
+    server.enrol({(greedy.identity, 0): True})
+    run(server.netns, "nft", "add table ip t; add chain ip t c { type filter hook input priority 0; }")
+    run(server.netns, "nft", "add rule ip t c tcp dport 9999 drop")
+    with greedy.app.connect((server.address, 9999), nonblocking=True):
+        assert share(node, greedy).connecting == 1
+        node.kernel.remove_pod(server.cookie)
+    run(server.netns, "nft", "flush ruleset")
+    assert share(node, greedy).connecting == 1
+    assert node.kernel.count_shares() == 1
+    assert share(node, greedy) == wire.Share(0, 0)
+
+
 def test_what_was_removed_by_hand_is_counted_again(small):
     node, (greedy, *_) = small
     greedy.enrol({})
