@@ -1,8 +1,8 @@
 """HBONE arriving: the server on POD:15008, from the request to the destination's application.
 
 Owns the verdict on each stream. In order: the authority is this pod's (400), the client's SVID is that of the workload at the
-source address as the kernel sees it (waiting a little for the controller's word, then 401), policy by identity and by that
-address, and NetworkPolicy (401), delivery (503).
+source address as the kernel sees it (waiting a little for the controller's word, then 401), policy by identity and by the
+client's addresses, and NetworkPolicy (401), delivery (503).
 Verdicts are taken again when the mesh changes: what is no longer allowed is reset.
 """
 
@@ -50,7 +50,7 @@ class _Question(NamedTuple):
 
     uid: str  #: of the destination
     principal: str
-    address: str  #: of the client
+    addresses: tuple[str, ...]  #: the client's
     port: int
 
 
@@ -237,19 +237,15 @@ class Delivery:
         except PeerIdentityError as error:
             self._refuse(401, Outcome.IDENTITY, str(error))
             return
-        workload = self._verified()
-        if workload is None:
+        if self._verified() is None:
             return
         self._timer.cancel()
         self._all.waiting.pop(self, None)
-        refusal = self._all.mesh.refuses(
-            workload, self._peer.identity.principal, self._link.remote[0], self._port
-        )
-        if refusal:
-            self._refuse(401, Outcome.DENIED, refusal)
-            return
         if not self._has_client():
             self._refuse(400, Outcome.INVALID, f"the client has no address of the family of {self._address}")
+            return
+        if refusal := self._judge(self._question()):
+            self._refuse(401, Outcome.DENIED, refusal)
             return
         self._all.open[self] = None
         self._all.agent.get_socket(self._pod, Purpose.DELIVERY, self._address, self._have_socket)
@@ -272,7 +268,7 @@ class Delivery:
         if source is not None and source.identity != str(self._peer.identity):
             reason = f"{source.identity} is at the source address now"
         else:
-            key = _Question(self._pod.uid, self._peer.identity.principal, address, self._port)
+            key = self._question()
             if key not in verdicts:
                 verdicts[key] = self._judge(key)
             reason = verdicts[key]
@@ -284,11 +280,21 @@ class Delivery:
         else:
             self._refuse(401, Outcome.DENIED, reason)
 
+    def _question(self) -> _Question:
+        # Where its connection comes from and what the application is shown: of one family they are the same.
+        addresses = dict.fromkeys((self._link.remote[0], self._client[0]))
+        return _Question(self._pod.uid, self._peer.identity.principal, tuple(addresses), self._port)
+
     def _judge(self, question: _Question) -> str:
+        """Why it may not be; empty if it may. All of the client's addresses have to be allowed."""
         workload = self._all.mesh.workloads.get(question.uid)
         if workload is None:
             return ""  # The pod is on its way out: the agent withdraws it.
-        return self._all.mesh.refuses(workload, question.principal, question.address, question.port)
+        refusals = (
+            self._all.mesh.refuses(workload, question.principal, address, question.port)
+            for address in question.addresses
+        )
+        return next(filter(None, refusals), "")
 
     # --- delivery ----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from OpenSSL import SSL
 
-from controlplane.api import SignRequest
+from controlplane.api import Action, Authorization, Rule, SignRequest, Source
 from nodeproxy import h2core
 from tests.nodeproxy.fakes.apps import Server, echo
 from tests.nodeproxy.fakes.authority import Authority
@@ -68,6 +68,29 @@ def test_a_stream_for_the_pod_s_address_of_the_other_family(
     peer.handshake()
     assert peer.status(f"[::1]:{there.port}") == (200 if client_has_it else 400)
     assert [address for address, *_ in there.peers] == (["::1"] if client_has_it else [])
+    peer.close()
+    there.close()
+
+
+@pytest.mark.parametrize("block", ["::1/128", "own", "192.0.2.0/24"])
+def test_both_of_a_clients_addresses_are_judged(world: World, server: Server, block: str):
+    """Of a stream for the other family: where its connection comes from, and what the application is shown."""
+    there = Server("::1", echo)
+    pod = world.b.agent.pods["uid-server", 2]
+    world.b.agent.describe(msgspec.structs.replace(pod, addresses=(world.server_address, "::1")))
+    blocks = (f"{world.client_address}/32" if block == "own" else block,)
+    world.policies["d"] = Authorization("default", "d", Action.DENY, (Rule((Source(ip_blocks=blocks),)),))
+    world.workloads[world.client.uid] = msgspec.structs.replace(
+        world.client, addresses=(world.client_address, "::1")
+    )
+    world.workloads[world.server.uid] = msgspec.structs.replace(world.server, policies=("default/d",))
+    world.publish()
+    proxied = world.b.client.pods["uid-server", 2]
+    wait_until(lambda: "::1" in proxied.addresses, "the pod has two addresses")
+    svid = world.authority.svid(identity("client"))
+    peer = Peer.dial(world.server_address, world.client_address, svid, world.authority.trust)
+    peer.handshake()
+    assert peer.status(f"[::1]:{there.port}") == (200 if block == "192.0.2.0/24" else 401)
     peer.close()
     there.close()
 
