@@ -291,7 +291,7 @@ class Kernel:
         IDENTITY_MESH are on every workload's identity, and those on workloads are not asked then.
 
         When it returns, no connection is admitted by the old one any more, and every one that was is in
-        :meth:`connections`. TUNNEL needs no entries; IDENTITY_PROBE on the ports that probes go to.
+        :meth:`connections`. TUNNEL needs no entries; IDENTITY_PROBE on the ports that probes may go to.
 
         :param generation: from 1 on, any number that the caller can tell from the previous one.
         """
