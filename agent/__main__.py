@@ -101,6 +101,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="off: connections between two pods of this node go by TCP, as between nodes",
     )
     parser.add_argument(
+        "--revoke-after",
+        type=_patience,
+        default=0.0,
+        metavar="SECONDS|never",
+        help="that an open connection has once policy refuses it (default 0: it is ended at once)",
+    )
+    parser.add_argument(
         "--flow-log",
         default="",
         metavar="FILE|-",
@@ -144,6 +151,14 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1000000")
     return int(text)
+
+
+def _patience(text: str) -> float | None:
+    if text == "never":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of seconds nor never")
+    return float(text)
 
 
 def _switch(text: str) -> bool:

@@ -74,7 +74,7 @@ class Options:
 
     Without ``cni_bin`` and ``cni_conf`` the node's CNI configuration is somebody else's; ``daemonset`` is the one that runs this
     agent, ``outside`` are namespaces whose pods are never in the mesh. ``flow_log`` is a file or ``-``, with that many
-    lines per second at most; ``flow_records`` are kept in memory.
+    lines per second at most; ``flow_records`` are kept in memory. ``revoke_after``: see :class:`agent.sweeper.Sweeper`.
     """
 
     node: str
@@ -99,6 +99,7 @@ class Options:
     #: Of kernel maps, where they are not the usual ones.
     map_sizes: Mapping[str, int] = field(default_factory=dict)
     splice: bool = True
+    revoke_after: float | None = 0.0
     flow_log: str = ""
     flow_log_rate: int = RATE
     flow_records: int = KEEP
@@ -215,7 +216,9 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
     roles = _roles(options, kernel)
     namespaces = Namespaces()
     programmer = Programmer(kernel, namespaces)
-    sweeper = Sweeper(kernel, namespaces, lambda number: name_of(number, node.numbers))
+    sweeper = Sweeper(
+        kernel, namespaces, lambda number: name_of(number, node.numbers), after=options.revoke_after
+    )
     node = Node(
         options.node,
         storage=storage,

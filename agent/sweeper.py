@@ -3,6 +3,8 @@
 Owns the walk over the kernel's open connections after verdicts changed, and the walks for those that were judged by the old
 table and established after the swap: a second one a little later, and one whenever the kernel tells of such a connection (a
 client may end its handshake as late as it likes). It judges nothing: the kernel says which ones its tables refuse.
+
+How long a connection may outlive the policy that allowed it is configured; one that was refused when it was established may not.
 """
 
 from __future__ import annotations
@@ -26,7 +28,16 @@ _ROUNDS = 10
 class Sweeper:
     """``name`` gives a readable name to an identity's number, for the log."""
 
-    def __init__(self, kernel: Kernel, namespaces: Namespaces, name: Callable[[int], str]) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        namespaces: Namespaces,
+        name: Callable[[int], str],
+        *,
+        after: float | None = 0.0,
+    ) -> None:
+        """``after``: seconds that connections have from a change that refuses them; None: until they end by themselves."""
+        self._after = after
         self._kernel = kernel
         self._namespaces = namespaces
         self._name = name
@@ -41,21 +52,30 @@ class Sweeper:
     async def run(self) -> None:
         """Walk once, since a predecessor may have changed verdicts and not come to it; then for what was noted."""
         self._late.set()
-        while True:
-            await self._late.wait()
-            self._late.clear()
-            await self.walk()
+        async with asyncio.TaskGroup() as tasks:
+            if self._after:
+                tasks.create_task(self.sweep())
+            while True:
+                await self._late.wait()
+                self._late.clear()
+                await self.walk(never_allowed=self._after != 0)
 
     async def sweep(self) -> None:
-        """Walk now and once more after :data:`SECOND_WALK`."""
+        """Walk when it is time, and once more after :data:`SECOND_WALK`."""
+        if self._after is None:
+            return
+        await asyncio.sleep(self._after)
         await self.walk()
         await asyncio.sleep(SECOND_WALK)
         await self.walk()
 
-    async def walk(self) -> int:
-        """End every connection that is refused now; how many those were."""
+    async def walk(self, *, never_allowed: bool = False) -> int:
+        """End every connection that is refused now; how many those were.
+
+        :param never_allowed: only those that were refused already when they were established.
+        """
         try:
-            ended = await asyncio.to_thread(self._walk)
+            ended = await asyncio.to_thread(self._walk, never_allowed)
         except (KernelError, OSError) as error:
             _log.error("open connections cannot be walked", reason=str(error))
             return 0
@@ -70,10 +90,11 @@ class Sweeper:
         self.destroyed += len(ended)
         return len(ended)
 
-    def _walk(self) -> list[Connection]:
+    def _walk(self, never_allowed: bool) -> list[Connection]:
         ended: list[Connection] = []
         for _ in range(_ROUNDS):
-            found = self._end(self._kernel.refused_now())
+            refused = self._kernel.refused_now()
+            found = self._end(one for one in refused if one.revoked or not never_allowed)
             if not found:
                 break
             ended += found

@@ -11,8 +11,11 @@ _STAYS_READY = 3
 
 
 def nodeproxy(values: Values, namespace: str) -> Json:
-    drain = f"--drain-timeout={values.nodeproxy.drain_seconds}"
-    return _daemon_set(NODEPROXY, parts.NODEPROXY_ADMIN, values.nodeproxy, [drain], values, namespace)
+    arguments = [
+        f"--drain-timeout={values.nodeproxy.drain_seconds}",
+        f"--revoke-after={values.revoke_after}",
+    ]
+    return _daemon_set(NODEPROXY, parts.NODEPROXY_ADMIN, values.nodeproxy, arguments, values, namespace)
 
 
 def l7proxy(values: Values, namespace: str) -> Json:

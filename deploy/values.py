@@ -21,6 +21,7 @@ from bpf import limits
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[int, msgspec.Meta(ge=1, le=3600)]
+Patience = Annotated[int, msgspec.Meta(ge=0, le=86400)] | Literal["never"]
 MapSize = Annotated[str, msgspec.Meta(pattern="^[a-z_]+=[0-9]+$")]
 FolderPath = Annotated[str, msgspec.Meta(pattern="^/")]
 Toleration = dict[str, Any]
@@ -155,6 +156,12 @@ class Values(_Values, frozen=True):
         Name, msgspec.Meta(description="Of all identities: spiffe://TRUST-DOMAIN/...")
     ] = "cluster.local"
     cluster_domain: Annotated[Name, msgspec.Meta(description="The cluster's DNS domain.")] = "cluster.local"
+    revoke_after: Annotated[
+        Patience,
+        msgspec.Meta(
+            description="Seconds that an open connection has once policy refuses it; never: until it ends by itself."
+        ),
+    ] = 0
     outside: Annotated[
         tuple[Name, ...],
         msgspec.Meta(

@@ -38,6 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="SECONDS",
         help="that open connections have after SIGTERM, while a successor serves (the pod's grace period is longer)",
     )
+    parser.add_argument(
+        "--revoke-after",
+        type=_patience,
+        default=0.0,
+        metavar="SECONDS|never",
+        help="that an open connection has once policy refuses it (default 0: it is ended at once)",
+    )
     parser.add_argument("--envoy", type=Path, help="unix socket of an Envoy in l7proxy's place")
     logs.add_arguments(parser)
     options = parser.parse_args(arguments)
@@ -50,6 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
+def _patience(text: str) -> float | None:
+    if text == "never":
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of seconds nor never")
+    return float(text)
+
+
 def _run(options: argparse.Namespace) -> int:
     descriptors.raise_limit()
     loop = Loop()
@@ -58,7 +73,14 @@ def _run(options: argparse.Namespace) -> int:
     def sign(request: SignRequest, done: object) -> None:
         controllers[0].sign(request, done)  # type: ignore[arg-type]
 
-    proxy = NodeProxy(loop, node=options.node, run=options.run, sign=sign, envoy=options.envoy)
+    proxy = NodeProxy(
+        loop,
+        node=options.node,
+        run=options.run,
+        sign=sign,
+        envoy=options.envoy,
+        revoke_after=options.revoke_after,
+    )
     controller = Controller(
         options.controller,
         roots=options.roots,

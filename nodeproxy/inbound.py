@@ -119,9 +119,12 @@ class Inbound:
                 server.link.close("pod withdrawn")
 
     def mesh_changed(self) -> None:
-        """Judge every stream again."""
+        """Judge what waited for it."""
         for delivery in list(self.waiting):
             delivery.decide()
+
+    def judge_again(self) -> None:
+        """End every open stream that is no longer allowed."""
         verdicts: dict[_Question, str] = {}
         for delivery in list(self.open):
             delivery.judge_again(verdicts)

@@ -16,7 +16,7 @@ from nodeproxy.certificates import Certificates, Signer
 from nodeproxy.handoff import Handoffs
 from nodeproxy.inbound import Inbound
 from nodeproxy.link import Link
-from nodeproxy.loop import Loop, reset
+from nodeproxy.loop import Loop, Timer, reset
 from nodeproxy.mesh import Mesh
 from nodeproxy.pool import Pool
 from nodeproxy.tunnel import Tunnel, Tunnels
@@ -35,12 +35,22 @@ _LOOK = 0.05
 class NodeProxy:
     """Everything of one node. The loop's thread calls all of it."""
 
-    def __init__(self, loop: Loop, *, node: str, run: Path, sign: Signer, envoy: Path | None = None) -> None:
+    def __init__(
+        self,
+        loop: Loop,
+        *,
+        node: str,
+        run: Path,
+        sign: Signer,
+        envoy: Path | None = None,
+        revoke_after: float | None = 0.0,
+    ) -> None:
         """Put the parts together; :meth:`start` begins.
 
         :param run: the run folder: ``agent.sock`` is there, ``nodeproxy/nodeproxy.sock`` is made there.
         :param sign: asks the controller for a certificate.
         :param envoy: the unix socket of a real Envoy in l7proxy's place.
+        :param revoke_after: seconds that open connections have from a change that refuses them; None: until they end.
         """
         kinds: tuple[ListenerKind, ...] = (ListenerKind.OUTBOUND, ListenerKind.HBONE)
         if envoy is not None:
@@ -56,6 +66,8 @@ class NodeProxy:
         self.handoffs = Handoffs(loop, self.mesh, self.agent, self.tunnels, node)
         self._socket = run / "nodeproxy" / "nodeproxy.sock"
         self._envoy = envoy
+        self._revoke_after = revoke_after
+        self._revoking: Timer | None = None
         self._prepare_until: float | None = None
         self._serving = False  #: new connections come here
         self._superseded: float | None = None  #: since when they come to a successor
@@ -92,7 +104,17 @@ class NodeProxy:
         self.certificates.wake()
         self.inbound.mesh_changed()
         self.tunnels.mesh_changed()
+        if self._revoke_after == 0:
+            self._revoke()
+        elif self._revoke_after is not None and self._revoking is None:
+            # For later changes too, until then.
+            self._revoking = self.loop.later(self._revoke_after, self._revoke)
         return errors
+
+    def _revoke(self) -> None:
+        self._revoking = None
+        self.inbound.judge_again()
+        self.tunnels.judge_again()
 
     # --- pods --------------------------------------------------------------------------------------------------------
 

@@ -99,6 +99,9 @@ class Tunnels:
     def mesh_changed(self) -> None:
         for tunnel in list(self.waiting):
             tunnel.resolve()
+
+    def judge_again(self) -> None:
+        """End every open one that is no longer allowed."""
         verdicts: dict[tuple[str, tuple[str, int]], str] = {}
         for tunnel in list(self.open):
             tunnel.judge_again(verdicts)

@@ -25,6 +25,7 @@ OTHER: dict[str, Any] = {
     "trustDomain": "prod.example",
     "clusterDomain": "cluster.example",
     "outside": ["kube-system", "storage", "a-b"],
+    "revokeAfter": "never",
     "log": {"level": 'info,agent.cni:debug"', "format": "text"},
     "controlplane": {
         "replicas": 3,

@@ -208,6 +208,27 @@ def test_a_change_ends_what_is_no_longer_allowed_and_nothing_else(world: World, 
     other.close()
 
 
+@pytest.mark.parametrize("after", [None, 0.4])
+def test_how_long_a_connection_outlives_its_policy_is_configured(
+    world: World, server: Server, after: float | None
+):
+    world.b.call(lambda: setattr(world.b.proxy, "_revoke_after", after))
+    with world.dial(server.port) as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        began = time.monotonic()
+        set_policies(world, deny("*"))
+        set_policies(world, deny(CLIENT))
+        assert not passes(world, server.port)
+        if after is None:
+            sock.sendall(b"y")
+            assert sock.recv(1) == b"y"
+            return
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+        assert time.monotonic() - began >= after
+
+
 def test_the_last_good_state_stays_when_an_update_is_broken(world: World, server: Server):
     set_policies(world, deny(CLIENT))
     update = world.update()
