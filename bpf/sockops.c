@@ -136,8 +136,9 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	if (who) {
 		state.kind = who->kind;
 		state.identity = who->identity;
-		drop_connecting(who->netns, &tuple);
+		/* Before it is dropped: its memory may be another's at once. */
 		splice = who->splice;
+		drop_connecting(who->netns, &tuple);
 	} else {
 		/* A client that dialled, was admitted and has already gone took its record along: it was this one. */
 		peer = map_lookup(MAP(PEERS), &tuple.client_address);

@@ -12,6 +12,8 @@
 #include "lib/packet.h"
 #include "lib/policy.h"
 #include "lib/refusal.h"
+#include "lib/sender.h"
+#include "lib/talks.h"
 
 /* TCX_NEXT and TCX_DROP, as TC_ACT_UNSPEC and TC_ACT_SHOT in a filter. */
 #define NEXT (-1)
@@ -19,20 +21,9 @@
 
 #define SOCK_STREAM 1
 #define STATE_NEW_SYN_RECV 12
-#define IPV4_BROADCAST 0xffffffff
-
-/* As long as connection tracking keeps a stream of datagrams (net.netfilter.nf_conntrack_udp_timeout_stream), and more. */
-#define TALK_NS (180 * SECOND_NS)
 
 static void *(*sk_fullsock)(void *sk) = (void *)BPF_FUNC_sk_fullsock;
 static u64 (*skb_cgroup_id)(void *skb) = (void *)BPF_FUNC_skb_cgroup_id;
-
-struct arp {
-	u8 fixed[6];
-	__be16 operation;
-	u8 sender_mac[6];
-	u8 sender[4];
-};
 
 /* Who wrote it: a TCP socket of the pod (or its handshake), of which connect() and sk_lookup know, and nobody else. */
 inline_always bool is_of_tcp_socket(struct __sk_buff *ctx)
@@ -129,97 +120,6 @@ inline_always int refuse_packet(struct __sk_buff *ctx, struct interface *interfa
 	return DROP;
 }
 
-/* The source's address: the pod's own, or one that whoever has none yet speaks from. */
-inline_always bool is_own_source(struct interface *interface, struct packet *packet)
-{
-	const struct address *source = &packet->source;
-	bool ipv4 = is_ipv4(source);
-	const struct address *own = ipv4 ? &interface->address4 : &interface->address6;
-
-	if (is_same_address(source, own) && !is_none(source))
-		return true;
-	if (ipv4) {
-		if (source->word[3] == 0)
-			return is_dhcp(packet, true) || packet->protocol == IPPROTO_IGMP;
-	} else {
-		if (is_link_local(source))
-			return true;
-		if (is_none(source))
-			return is_link_matter(packet);
-	}
-	/* What addresses of this family it has is not known: whatever is nobody else's. */
-	return is_none(own) && !map_lookup(MAP(PEERS), source);
-}
-
-/* ARP: its own address, or none yet (a probe, RFC 5227). */
-inline_always bool is_own_arp(struct __sk_buff *ctx, struct interface *interface)
-{
-	struct arp arp;
-	__be32 sender;
-
-	if (skb_load_bytes(ctx, ETH_HLEN, &arp, sizeof(arp)) < 0)
-		return false;
-	__builtin_memcpy(&sender, arp.sender, 4);
-	for (int i = 0; i < 6; i++) {
-		if (arp.sender_mac[i] != interface->mac[i])
-			return false;
-	}
-	return sender == 0 || is_none(&interface->address4) || sender == interface->address4.word[3];
-}
-
-/* A neighbour advertisement names an address of the pod; a pod is no router (RFC 4861). */
-inline_always bool is_own_link_matter(struct __sk_buff *ctx, struct interface *interface,
-				      struct packet *packet)
-{
-	struct address target;
-
-	if (packet->protocol != IPPROTO_ICMPV6)
-		return true;
-	if (packet->icmp_type == 134 || packet->icmp_type == 137)
-		return false;
-	if (packet->icmp_type != 136)
-		return true;
-	if (skb_load_bytes(ctx, packet->at + 8, &target, sizeof(target)) < 0)
-		return false;
-	return is_link_local(&target) || is_same_address(&target, &interface->address6) ||
-	       (is_none(&interface->address6) && !map_lookup(MAP(PEERS), &target));
-}
-
-inline_always struct talk *fresh_talk(struct talk_key *key)
-{
-	struct talk *talk = map_lookup(MAP(TALKS), key);
-
-	if (!talk)
-		return 0;
-	/* Before the clock, as another processor may write it at this moment. */
-	u64 used = *(volatile u64 *)&talk->used;
-
-	return now_ns() - used < TALK_NS ? talk : 0;
-}
-
-/* A later fragment goes the way of its first one, which comes before it: another is dropped. */
-inline_always bool is_of_passed_datagram(struct talk_key *key, struct packet *packet, u32 direction)
-{
-	key->pod_port = packet->identification;
-	key->peer_port = packet->identification;
-	key->protocol = packet->protocol | TALK_FRAGMENTS;
-	key->direction = direction;
-	return fresh_talk(key);
-}
-
-inline_always void note_fragments(struct talk_key *key, struct packet *packet, u32 direction)
-{
-	struct talk talk = { .used = now_ns(), .direction = direction };
-
-	if (!(packet->fragment & FRAGMENT_MORE))
-		return;
-	key->pod_port = packet->identification;
-	key->peer_port = packet->identification;
-	key->protocol = packet->protocol | TALK_FRAGMENTS;
-	key->direction = direction;
-	map_update(MAP(TALKS), key, &talk, BPF_ANY);
-}
-
 /* What comes to a pod and is no TCP: by the identity behind its source's address, as a connection to that port. */
 inline_always u32 judge_datagram(u64 netns, struct talk_key *key, u8 protocol, bool from_host)
 {
@@ -233,36 +133,6 @@ inline_always u32 judge_datagram(u64 netns, struct talk_key *key, u8 protocol, b
 	return reason;
 }
 
-/*
- * An ICMP error is about something that the pod sent (or, from the pod, that was sent to it): allowed where that was. A TCP
- * connection's is known by its addresses alone, the kernel compares its sequence numbers.
- */
-inline_always bool is_about_ours(struct __sk_buff *ctx, struct packet *packet, struct talk_key *key,
-				 bool from_pod)
-{
-	struct packet about;
-	bool ipv6 = packet->protocol == IPPROTO_ICMPV6;
-
-	if (!parse(ctx, packet->at + 8, ipv6, &about))
-		return false;
-	const struct address *ours = from_pod ? &about.destination : &about.source;
-
-	if (!is_same_address(ours, &key->pod_address))
-		return false;
-	if (about.protocol == IPPROTO_TCP)
-		return !from_pod;
-	struct talk_key said = {
-		.netns = key->netns,
-		.pod_address = *ours,
-		.peer_address = from_pod ? about.source : about.destination,
-		.pod_port = from_pod ? about.destination_port : about.source_port,
-		.peer_port = from_pod ? about.source_port : about.destination_port,
-		.protocol = about.protocol,
-	};
-
-	return fresh_talk(&said);
-}
-
 /* A handshake, or data of no TCP socket. */
 inline_always u32 judge_tcp_from_pod(struct __sk_buff *ctx, struct interface *interface,
 				     struct packet *packet, bool of_socket)
@@ -274,6 +144,9 @@ inline_always u32 judge_tcp_from_pod(struct __sk_buff *ctx, struct interface *in
 
 	/* Resets, and acknowledgements of connections that have closed, come from the kernel itself. */
 	if (!syn && !packet->payload)
+		return 0;
+	/* Of what arrives there nothing is judged. */
+	if (syn && ack && (interface->flags & POD_OPEN))
 		return 0;
 	peer = map_lookup(MAP(PEERS), &packet->destination);
 	bool enrolled = peer && (peer->flags & PEER_ENROLLED);
@@ -329,18 +202,6 @@ inline_always u32 judge_tcp_from_pod(struct __sk_buff *ctx, struct interface *in
 			      packet->destination_port) ?
 		       0 :
 		       REASON_NETWORK_POLICY;
-}
-
-inline_always bool is_own_mac(struct __sk_buff *ctx, struct interface *interface)
-{
-	u8 mac[6];
-	u8 difference = 0;
-
-	if (skb_load_bytes(ctx, ETH_ALEN, mac, sizeof(mac)) < 0)
-		return false;
-	for (int i = 0; i < 6; i++)
-		difference |= mac[i] ^ interface->mac[i];
-	return difference == 0;
 }
 
 /*
@@ -412,7 +273,7 @@ int from_pod(struct __sk_buff *ctx)
 	if (may_be_judged && is_usual_tcp(ctx, interface, ipv6))
 		return NEXT;
 	/* What is no IP, or in a VLAN, cannot be judged. */
-	if (!may_be_judged || !parse(ctx, ETH_HLEN, ipv6, &packet)) {
+	if (!may_be_judged || !parse(ctx, ETH_HLEN, ipv6, false, &packet)) {
 		count(REASON_SPOOFED);
 		return DROP;
 	}
@@ -425,7 +286,8 @@ int from_pod(struct __sk_buff *ctx)
 		.protocol = packet.protocol,
 	};
 
-	if (!is_own_mac(ctx, interface) || !is_own_source(interface, &packet))
+	if (!is_own_mac(ctx, interface) || !is_own_source(interface, &packet) || is_tunnelled(&packet) ||
+	    is_overlay(&packet))
 		return refuse_packet(ctx, interface, &packet, &key, DIRECTION_OUTBOUND, REASON_SPOOFED);
 	if (packet.protocol == IPPROTO_TCP) {
 		bool of_socket = is_of_tcp_socket(ctx);
@@ -446,8 +308,10 @@ int from_pod(struct __sk_buff *ctx)
 			return NEXT;
 		return refuse_packet(ctx, interface, &packet, &key, DIRECTION_OUTBOUND, REASON_SPOOFED);
 	}
-	if (is_dhcp(&packet, true))
+	if (asks_for_lease(&packet)) {
+		note_lease_request(interface->netns, &packet);
 		return NEXT;
+	}
 	bool passing = interface->flags & POD_PASSING;
 
 	if (packet.fragment & FRAGMENT_LATER) {
@@ -455,8 +319,14 @@ int from_pod(struct __sk_buff *ctx)
 			return NEXT;
 		return DROP;
 	}
-	if (is_icmp_error(&packet) && is_about_ours(ctx, &packet, &key, true))
-		return NEXT;
+	if (is_icmp_error(&packet)) {
+		u32 whom = whom_it_is_about(ctx, &packet, &key, true);
+
+		if (whom == ABOUT_NOBODY)
+			return refuse_packet(ctx, interface, &packet, &key, direction, REASON_SPOOFED);
+		if (whom == ABOUT_OURS)
+			return NEXT;
+	}
 	struct talk *talk = is_icmp_request(&packet) ? 0 : fresh_talk(&key);
 
 	if (talk && talk->direction == DIRECTION_INBOUND) {
@@ -465,6 +335,8 @@ int from_pod(struct __sk_buff *ctx)
 		if (!(interface->flags & POD_OPEN) && !(talk->flags & TALK_EXEMPT))
 			reason = judge_datagram(interface->netns, &key, packet.protocol,
 						talk->flags & TALK_FROM_HOST);
+	} else if (!passing && is_unnamed(interface, &packet.source) && is_enrolled(&packet.destination)) {
+		reason = REASON_NO_ADDRESS;
 	} else if (!passing &&
 		   !network_allows(interface->netns, DIRECTION_OUTBOUND, &packet.destination, packet.protocol,
 				   is_icmp(packet.protocol) ? 0 : packet.destination_port)) {
@@ -506,11 +378,11 @@ int to_pod(struct __sk_buff *ctx)
 		return DROP;
 	if (interface->flags & POD_OPEN)
 		return NEXT;
-	if (!parse(ctx, ETH_HLEN, ipv6, &packet)) {
+	if (!parse(ctx, ETH_HLEN, ipv6, false, &packet)) {
 		count(REASON_POLICY);
 		return DROP;
 	}
-	if (packet.protocol == IPPROTO_TCP || is_link_matter(&packet) || is_dhcp(&packet, false))
+	if (packet.protocol == IPPROTO_TCP || is_link_matter(&packet) || is_lease(interface->netns, &packet))
 		return NEXT;
 	/* Not forwarded: from the node itself. */
 	bool from_host = ctx->ingress_ifindex == 0;
@@ -526,7 +398,7 @@ int to_pod(struct __sk_buff *ctx)
 
 	if (packet.fragment & FRAGMENT_LATER)
 		return is_of_passed_datagram(&key, &packet, DIRECTION_INBOUND) ? NEXT : DROP;
-	if (is_icmp_error(&packet) && is_about_ours(ctx, &packet, &key, false))
+	if (is_icmp_error(&packet) && whom_it_is_about(ctx, &packet, &key, false) == ABOUT_OURS)
 		return NEXT;
 	struct talk *talk = is_icmp_request(&packet) ? 0 : fresh_talk(&key);
 
@@ -538,6 +410,8 @@ int to_pod(struct __sk_buff *ctx)
 	} else if (from_host && (is_icmp(packet.protocol) || role_of_sender(ctx) == ROLE_PROBER)) {
 		/* The node looks whether its pod lives. */
 		flags |= TALK_EXEMPT;
+	} else if (is_of_unnamed_pod(ctx, &packet.source)) {
+		reason = REASON_NO_ADDRESS;
 	} else {
 		reason = judge_datagram(interface->netns, &key, packet.protocol, from_host);
 	}

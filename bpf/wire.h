@@ -262,7 +262,8 @@ struct interface {
 
 /*
  * talks: talk_key -> talk. Who began to speak, of all that is no TCP: what answers is judged as what it answers. ICMP has the
- * identifier of its echo as both ports, and other protocols none. Fragments of a datagram have the identification in both.
+ * identifier of its echo as both ports, and other protocols none. Fragments of a datagram have the identification in both. Who asks
+ * for a lease has no addresses.
  */
 #define TALK_FROM_HOST 1      /* the node began: NetworkPolicy does not forbid it */
 #define TALK_EXEMPT 2	      /* and nothing else does */

@@ -161,22 +161,6 @@ inline_always void account_late_read(struct splice_end *end, u64 read)
 }
 
 /*
- * The conversation that a datagram belongs to; 0 when nobody has spoken for CONVERSATION_IDLE_NS. Its flow says who began:
- * DIRECTION_OUTBOUND is the pod, so that what comes to it is an answer.
- */
-inline_always struct conversation *conversation_of(struct conversation_key *key)
-{
-	struct conversation *conversation = map_lookup(MAP(CONVERSATIONS), key);
-
-	if (!conversation)
-		return 0;
-	/* Before the clock, as another processor may count one at this moment. */
-	u64 last = *(volatile u64 *)&conversation->last;
-
-	return now_ns() - last < CONVERSATION_IDLE_NS ? conversation : 0;
-}
-
-/*
  * A UDP datagram that passes between a pod and its veth, or several of one sender (segmentation offload). Bytes are payload;
  * of a fragmented datagram the first fragment stands for all. flow is whose it is if it begins a conversation.
  */

@@ -38,7 +38,8 @@ struct packet {
 	u8 fragment;
 	u8 flags;     /* TCP */
 	u8 icmp_type; /* ICMP of either version */
-	u16 pad;
+	u8 hops;      /* that it may go on for: TTL, hop limit */
+	u8 pad;
 	u32 at;	     /* where the transport's header begins */
 	u32 payload; /* bytes behind it; ICMP: not told */
 };
@@ -59,14 +60,37 @@ inline_always bool is_icmp(u8 protocol)
 	return protocol == IPPROTO_ICMP || protocol == IPPROTO_ICMPV6;
 }
 
-/* Neighbour discovery and multicast listeners (RFC 4861, 2710, 3810). */
+inline_always bool is_multicast(const struct address *address)
+{
+	if (is_ipv4(address))
+		return (address->word[3] & bpf_htonl(0xf0000000)) == bpf_htonl(0xe0000000);
+	return (address->word[0] & bpf_htonl(0xff000000)) == bpf_htonl(0xff000000);
+}
+
+/*
+ * Neighbour discovery and multicast listeners (RFC 4861, 2710, 3810; 3376), as they stay on their link: what a router has passed
+ * on, or what is for one host and not for those that listen, is like any other packet.
+ */
 inline_always bool is_link_matter(const struct packet *packet)
 {
 	u8 type = packet->icmp_type;
 
 	if (packet->protocol == IPPROTO_IGMP)
-		return true;
-	return packet->protocol == IPPROTO_ICMPV6 && ((type >= 130 && type <= 137) || type == 143);
+		return is_multicast(&packet->destination);
+	if (packet->protocol != IPPROTO_ICMPV6)
+		return false;
+	if (type >= 133 && type <= 137)
+		return packet->hops == 255;
+	return ((type >= 130 && type <= 132) || type == 143) && is_multicast(&packet->destination);
+}
+
+/* An IP packet in another, which who takes it out would believe. */
+inline_always bool is_tunnelled(const struct packet *packet)
+{
+	u8 protocol = packet->protocol;
+
+	return protocol == IPPROTO_IPIP || protocol == IPPROTO_IPV6 || protocol == IPPROTO_GRE ||
+	       protocol == IPPROTO_MPLS;
 }
 
 inline_always bool is_icmp_error(const struct packet *packet)
@@ -111,6 +135,7 @@ inline_always bool parse_ipv4(struct __sk_buff *ctx, u32 at, struct packet *pack
 	set_ipv4(&packet->source, ip.saddr);
 	set_ipv4(&packet->destination, ip.daddr);
 	packet->protocol = ip.protocol;
+	packet->hops = ip.ttl;
 	packet->identification = ip.id;
 	packet->fragment = (fragment & 0x1fff ? FRAGMENT_LATER : 0) | (fragment & 0x2000 ? FRAGMENT_MORE : 0);
 	packet->at = at + header;
@@ -132,6 +157,7 @@ inline_always bool parse_ipv6(struct __sk_buff *ctx, u32 at, struct packet *pack
 	set_ipv6(&packet->destination, ip.daddr.s6_addr32[0], ip.daddr.s6_addr32[1], ip.daddr.s6_addr32[2],
 		 ip.daddr.s6_addr32[3]);
 	next = ip.nexthdr;
+	packet->hops = ip.hop_limit;
 	at = begin;
 #pragma unroll
 	for (int i = 0; i < EXTENSIONS; i++) {
@@ -170,11 +196,14 @@ inline_always bool parse_ipv6(struct __sk_buff *ctx, u32 at, struct packet *pack
 	return true;
 }
 
-/* An IP packet that begins there; false when it is none that could be judged. */
-inline_always bool parse(struct __sk_buff *ctx, u32 at, bool ipv6, struct packet *packet)
+/*
+ * An IP packet that begins there; false when it is none that could be judged. Of one that is quoted in an error no more than the
+ * first eight bytes of its transport need be there (RFC 792).
+ */
+inline_always bool parse(struct __sk_buff *ctx, u32 at, bool ipv6, bool quoted, struct packet *packet)
 {
 	struct transport transport = {};
-	u32 size = 0, need, header;
+	u32 size = 0, header;
 
 	packet->fragment = 0;
 	packet->source_port = 0;
@@ -186,7 +215,7 @@ inline_always bool parse(struct __sk_buff *ctx, u32 at, bool ipv6, struct packet
 		return false;
 	if (packet->fragment & FRAGMENT_LATER)
 		return true;
-	if (packet->protocol == IPPROTO_TCP) {
+	if (packet->protocol == IPPROTO_TCP && !quoted) {
 		if (skb_load_bytes(ctx, packet->at, &transport, 14) < 0)
 			return false;
 		packet->flags = transport.flags;

@@ -42,7 +42,8 @@ inline_always u32 judge(u64 netns, u32 identity, const struct address *source, _
 	}
 	key.identity = identity >= IDENTITY_FIRST && (flags & POLICY_ALIKE) ? IDENTITY_MESH : identity;
 	key.port = port;
-	if (flags & POLICY_CLASSES)
+	/* A probe is one wherever the node's address is. */
+	if ((flags & POLICY_CLASSES) && identity != IDENTITY_PROBE)
 		key.address_class = class_of(netns, *generation, source);
 	verdict = map_lookup(policy, &key);
 	if (!verdict) {
