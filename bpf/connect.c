@@ -109,8 +109,11 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 	state->identity = pod->identity;
 	state->source_address = *own;
 	if (role == ROLE_AGENT || role == ROLE_NODEPROXY || role == ROLE_L7PROXY) {
-		/* What the node proxy carries was judged when it was captured. */
-		if (role == ROLE_L7PROXY && !is_same_address(&key.address, own) &&
+		/* Nobody has judged what a proxy chose; but tunnels, in which the node proxy does. */
+		bool chosen =
+			role == ROLE_L7PROXY || (role == ROLE_NODEPROXY && key.port != bpf_htons(PORT_HBONE));
+
+		if (chosen && !is_same_address(&key.address, own) &&
 		    !network_allows(netns, DIRECTION_OUTBOUND, &key.address, IPPROTO_TCP, key.port))
 			return refuse_network(netns, pod, &key, peer);
 		if (role == ROLE_NODEPROXY && peer && (peer->flags & PEER_ENROLLED) &&
@@ -119,8 +122,12 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 			state->kind = VIA_TUNNEL;
 			return PASS;
 		}
-		if (!peer || !(peer->flags & PEER_LOCAL) || !(peer->flags & PEER_ENROLLED))
+		if (!peer || !(peer->flags & PEER_LOCAL) || !(peer->flags & PEER_ENROLLED)) {
+			/* Not counted here, but remembered: NetworkPolicy may forbid it later. */
+			if (chosen)
+				state->kind = VIA_PLAIN;
 			return PASS;
+		}
 		state->flags |= SOCKET_RECORD;
 		if (role == ROLE_NODEPROXY && is_same_address(&key.address, own)) {
 			/* A delivery: from the client's own address, judged by the node proxy. */

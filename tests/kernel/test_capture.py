@@ -6,10 +6,22 @@ import errno
 import os
 import socket
 import time
+from ipaddress import ip_network
 
 import pytest
 
-from agent.kernel import Backend, Direction, FlowKey, Frontend, MapFullError, Peer, Pod, Reason, namespace
+from agent.kernel import (
+    Backend,
+    Direction,
+    FlowKey,
+    Frontend,
+    MapFullError,
+    Network,
+    Peer,
+    Pod,
+    Reason,
+    namespace,
+)
 from bpf.maps import CapturedMap
 from bpf.wire import PORT_HBONE, PORT_OUTBOUND, PORT_OUTBOUND_L7, Captured
 from tests.kernel.mesh import MPTCP, Node, Sock, TestPod, run
@@ -462,6 +474,30 @@ def test_proxies_are_not_captured(node, client, remote, family):
                     assert peer[0] == client.address
             finally:
                 node.kernel.remove_peer(node.gateway)
+    host.close()
+
+
+@pytest.mark.parametrize("role", ["l7proxy", "nodeproxy"])
+def test_network_policy_holds_for_what_proxies_dial_outside_of_the_mesh(node, client, role):
+    """Nobody has judged the endpoint that they chose; and what is kept for later requests ends as others do."""
+    host, worker = node.worker("host"), client.worker(role)
+    to_host = Network({str(ip_network(node.gateway)): 1}, {0: frozenset(), 1: frozenset({(6, 9004, 9004)})})
+    with host.listen((node.gateway, 9004)) as listener:
+        node.kernel.set_network(client.cookie, Direction.OUTBOUND, to_host)
+        with worker.connect((node.gateway, 9004)) as dialled:
+            accepted, _ = listener.accept()
+            assert node.kernel.refused_now() == []
+            node.kernel.set_network(client.cookie, Direction.OUTBOUND, Network({}, {0: frozenset()}))
+            [refused] = node.kernel.refused_now()
+            assert (refused.netns_cookie, refused.dialled) == (client.cookie, True)
+            assert node.kernel.destroy(refused, client.netns)
+            with pytest.raises(ConnectionError):
+                dialled.recv(1)
+            accepted.close()
+        with pytest.raises(PermissionError):
+            worker.connect((node.gateway, 9004))
+        flows = node.kernel.flows().items()
+        assert not any(counters.opened for flow, counters in flows if flow.source == client.identity)
     host.close()
 
 
