@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import settings
 
 from bpf import compiled
 from tests import leaks
@@ -30,6 +31,10 @@ _CACHE = Path(
 os.environ.setdefault("BCC_KERNEL_SOURCE", str(_CACHE / "headers/current"))
 # Two seconds of compiling for each of some hundred agents; the first of each version still does.
 os.environ.setdefault(compiled.FOLDER, str(_CACHE / "programs"))
+
+# Properties are about what is computed. Where three parts run side by side an example takes as long as it takes.
+settings.register_profile("mycel", deadline=None)
+settings.load_profile("mycel")
 
 
 class ConformanceCount(NamedTuple):
