@@ -33,12 +33,17 @@ class Party:
     sandbox: Sandbox | None = None
     service: Service | None = None
     node: str = ""  #: where it is; empty when that is not known
+    named: str = ""  #: the one of its addresses by which it was named, and which alone is meant
+
+    @property
+    def meant(self) -> tuple[str, ...]:
+        return (self.named,) if self.named else self.addresses
 
     def address(self, like: str = "") -> str:
         """Its address of the family of another one (IPv4 without one, if it has any); empty when it has none."""
         if like:
-            return next((a for a in self.addresses if (":" in a) == (":" in like)), "")
-        return self.addresses[0] if self.addresses else ""
+            return next((a for a in self.meant if (":" in a) == (":" in like)), "")
+        return self.meant[0] if self.meant else ""
 
     def shown(self) -> dict[str, Any]:
         found: dict[str, Any] = {"text": self.text, "addresses": list(self.addresses), "node": self.node}
@@ -115,23 +120,24 @@ class Parties:
             + (f"; there is {names}" if names else "")
         )
 
-    def of_uid(self, uid: str, text: str) -> Party | None:
+    def of_uid(self, uid: str, text: str, named: str = "") -> Party | None:
         workload = self._mesh.workloads.get(uid)
         sandbox = next((s for s in self._latest if s.uid == uid), None)
         if workload is None and sandbox is None:
             return None
         addresses = sandbox.addresses if sandbox is not None else workload.addresses if workload else ()
-        return Party(text, tuple(addresses), workload, sandbox, node=workload.node if workload else "")
+        where = workload.node if workload else ""
+        return Party(text, tuple(addresses), workload, sandbox, node=where, named=named)
 
     def _at(self, text: str, address: str) -> Party:
         """Who has an address: a pod before a node, so that it is as in the kernel's tables."""
         for sandbox in self._latest:
             if address in sandbox.addresses:
-                found = self.of_uid(sandbox.uid, text)
+                found = self.of_uid(sandbox.uid, text, address)
                 if found is not None:
                     return found
         uid = self._owner(address)
-        if uid and (found := self.of_uid(uid, text)) is not None:
+        if uid and (found := self.of_uid(uid, text, address)) is not None:
             return found
         for info in self._mesh.config.nodes:
             if address in info.addresses:
@@ -188,6 +194,8 @@ def _address(text: str) -> str | None:
         found = ipaddress.ip_address(text.strip("[]"))
     except ValueError:
         return None
+    if getattr(found, "scope_id", None):
+        return None  # of one interface only: no table has such
     mapped = getattr(found, "ipv4_mapped", None)
     return str(mapped or found)
 

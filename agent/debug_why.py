@@ -17,6 +17,7 @@ from agent.debug_model import Model, Said
 from agent.debug_parties import HOST, KUBELET, Parties, Party
 from agent.frontends import ANY_NODE, family_of
 from agent.identities import Identities
+from agent.kernel.arrivals import OWN_PORTS
 from agent.kernel.steps import (
     Branch,
     Dialler,
@@ -119,7 +120,7 @@ class Why:
         if said in (KUBELET, HOST):
             dialler = Dialler.PROBER if said == KUBELET else Dialler.HOST
             at = wanted or destination.node or here
-            source = Party(said, _nearest(host, destination.addresses), node=at)
+            source = Party(said, _nearest(host, destination.meant), node=at)
         else:
             dialler, source = Dialler.APPLICATION, parties.source(said)
             if source.service is not None:
@@ -133,13 +134,19 @@ class Why:
         if wanted and source.node and source.node != wanted:
             raise BadQueryError(f"source {said}: is on node {source.node}, not on {wanted}")
         elsewhere = "" if arrival or at == here else at
-        address = next((a for a in destination.addresses if source.address(a)), destination.address())
+        address = next((a for a in destination.meant if source.address(a)), destination.address())
         if not address:
             raise BadQueryError(f"destination {destination.text}: has no address yet")
         own = source.address(address)
+        if not own and (source.named or not self._in_kernel(source)):
+            raise BadQueryError(f"source {said}: has no address of the family of {address}")
         return _Asked(
             source, destination, address, own, port, wire.Protocol[protocol], dialler, arrival
         ), elsewhere
+
+    def _in_kernel(self, party: Party) -> bool:
+        """Whether it is a pod of this node that the kernel is to have."""
+        return party.sandbox is not None and self._node.stage(party.sandbox.netns_cookie) is not None
 
 
 class _Answer:
@@ -263,7 +270,7 @@ class _Answer:
                     f"({step.refused or 'an entry'}), the model has it {one.word}: {one.text}"
                 )
         refusing = next(((name, one) for name, one in said.items() if not one.allowed), None)
-        wished = "refused" if refusing is not None or self._is_spoofed(branch) else "allowed"
+        wished = "refused" if refusing is not None or self._is_never_allowed(branch) else "allowed"
         kernel = "refused" if branch.refused else "allowed"
         if not branch.remote and kernel != wished and not differs:
             why = f", by {refusing[0]}" if refusing is not None else ""
@@ -281,9 +288,13 @@ class _Answer:
             shown["node"] = party.node
         return shown
 
-    def _is_spoofed(self, branch: Branch) -> bool:
-        """Plain text from the address of a pod in the mesh, which no model allows."""
-        return branch.refused == reason_text(Reason.SPOOFED)
+    def _is_never_allowed(self, branch: Branch) -> bool:
+        """Whatever policies say: plain text from an address of the mesh, its own ports, a family that the pod lacks."""
+        if branch.refused == reason_text(Reason.NO_ADDRESS):
+            return True
+        if branch.port in OWN_PORTS:
+            return branch.refused in (reason_text(Reason.NOT_CAPTURED), reason_text(Reason.OWN_PORT))
+        return branch.refused == reason_text(Reason.SPOOFED) and self._asked.arrival != "hbone"
 
     def _wished(self, branch: Branch, server: Workload | None, netns: int) -> dict[str, Said]:
         """What policies say of each thing that is asked on this way, in order; also of what the kernel did not come to."""
@@ -291,18 +302,23 @@ class _Answer:
         client = asked.source.workload
         if branch.way is Way.SELF:
             return found
-        # Who joins or leaves is not isolated yet, nor any more.
+        if asked.arrival == "hbone":
+            return self._by_node_proxy()
+        steps = {step.step for step in branch.steps}
+        # Who joins or leaves is not isolated yet, nor any more: but where the kernel asks a policy, it is that.
         own = self._netns(asked.source)
-        captured = own and client is not None and self._is_settled(own, client)
-        if captured and client is not None and not asked.arrival:
+        captured = own and client is not None and (self._is_settled(own, client) or "egress" in steps)
+        if captured and client is not None and not asked.arrival and branch.address != asked.own:
             found["egress"] = model.egress(client, branch.address, asked.protocol, branch.port)
         in_mesh = server is not None and server.enrolled
         peer = self._tables.peer(branch.address)
         if not in_mesh and not (peer is not None and peer.netns and peer.flags & wire.PEER_ENROLLED):
             return found
-        if branch.remote or (netns and server is not None and not self._is_settled(netns, server)):
+        if branch.remote or branch.way is Way.PROBE or not asked.own:
             return found
-        if asked.dialler is Dialler.PROBER:
+        # The same of who is dialled; and no policy speaks of our own ports.
+        unsettled = netns and server is not None and not self._is_settled(netns, server)
+        if (unsettled or branch.port in OWN_PORTS) and "authorization" not in steps:
             return found
         by = client if client is not None and client.enrolled else None
         if branch.way is Way.PLAIN:
@@ -314,12 +330,7 @@ class _Answer:
 
     def _node_proxy_judges(self, branch: Branch) -> None:
         """At the end of an HBONE connection: there the model is what judges."""
-        asked, server = self._asked, self._model.workload_at(self._asked.address)
-        client = self._model.workload_at(asked.own) or asked.source.workload
-        checks = {"authorization": self._model.authorization(server, client, asked.own, asked.port)}
-        if server is not None:
-            checks["ingress"] = self._model.ingress(server, asked.own, asked.protocol, asked.port)
-        for name, said in checks.items():
+        for name, said in self._by_node_proxy().items():
             if branch.refused:
                 return
             reason = Reason.POLICY if name == "authorization" else Reason.NETWORK_POLICY
@@ -331,6 +342,17 @@ class _Answer:
                     facts={"judged_by": "nodeproxy"},
                 )
             )
+
+    def _by_node_proxy(self) -> dict[str, Said]:
+        """What it judges by, as this agent has it. It refuses whose address nobody is known to have."""
+        asked, model = self._asked, self._model
+        server, client = model.workload_at(asked.address), model.workload_at(asked.own)
+        if client is None:
+            return {"authorization": Said(False, (), f"nobody is known at {asked.own}")}
+        found = {"authorization": model.authorization(server, client, asked.own, asked.port)}
+        if server is not None:
+            found["ingress"] = model.ingress(server, asked.own, asked.protocol, asked.port)
+        return found
 
     def _note(self, difference: str) -> None:
         if difference:

@@ -24,8 +24,8 @@ _HEADERS = (
     "REPAIRS",
 )
 _VERSION = 12  # characters of a snapshot's version
-#: How full a map is when it is told of, as the agent's own alarm has it.
-_FULL = 0.9
+#: How full a map is when it is told of: where the agent's own alarm becomes an error.
+_FULL = 0.95
 
 
 def problems(status: Json) -> list[str]:
@@ -44,7 +44,7 @@ def problems(status: Json) -> list[str]:
         found.append(f"pod {pod} is to be in the mesh and is not captured")
     fullest = status.get("fullest")
     if fullest and fullest["size"] and fullest["entries"] >= _FULL * fullest["size"]:
-        found.append(f"map {fullest['name']} is full: {fullest['entries']} of {fullest['size']}")
+        found.append(f"map {fullest['name']} fills up: {fullest['entries']} of {fullest['size']}")
     return found
 
 

@@ -116,6 +116,8 @@ def verdict(answer: Mapping[str, Any]) -> str:
     if answer["reason"]:
         return "refused"
     found = {"unknown" if "unknown" in one else one["kernel"] for one in answer["endpoints"]}
+    if answer["endpoints_left_out"]:
+        found.add("unknown")
     if not answer["endpoints"]:
         # An L7 service whose endpoints nobody knows here.
         return "unknown"
@@ -158,6 +160,8 @@ def from_pins(pins: Path, source: str, destination: str, *, protocol: str) -> Js
         netns = next(
             (n for n, pod in tables.pods().items() if ends["source"] in (pod.address4, pod.address6)), 0
         )
+        if not netns and (":" in ends["source"]) is not (":" in ends["destination"]):
+            raise ValueError(f"source {source}: is of another family than {host}")
         question = Question(
             ends["source"],
             ends["destination"],
@@ -207,7 +211,7 @@ def write(answer: Json) -> None:
         refused = sum(one["kernel"] == "refused" for one in rest)
         print(f"\n{len(rest)} more endpoints, {refused} of them refused: -o json has all")
     if left_out := answer.get("endpoints_left_out"):
-        print(f"\n{left_out} endpoints more are not looked at")
+        output.styled(f"\nNOT KNOWN: {left_out} more endpoints are not looked at", "yellow")
     print()
     _verdict(answer)
     for text in answer["differences"]:

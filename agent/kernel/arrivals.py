@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from agent.kernel.steps import NO_INTERFACE, Branch, Dialler, Question, Step, Way, end_text, reason_text
+from agent.kernel.steps import NO_INTERFACE, Branch, Dialler, Question, Step, Walk, Way, end_text, reason_text
 from agent.kernel.tables import Judgement, Tables
 from bpf import wire
-from bpf.wire import Direction, Protocol, Reason, Via
+from bpf.wire import Direction, Protocol, Reason, Role, Via
 
 OWN_PORTS = frozenset({wire.PORT_OUTBOUND, wire.PORT_OUTBOUND_L7, wire.PORT_HBONE})
 
@@ -42,14 +42,7 @@ class Arrivals:
         if question.protocol is Protocol.UDP:
             self.datagram_arrives(question.source, peer.netns, branch, host=host)
             return
-        if self._is_open(peer, branch):
-            return
-        if branch.port == wire.PORT_HBONE:
-            self._hbone_listener(branch)
-            return
-        if branch.port in OWN_PORTS:
-            text = f"port {branch.port} is the mesh's own, for what connect() turned there"
-            branch.add(Step("way", text, refused=reason_text(Reason.NOT_CAPTURED)))
+        if self._is_open(peer, branch) or self._own_port(branch):
             return
         sender = self._tables.peer(question.source)
         if sender is not None and sender.flags & wire.PEER_ENROLLED and not sender.flags & wire.PEER_JOINING:
@@ -61,13 +54,7 @@ class Arrivals:
 
     def datagram_arrives(self, source: str, netns: int, branch: Branch, *, host: bool = False) -> None:
         """As ``to_pod()``, of a datagram that begins something."""
-        veth = self._tables.interface(netns)
-        if veth is None:
-            text = "the endpoint's has no entry: all that comes to it is dropped"
-            branch.add(Step("veth", text, ("interfaces",), NO_INTERFACE))
-            return
-        if veth.flags & wire.POD_OPEN:
-            branch.add(Step("veth", "the endpoint joins or leaves: not judged", ("interfaces",)))
+        if not self._veth_judges(netns, branch):
             return
         sender = self._tables.peer(source)
         enrolled = sender is not None and bool(sender.flags & wire.PEER_ENROLLED)
@@ -78,6 +65,18 @@ class Arrivals:
         if self._authorization(netns, branch, found) and not host:
             self._ingress(source, netns, branch, Protocol.UDP)
 
+    def _veth_judges(self, netns: int, branch: Branch) -> bool:
+        """Whether what comes to a pod's veth is judged there; a step where it is not."""
+        veth = self._tables.interface(netns)
+        if veth is None:
+            text = "the endpoint's has no entry: all that comes to it is dropped"
+            branch.add(Step("veth", text, ("interfaces",), NO_INTERFACE))
+        elif veth.flags & wire.POD_OPEN:
+            branch.add(Step("veth", "the endpoint joins or leaves: not judged", ("interfaces",)))
+        else:
+            return True
+        return False
+
     def delivery(self, branch: Branch) -> None:
         """Of the node proxy, by HBONE from another node."""
         branch.way = Way.CAPTURED
@@ -86,9 +85,19 @@ class Arrivals:
             text = "no pod in the mesh on this node, as the kernel has it"
             branch.add(Step("arrival", text, ("peers",), reason_text(Reason.UNKNOWN_DESTINATION)))
             return
-        if self._hbone_listener(branch):
+        if not self._hbone_listener(branch):
+            return
+        if not self._leaves(peer.netns, branch.address, branch, "the endpoint's"):
+            return
+        if branch.port in OWN_PORTS:
+            text = f"port {branch.port} is the mesh's own: the node proxy delivers nothing there"
+            branch.add(Step("arrival", text, refused=reason_text(Reason.OWN_PORT)))
+        elif not self._tables.has_role(Role.NODEPROXY):
+            text = "no cgroup has the role NODEPROXY: what is delivered is anybody's plain text"
+            branch.add(Step("arrival", text, ("roles",), reason_text(Reason.SPOOFED)))
+        else:
             text = "the node proxy judges it by the client's certificate; what it delivers the kernel takes"
-            branch.add(Step("arrival", text, ("connecting",), facts={"via": "tunnel"}))
+            branch.add(Step("arrival", text, ("roles", "connecting"), facts={"via": "tunnel"}))
 
     def _hbone_listener(self, branch: Branch) -> bool:
         where = end_text(branch.address, wire.PORT_HBONE)
@@ -97,17 +106,47 @@ class Arrivals:
         reason = reason_text(Reason.NO_LISTENER)
         return branch.add(Step("listener", f"nobody listens at {where}", ("listeners",), reason))
 
+    def _own_port(self, branch: Branch) -> bool:
+        """Whether it is one of ours, of which no policy speaks."""
+        if branch.port == wire.PORT_HBONE:
+            self._hbone_listener(branch)
+        elif branch.port in OWN_PORTS:
+            text = f"port {branch.port} is the mesh's own, for what connect() turned there"
+            branch.add(Step("way", text, refused=reason_text(Reason.NOT_CAPTURED)))
+        else:
+            return False
+        return True
+
+    def _stays(self, netns: int, own: str, step: Step, kind: Via, to: Walk | Branch) -> bool:
+        """What never leaves the pod's namespace comes to sk_lookup there all the same: ``step`` says what it is."""
+        pod, peer = self._tables.pod(netns), self._tables.peer(own)
+        step.maps = ("peers", *step.maps)
+        if pod is None or not pod.flags & wire.POD_OPEN:
+            if peer is None or not peer.flags & wire.PEER_LOCAL or not peer.flags & wire.PEER_ENROLLED:
+                step.text += f"; there nobody in the mesh has {own}"
+                step.refused = reason_text(Reason.UNKNOWN_DESTINATION)
+            elif peer.netns != netns:
+                step.text += f"; {own} is another namespace's ({peer.netns})"
+                step.refused = reason_text(Reason.SPOOFED if kind is Via.SELF else Reason.NOT_CAPTURED)
+        return to.add(step)
+
     def _probe(self, question: Question, branch: Branch) -> None:
         peer = self._peer(branch)
         branch.way = Way.PROBE
-        if peer is None or not peer.flags & wire.PEER_ENROLLED:
-            self._plain(branch)
-        elif not peer.flags & wire.PEER_LOCAL:
+        enrolled = peer is not None and bool(peer.flags & wire.PEER_ENROLLED)
+        if peer is not None and enrolled and not peer.flags & wire.PEER_LOCAL:
             branch.add(Step("way", "plain, and no probe on another node: judged there", ("peers",)))
             branch.remote = True
         elif question.protocol is Protocol.UDP:
-            branch.add(Step("way", "the node looks whether its pod lives: not judged", ("roles",)))
-        elif not self._is_open(peer, branch):
+            netns = peer.netns if peer is not None and enrolled else self._owner(branch.address)
+            if not netns:
+                branch.way = Way.DATAGRAM
+                self._plain(branch)
+            elif self._veth_judges(netns, branch):
+                branch.add(Step("way", "the node looks whether its pod lives: not judged", ("roles",)))
+        elif peer is None or not enrolled:
+            self._plain(branch)
+        elif not self._is_open(peer, branch) and not self._own_port(branch):
             branch.add(Step("way", "a probe of the node's", ("connecting",)))
             self._judge_via(Via.PROBE, peer, wire.IDENTITY_PROBE, question.source, branch)
 
@@ -198,25 +237,35 @@ class Arrivals:
         return branch.add(Step("authorization", text, maps, reason, facts))
 
     def _judge_via(self, kind: Via, peer: wire.Peer, identity: int, source: str, branch: Branch) -> bool:
-        """As ``judge_via()``."""
+        """As ``judge_via()``, and what becomes of the answer."""
         found = self._tables.judge(peer.netns, identity, source, branch.port)
-        if kind is Via.PROBE:
-            if found.reason is Reason.POLICY:
-                found = self._tables.judge(peer.netns, wire.IDENTITY_PLAIN, source, branch.port)
-            return self._authorization(peer.netns, branch, found)
-        return (
-            self._authorization(peer.netns, branch, found)
-            and self._ingress(source, peer.netns, branch, Protocol.TCP)
-            and self._leaves(peer.netns, branch.address, branch, "the endpoint's")
-        )
+        if kind is Via.PROBE and found.reason is Reason.POLICY:
+            found = self._tables.judge(peer.netns, wire.IDENTITY_PLAIN, source, branch.port)
+        if not self._authorization(peer.netns, branch, found):
+            return False
+        if kind is not Via.PROBE and not self._ingress(source, peer.netns, branch, Protocol.TCP):
+            return False
+        if kind is Via.DIRECT and branch.port in OWN_PORTS:
+            # connect() asks the policy; sk_lookup, which is not there while the pod joins, knows better.
+            pod = self._tables.pod(peer.netns)
+            if not (pod is not None and pod.flags & wire.POD_OPEN):
+                self._own_port(branch)
+            if branch.refused:
+                return False
+        # What l7proxy dials of the pod itself stays in its namespace.
+        if branch.address == source:
+            return True
+        return self._leaves(peer.netns, branch.address, branch, "the endpoint's")
 
     def _leaves(self, netns: int, own: str, branch: Branch, whose: str = "the pod's own") -> bool:
-        """As ``from_pod()``: whether anything gets out of a pod by its veth. A step only where nothing does."""
+        """As ``is_own_source()``: whether anything gets out of a pod by its veth. A step only where nothing does."""
         veth = self._tables.interface(netns)
         if veth is None:
             text = f"{whose} has no entry: all that it sends is dropped"
             return branch.add(Step("veth", text, ("interfaces",), NO_INTERFACE))
         if own in (veth.address4, veth.address6):
+            return True
+        if not (veth.address6 if ":" in own else veth.address4) and self._tables.peer(own) is None:
             return True
         text = f"{whose} has {' and '.join(filter(None, (veth.address4, veth.address6)))}, not {own}"
         return branch.add(Step("veth", text, ("interfaces",), reason_text(Reason.SPOOFED)))

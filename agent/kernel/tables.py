@@ -17,10 +17,11 @@ from typing import NamedTuple, Self
 from agent.kernel.errors import KernelError
 from bpf import wire
 from bpf.maps import Map, MapError
-from bpf.wire import Direction, Endpoint, Reason, SpliceCounter
+from bpf.wire import Direction, Endpoint, Reason, Role, SpliceCounter
 
 #: The maps that :class:`Tables` reads.
 NAMES = (
+    "roles",
     "pods",
     "peers",
     "services",
@@ -78,6 +79,7 @@ class Tables:
         """``maps`` stay the caller's."""
         self._maps = maps
         self._closing = ExitStack()
+        self._blocks: dict[tuple[int, int], dict[str, int]] = {}
 
     @classmethod
     def open(cls, pins: Path) -> Self:
@@ -107,6 +109,10 @@ class Tables:
         self._closing.close()
 
     # Who
+
+    def has_role(self, role: Role) -> bool:
+        """Whether any cgroup has it."""
+        return any(_U32.unpack(value)[0] == role for _, value in self._maps["roles"].items())
 
     def pods(self) -> dict[int, wire.Pod]:
         """By netns cookie."""
@@ -188,7 +194,7 @@ class Tables:
             if identity >= wire.IDENTITY_FIRST and flags & wire.POLICY_ALIKE:
                 identity = wire.IDENTITY_MESH
             number = 0
-            if flags & wire.POLICY_CLASSES:
+            if flags & wire.POLICY_CLASSES and identity != wire.IDENTITY_PROBE:
                 number = self.class_of(netns, generation, source)
             for asked in (port, 0):
                 value = policy.lookup(wire.PolicyKey(identity, asked, number).pack())
@@ -237,16 +243,15 @@ class Tables:
         return flags, found
 
     def class_entries(self, netns: int, generation: int) -> dict[str, int]:
-        """Class by block of addresses."""
-        found: dict[str, int] = {}
-        for data in tuple(self._maps["classes"].keys()):
-            key = wire.ClassKey.unpack(data)
-            if (key.netns, key.generation) == (netns, generation):
-                value = self._maps["classes"].lookup(data)
-                if value is not None:
-                    bits = key.prefix_length - wire.CLASS_PREFIX_BITS
-                    found[block_text(key.address, bits)] = _U32.unpack(value)[0]
-        return found
+        """Class by block of addresses: those of a generation never change, so that the map is read once for all pods."""
+        if (netns, generation) not in self._blocks:
+            self._blocks = {}
+            for data, value in self._maps["classes"].items():
+                key = wire.ClassKey.unpack(data)
+                block = block_text(key.address, key.prefix_length - wire.CLASS_PREFIX_BITS)
+                of_pod = self._blocks.setdefault((key.netns, key.generation), {})
+                of_pod[block] = _U32.unpack(value)[0]
+        return self._blocks.get((netns, generation), {})
 
     def network_entries(self, netns: int, direction: Direction) -> dict[wire.NetworkKey, int] | None:
         """Both stages; None: not isolated."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from agent.kernel.arrivals import OWN_PORTS, Arrivals
 from agent.kernel.steps import (
@@ -27,7 +28,7 @@ from agent.kernel.steps import (
 )
 from agent.kernel.tables import Slot
 from bpf import wire
-from bpf.wire import Direction, Endpoint, Protocol, Reason, Via
+from bpf.wire import Direction, Endpoint, Protocol, Reason, Role, Via
 
 _ANY_NODE = {False: "0.0.0.0", True: "::"}
 
@@ -42,9 +43,7 @@ class Walker(Arrivals):
         """
         found = Walk()
         if question.dialler is Dialler.PROBER:
-            text = "a process in a cgroup with the role PROBER"
-            found.add(Step("source", text, ("roles",), facts={"identity": wire.IDENTITY_PROBE}))
-            self._direct_only(question, found, self._probe)
+            self._prober(question, found)
             return found
         pod = self._tables.pod(question.netns) if question.netns else None
         if pod is None or question.dialler is Dialler.HOST:
@@ -63,13 +62,35 @@ class Walker(Arrivals):
         if pod.flags & wire.POD_PASSING:
             self._direct_only(question, found, self.arrival)
         elif _is_local(question.destination):
-            found.add(Step("destination", "this host: nothing of the mesh's"))
-            found.branches.append(Branch(question.destination, question.port, 1.0, way=Way.PLAIN))
+            self._here(question, found)
         elif question.protocol is Protocol.TCP:
             self._connect(question, pod, own, found)
         else:
             self._send(question, pod, own, found)
         return found
+
+    def _prober(self, question: Question, found: Walk) -> None:
+        text = "a process in a cgroup with the role PROBER"
+        judge = self._probe
+        if not self._tables.has_role(Role.PROBER):
+            text = "no cgroup has the role PROBER: a process of the node as any other"
+            question, judge = replace(question, dialler=Dialler.HOST), self.arrival
+        elif question.l7 and question.protocol is Protocol.TCP:
+            text += ", which dials no pod's address: nobody writes down that it is a probe"
+            question, judge = replace(question, dialler=Dialler.HOST), self.arrival
+        found.add(Step("source", text, ("roles",)))
+        self._direct_only(question, found, judge)
+
+    @staticmethod
+    def _here(question: Question, found: Walk) -> None:
+        """Loopback, and the addresses that a socket takes for its own host."""
+        own_port = question.protocol is Protocol.TCP and question.port in OWN_PORTS
+        if own_port and question.destination == _ANY_NODE[False]:
+            text = f"port {question.port} is the mesh's own, and may be dialled at no address of the pod's"
+            found.add(Step("destination", text, refused=reason_text(Reason.OWN_PORT)))
+            return
+        found.add(Step("destination", "this host: nothing of the mesh's"))
+        found.branches.append(Branch(question.destination, question.port, 1.0, way=Way.PLAIN))
 
     def _direct_only(
         self, question: Question, found: Walk, judge: Callable[[Question, Branch], None]
@@ -79,7 +100,8 @@ class Walker(Arrivals):
         for address, port in ends[:MOST]:
             branch = Branch(address, port, None if len(ends) > 1 else 1.0)
             found.branches.append(branch)
-            judge(question, branch)
+            if self._uncaptured(question, branch):
+                judge(question, branch)
         found.left_out = max(0, len(ends) - MOST)
 
     def _connect(self, question: Question, pod: wire.Pod, own: str, found: Walk) -> None:
@@ -102,17 +124,13 @@ class Walker(Arrivals):
             found.add(_no_address())
             return
         if service.flags & wire.SERVICE_L7:
-            way = Step("way", f"captured to {end_text(own, wire.PORT_OUTBOUND_L7)}, l7proxy's")
-            if not self._tables.has_listener(own, wire.PORT_OUTBOUND_L7):
-                way.text += "; nobody listens there"
-                way.refused = reason_text(Reason.NO_LISTENER)
-            way.maps = ("listeners",)
-            way.facts = {"way": Way.CAPTURED_L7.value}
-            if found.add(way):
+            text = f"captured to {end_text(own, wire.PORT_OUTBOUND_L7)}, l7proxy's"
+            if self._captured_to(question.netns, own, wire.PORT_OUTBOUND_L7, text, found):
                 slots = [Slot(a, p, 1.0) for a, p in question.l7]
                 self._branches(found, slots, question, pod, own, self._l7)
                 for branch in found.branches:
                     branch.share = None
+            found.steps[-1].facts = {"way": Way.CAPTURED_L7.value}
             return
         self._drawn(found, service, question, pod, own, self._tcp)
 
@@ -161,20 +179,28 @@ class Walker(Arrivals):
         slots, missing = self._tables.slots(service)
         kept = self._tables.kept(question.netns, service)
         maps = ("backends", "affinity", "members") if service.flags & wire.SERVICE_AFFINITY else ("backends",)
-        family = ":" in question.destination
+        lost = 0.0
         if kept is not None:
             slots = [Slot(*kept, 1.0)]
             text = f"{end_text(*kept)}, which the pod had last"
-        elif not slots or any((":" in slot.address) is not family for slot in slots):
-            text = "none" if not slots else "of another family than the address that was dialled"
-            found.add(Step("endpoints", text, maps, reason_text(Reason.NO_BACKEND)))
+        elif not slots:
+            found.add(Step("endpoints", "none", maps, reason_text(Reason.NO_BACKEND)))
             return
         else:
             text = f"{len(slots)}, drawn " + ("by weight" if len({s.share for s in slots}) > 1 else "alike")
-        if missing:
-            text += f"; slots {', '.join(map(str, missing[:10]))} are not there: a draw that hits one is drawn anew"
+            if missing:
+                # Drawn twice: a second miss is a refusal.
+                miss = 1.0 - sum(slot.share for slot in slots)
+                lost = miss * miss
+                slots = [slot._replace(share=slot.share * (1.0 + miss)) for slot in slots]
+                text += f"; slots {', '.join(map(str, missing[:10]))} are not there"
         found.add(Step("endpoints", text, maps, facts={"kept": kept is not None, "missing_slots": missing}))
         self._branches(found, slots, question, pod, own, judge)
+        if lost:
+            branch = Branch(question.destination, question.port, lost)
+            text = "two draws, one after the other, hit slots that are not there"
+            branch.add(Step("endpoints", text, ("backends",), reason_text(Reason.NO_BACKEND)))
+            found.branches.append(branch)
 
     @staticmethod
     def _branches(
@@ -188,7 +214,11 @@ class Walker(Arrivals):
         for slot in slots[:MOST]:
             branch = Branch(slot.address, slot.port, slot.share)
             found.branches.append(branch)
-            judge(question, pod, own, branch)
+            if (":" in slot.address) is (":" in question.destination):
+                judge(question, pod, own, branch)
+            else:
+                text = "of another family than the address that was dialled"
+                branch.add(Step("endpoints", text, ("backends",), reason_text(Reason.NO_BACKEND)))
         found.left_out = max(0, len(slots) - MOST)
 
     def _tcp(self, question: Question, pod: wire.Pod, own: str, branch: Branch) -> None:
@@ -196,8 +226,11 @@ class Walker(Arrivals):
         peer = self._peer(branch)
         if branch.address == own:
             branch.way = Way.SELF
-            branch.add(Step("way", "the pod's own address: to itself, never forbidden"))
-            self._splice(pod, pod, branch)
+            text = "the pod's own address: to itself, never forbidden"
+            if self._stays(question.netns, own, Step("way", text), Via.SELF, branch):
+                if self._own_port(branch):
+                    return
+                self._splice(pod, pod, branch)
             return
         if not self._egress(question, branch):
             return
@@ -207,7 +240,10 @@ class Walker(Arrivals):
                 self._leaves(question.netns, own, branch)
             return
         if not peer.flags & wire.PEER_LOCAL:
-            self._captured(own, branch)
+            branch.way = Way.CAPTURED
+            text = f"captured to {end_text(own, wire.PORT_OUTBOUND)}, the node proxy's: HBONE to the endpoint's node"
+            if self._captured_to(question.netns, own, wire.PORT_OUTBOUND, text, branch):
+                self._tunnel(question.netns, own, branch)
             return
         branch.way = Way.DIRECT
         branch.add(Step("way", "direct: the endpoint is on this node"))
@@ -222,26 +258,34 @@ class Walker(Arrivals):
             return
         if peer is None or not peer.flags & wire.PEER_ENROLLED:
             self._plain(branch)
+            if not branch.refused:
+                self._leaves(question.netns, own, branch)
         elif not peer.flags & wire.PEER_LOCAL:
-            branch.way, branch.remote = Way.CAPTURED, True
+            branch.way = Way.CAPTURED
             branch.add(Step("way", "l7proxy hands it to the node proxy: HBONE to the endpoint's node"))
+            self._tunnel(question.netns, own, branch)
         else:
             branch.way = Way.DIRECT
             branch.add(Step("way", "l7proxy dials it from the pod's namespace"))
-            if self._judge_via(Via.DIRECT, peer, pod.identity, own, branch):
+            judged = self._judge_via(Via.DIRECT, peer, pod.identity, own, branch)
+            if judged and branch.address != own:
                 self._leaves(question.netns, own, branch)
 
-    def _captured(self, own: str, branch: Branch) -> None:
-        branch.way = Way.CAPTURED
-        text = (
-            f"captured to {end_text(own, wire.PORT_OUTBOUND)}, the node proxy's: HBONE to the endpoint's node"
-        )
-        if self._tables.has_listener(own, wire.PORT_OUTBOUND):
-            branch.add(Step("way", text, ("listeners",)))
-            branch.remote = True
+    def _captured_to(self, netns: int, own: str, port: int, text: str, to: Walk | Branch) -> bool:
+        """By connect(), to a listener of ours in the pod's own namespace."""
+        step = Step("way", text, ("listeners",))
+        if not self._tables.has_listener(own, port):
+            step.text += "; nobody listens there"
+            step.refused = reason_text(Reason.NO_LISTENER)
+        return self._stays(netns, own, step, Via.CAPTURED, to)
+
+    def _tunnel(self, netns: int, own: str, branch: Branch) -> None:
+        """The node proxy's own dial, from the pod's namespace to the endpoint's node, which decides then."""
+        if not self._tables.has_role(Role.NODEPROXY):
+            text = "no cgroup has the role NODEPROXY: what it dials is refused as an application's would be"
+            branch.add(Step("way", text, ("roles",), reason_text(Reason.OWN_PORT)))
         else:
-            reason = reason_text(Reason.NO_LISTENER)
-            branch.add(Step("way", f"{text}; nobody listens there", ("listeners",), reason))
+            branch.remote = self._leaves(netns, own, branch)
 
     def _splice(self, client: wire.Pod, server: wire.Pod | None, branch: Branch) -> None:
         switch = self._tables.splice_switch()
@@ -276,6 +320,9 @@ class Walker(Arrivals):
             branch.way = Way.SELF
             branch.add(Step("way", "the pod's own address: it never leaves its namespace"))
             return
+        if not own:
+            branch.add(_nothing_to_send_from())
+            return
         if not self._leaves(question.netns, own, branch):
             return
         if not self._egress(question, branch):
@@ -291,6 +338,25 @@ class Walker(Arrivals):
             branch.add(Step("way", "as it is, judged at the endpoint's veth"))
             self.datagram_arrives(own, peer.netns, branch)
 
+    def _uncaptured(self, question: Question, branch: Branch) -> bool:
+        """As ``from_pod()``: what a pod's socket sends that no hook has turned anywhere."""
+        if not question.source:
+            return branch.add(_nothing_to_send_from())
+        if not question.netns:
+            return True
+        if not self._leaves(question.netns, question.source, branch):
+            return False
+        veth = self._tables.interface(question.netns)
+        if veth is not None and veth.flags & wire.POD_PASSING:
+            return True
+        peer = self._tables.peer(branch.address)
+        if question.protocol is Protocol.TCP and peer is not None and peer.flags & wire.PEER_ENROLLED:
+            if peer.flags & (wire.PEER_LOCAL | wire.PEER_JOINING):
+                return True
+            text = "only the node proxy speaks to pods in the mesh on other nodes"
+            return branch.add(Step("veth", text, ("interfaces",), reason_text(Reason.NOT_CAPTURED)))
+        return self._egress(question, branch)
+
     def _egress(self, question: Question, branch: Branch) -> bool:
         found = self._tables.network(
             question.netns, Direction.OUTBOUND, branch.address, question.protocol, branch.port
@@ -302,6 +368,11 @@ class Walker(Arrivals):
 def _no_address() -> Step:
     text = "it is in the mesh, and of a family of which the pod has no address"
     return Step("destination", text, ("pods", "peers"), reason_text(Reason.NO_ADDRESS))
+
+
+def _nothing_to_send_from() -> Step:
+    text = "the pod has no address of this family to send from"
+    return Step("way", text, ("pods",), reason_text(Reason.NO_ADDRESS))
 
 
 def _is_local(address: str) -> bool:

@@ -134,6 +134,8 @@ class Node:
             )
             value = wire.Peer(owners.get(address, 0), peer.identity, flags, peer.zone)
             kernel.put("peers", wire.pack_address(address), value)
+        for cgroup, role in enumerate((wire.Role.NODEPROXY, wire.Role.L7PROXY, wire.Role.PROBER), 1):
+            kernel.put("roles", struct.pack("=Q", cgroup), struct.pack("=I", role))
         for frontend, entry in tables.frontends.entries.items():
             kernel.services.set(
                 wire.Endpoint(*frontend), entry.backends, l7=entry.l7, affinity=entry.affinity

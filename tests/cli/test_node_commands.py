@@ -176,6 +176,13 @@ def test_an_end_that_nobody_can_ask_is_not_known(stack: ExitStack, serve: Serve)
     assert "NOT KNOWN: its node is not asked: node n2: no agent of it is known" in done.stdout
 
 
+def test_endpoints_that_nobody_looked_at_are_not_known():
+    allowed = {"kernel": "allowed", "reason": ""}
+    for left_out, verdict in ((0, "allowed"), (7, "unknown")):
+        answer = {"reason": "", "endpoints": [allowed], "endpoints_left_out": left_out}
+        assert why.verdict(answer) == verdict
+
+
 @pytest.mark.privileged
 def test_errors_are_the_agents_own_words(stack: ExitStack, serve: Serve):
     cluster = Cluster(stack, serve, mesh())
@@ -240,7 +247,7 @@ def test_agent_status(serve: Serve):
         "n2: no nodeproxy is connected",
         "n2: link_connect4 is not attached",
         "n2: pod shop/early is to be in the mesh and is not captured",
-        "n2: map peers is full: 1000 of 1024",
+        "n2: map peers fills up: 1000 of 1024",
     ):
         assert text in done.stdout
     found = json.loads(run("agent", "status", "--agent", ill, "-o", "json").stdout)
@@ -313,6 +320,8 @@ def test_pins_that_are_not_there(tmp_path: Path):
     done = run("why", "10.0.0.1", "10.0.0.2:80", "--pins", str(tmp_path), "--from-node", "n1")
     assert done.exit_code == 2
     assert "goes without --from-node" in done.stderr
+    done = run("why", "10.0.0.1", "10.0.0.2:0", "--pins", str(tmp_path))
+    assert "port 0: not a number from 1 to 65535" in done.stderr
     (tmp_path / "v1").mkdir()
     assert (
         "there is v1, of another version"

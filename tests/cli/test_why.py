@@ -286,6 +286,20 @@ def test_the_nodes_own_processes(lab: Lab, world: World):
             assert answer["verdict"] == ("allowed" if happens else "refused")
             assert happens is (source == "kubelet")
             assert answer["differences"] == []
+        # A block that the node is in refuses no probe.
+        everybody = authorization(
+            action="DENY", rules=[{"from": [{"source": {"ipBlocks": ["0.0.0.0/0", "::/0"]}}]}]
+        )
+        with lab.applied(everybody, name="why-blocks.yaml"):
+            assert lab.probe(world.server, ECHO)
+            answer = why(lab, "kubelet", server, node="node1")
+            assert (answer["verdict"], answer["differences"]) == ("allowed", [])
+    # Our own ports are nobody's.
+    for source in ("kubelet", "host"):
+        answer = why(lab, source, f"{name(world.server)}:15001", node="node1")
+        assert (reasons(answer), answer["differences"]) == ({world.server.address: "not-captured"}, [])
+    assert not lab.probe(world.server, 15001)
+    assert echoes(lab.node("node1"), world.server.address, 15001, timeout=4) != ""
 
 
 # Entries changed by hand
