@@ -13,16 +13,20 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from lab.cluster import ipv6_of
 from lab.errors import LabError
 from lab.lab import Lab
 from lab.pod import Pod
+from lab.processes import wait_until
 from lab.talker import Talker
 from lab.traffic import Traffic
 
 HTTP = 8080
 ECHO = 9000
+DATAGRAMS = 5353
 #: A split of 80/20 over this many requests; chance leaves five standard deviations once in two million runs.
 REQUESTS = 1000
 SIGMAS = 5
@@ -89,6 +93,25 @@ spec:
         principals: ["cluster.local/ns/default/sa/{account}"]
 """
 
+ONLY_TELLER = """\
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata:
+  name: only-teller
+  namespace: default
+spec:
+  podSelector:
+    matchLabels:
+      app: ledger
+  ingress:
+  - from:
+    - podSelector:
+        matchLabels:
+          app: teller
+    ports:
+    - port: 9000
+"""
+
 
 class Story:
     """Runs the chapters, prints what is claimed and what was seen, and remembers."""
@@ -135,7 +158,13 @@ class Demo:
         lab.namespace("default")
         lab.namespace("outside", mesh=False)
         self.web = lab.service("web-app", 80, target_port=HTTP)
-        self.ledger = lab.service("ledger", 7000, target_port=ECHO, port_name="tcp")
+        self.ledger = lab.service(
+            "ledger",
+            ports=[
+                {"name": "tcp", "port": 7000, "targetPort": ECHO, "protocol": "TCP"},
+                {"name": "udp", "port": 7000, "targetPort": DATAGRAMS, "protocol": "UDP"},
+            ],
+        )
         for version, node in (("v1", "node1"), ("v2", "node2")):
             pod = lab.pod(
                 f"web-app-{version}",
@@ -146,16 +175,18 @@ class Demo:
             pod.serve(pod.app("http_server", HTTP, "--version", version), HTTP)
             #: v2, on the other node than the client.
             self.web_far = pod
-        self.ledger_pod = self._echo("ledger", node="node1")
+        self.ledger_pod = pod = self._echo("ledger", "--bind", "::", "--poll", node="node1")
+        pod.serve(pod.app("udp", "serve", "0.0.0.0", DATAGRAMS, " there"))
+        wait_until(partial(pod.listening, DATAGRAMS, kind="udp"), 5.0, "the ledger answers datagrams")
         self.client = lab.pod("client", node="node1", service_account="client")
         self.far = lab.pod("teller", node="node2", service_account="teller")
         self.stranger = lab.pod("stranger", node="node2", namespace="outside")
         self.plain_server = self._echo("plain-server", node="node1", namespace="outside")
         lab.settle()
 
-    def _echo(self, name: str, **values: Any) -> Pod:
+    def _echo(self, name: str, *options: str, **values: Any) -> Pod:
         pod = self.lab.pod(name, service_account=name, **values)
-        pod.serve(pod.app("tcp_server", ECHO), ECHO)
+        pod.serve(pod.app("tcp_server", ECHO, *options), ECHO)
         return pod
 
     def fetch(self, client: Pod, count: int, **values: object) -> list[dict[str, Any]]:
@@ -286,6 +317,90 @@ class Demo:
             if sample.labels.get("source_workload") == "client"
         )
 
+    def ipv6(self) -> str:
+        address = ipv6_of(self.ledger)
+        for client in (self.client, self.far):
+            with Talker(client) as talker:
+                opened = talker.open(address, 7000)
+                require(opened.ok, f"the connection failed: {opened.error}")
+                ends = (opened["local"][0], opened["peer"])
+                require(ends == (client.address6, [address, 7000]), f"the client sees {ends}")
+                require(talker.exchange().ok, "the client gets no answer")
+        with Talker(self.stranger) as talker:
+            opened = talker.open(self.ledger_pod.address6, ECHO, timeout=2)
+            require(not (opened.ok and talker.exchange(timeout=2).ok), "the stranger gets through")
+        return f"[{address}]:7000 answers both clients, at their own addresses; the stranger is refused"
+
+    def _asks(self, client: Pod) -> str:
+        """What a datagram to the ledger is answered with, or the error."""
+        done = client.run(client.app("udp", "ask", self.ledger, 7000, "anybody?"), check=False, timeout=15)
+        return done.stdout.strip().rpartition("\n")[2]
+
+    def datagrams(self) -> str:
+        answers = [self._asks(client) for client in (self.client, self.far)]
+        require(answers == ["anybody? there"] * 2, f"the clients got {answers}")
+        denied = DENY.format(name="client", app="ledger", account="client")
+        with self.lab.applied(denied, name="deny.yaml"):
+            refused, allowed = self._asks(self.client), self._asks(self.far)
+        require(refused.startswith("PermissionError"), f"who is denied got {refused}")
+        require(allowed == answers[0], f"who is not denied got {allowed}")
+        return f"the service answers clients of both nodes; who is denied gets {refused}"
+
+    def network_policy(self) -> str:
+        with self.lab.applied(ONLY_TELLER, name="only-teller.yaml"):
+            near, far = self._echoes(self.client, timeout=1), self._echoes(self.far)
+        require(far, "whom the policy names is refused")
+        require(not near, "whom it does not name gets through")
+        require(self._echoes(self.client), "the client is still refused when the policy is gone")
+        return "teller, on the other node, gets through; client, beside the ledger, does not"
+
+    def why(self) -> str:
+        said: list[str] = []
+        with self.lab.applied(ONLY_TELLER, name="only-teller.yaml"):
+            for client in (self.client, self.far):
+                name = f"{client.record.namespace}/{client.record.name}"
+                done = self.lab.mycel("why", name, "ledger.default:7000", check=False)
+                happens = self._echoes(client, timeout=2)
+                require(done.returncode == (0 if happens else 1), f"not what happens: {done.stdout}")
+                said += [f"{name}: {done.stdout.rstrip().splitlines()[-1]}"]
+        require("default/only-teller" in said[0], f"the policy that refuses is not named: {said[0]}")
+        return "mycel why says of the ledger:\n" + "\n".join(f"         {line}" for line in said)
+
+    def _account(self) -> tuple[int, int]:
+        """What the kernel says that the client's applications have sent to the ledger and read of it."""
+        rows = [
+            row
+            for row in self.lab.get_json("node1", "agent", "/debug/flows")
+            if (row["source"], row["destination"]) == ("default/client", "default/ledger")
+            and (row["protocol"], row["direction"]) == ("tcp", "outbound")
+        ]
+        return sum(row["sent"] for row in rows), sum(row["received"] for row in rows)
+
+    def splice(self) -> str:
+        supported = self.lab.get_json("node1", "agent", "/debug/status")["splice"]["supported"]
+        began, before = time.monotonic(), self._account()
+        with Talker(self.client) as talker:
+            require(talker.open(self.ledger, 7000).ok, "the client cannot connect")
+            for size in (64, 4096):
+                past = -1
+                # It enters after a few reads, when the agent has looked.
+                while True:
+                    answer = talker.exchange(size=size, times=200)
+                    require(answer.ok, f"the client gets no answer: {answer.error}")
+                    past, last = answer["received"] - answer["by_tcp"], past
+                    if past > last >= 0 or not supported:
+                        break
+                    require(time.monotonic() < began + 10, "everything goes by TCP")
+            sent, received = answer["sent"], answer["received"]
+        told = (before[0] + sent, before[1] + received)
+        wait_until(lambda: self._account() == told, 5.0, f"the kernel's account says {told}")
+        ways = (
+            f"{past} of {received} bytes came past TCP"
+            if supported
+            else "by TCP (the splice needs Linux 6.3)"
+        )
+        return f"{ways}; the kernel's account is the same to the byte"
+
     def figures(self) -> str:
         url = f"http://{self.web}/"
         with Traffic(
@@ -309,17 +424,22 @@ def main() -> int:
         flush=True,
     )
     try:
-        with Lab(nodes=2) as lab:
+        with Lab(nodes=2, ipv6=True) as lab:
             demo = Demo(lab)
             print(f"set up in {lab.start_seconds:.1f} s\n", flush=True)
             story = Story()
             story.chapter("a canary of 80/20 is split by request", demo.canary)
             story.chapter("between the nodes there is mutual TLS and no plain byte", demo.encrypted)
             story.chapter("under STRICT a stranger is refused", demo.strict)
+            story.chapter("IPv6 goes the same ways", demo.ipv6)
             story.chapter(
                 "a policy change denies a client on another node within a second", demo.policy_change
             )
             story.chapter("a client on the same node is denied in the kernel", demo.denied_in_the_kernel)
+            story.chapter("UDP to a service is answered, and judged", demo.datagrams)
+            story.chapter("a NetworkPolicy lets in whom it names", demo.network_policy)
+            story.chapter("mycel why says beforehand what happens, and which policy decides", demo.why)
+            story.chapter("on one node bytes go past TCP, and none is missing in the accounts", demo.splice)
             story.chapter("the mesh shows what it does", demo.figures)
             return story.summary()
     except LabError as error:

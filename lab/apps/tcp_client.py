@@ -1,7 +1,8 @@
 """A TCP client that does what it is told: one JSON command per line on standard input, one JSON answer per line on output.
 
 ``{"op": "open", "key", "address", "port", "timeout", "family"}``  dial; answers peer, local and seconds, or error
-``{"op": "exchange", "key", "size", "times"}``  send, and read the same amount back (an echo server is there)
+``{"op": "exchange", "key", "size", "times"}``  send, and read the same amount back (an echo server is there);
+    answers how many bytes of its life came by TCP too (the others came by the splice)
 ``{"op": "send", "key", "text"}``, ``{"op": "read", "key", "timeout"}``  one way only; read answers text, "" at the end
 ``{"op": "close", "key", "how"}``  ``fin`` (default) or ``rst``; answers the bytes sent and received over its life
 """
@@ -12,6 +13,8 @@ import struct
 import sys
 import time
 from typing import Any
+
+_BYTES_RECEIVED = 128  #: offset of tcpi_bytes_received in struct tcp_info
 
 
 class Connection:
@@ -72,7 +75,9 @@ def do_exchange(key: str, size: int = 64, times: int = 1, timeout: float = 12.0)
             connection.received += len(part)
         if got != data[:size]:
             return {"error": "other bytes came back", "errno": 0}
-    return {"sent": connection.sent, "received": connection.received}
+    info = connection.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    (by_tcp,) = struct.unpack_from("=Q", info, _BYTES_RECEIVED)
+    return {"sent": connection.sent, "received": connection.received, "by_tcp": by_tcp}
 
 
 def do_send(key: str, text: str, timeout: float = 12.0) -> dict[str, Any]:

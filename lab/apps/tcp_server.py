@@ -1,7 +1,8 @@
 """A TCP server that gives back what it gets, and writes down who came and how much went each way.
 
 One JSON line per event on standard output: ``open`` with peer and local address, ``close`` with the bytes received and sent.
-With ``--greet`` it speaks first, one JSON line that says who the client is to it; with ``--mute`` it answers nothing.
+With ``--greet`` it speaks first, one JSON line that says who the client is to it; with ``--mute`` it answers nothing; with
+``--poll`` it reads as event loops do, from a socket that does not block.
 """
 
 import argparse
@@ -15,10 +16,13 @@ from typing import Any
 class Handler(socketserver.BaseRequestHandler):
     greet = False
     mute = False
+    poll = False
 
     def handle(self) -> None:
         sock: socket.socket = self.request
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.poll:
+            sock.settimeout(3600)
         received = sent = 0
         about = {"peer": sock.getpeername()[:2], "local": sock.getsockname()[:2]}
         tell({"event": "open", **about})
@@ -58,6 +62,7 @@ parser.add_argument("port", type=int)
 parser.add_argument("--bind", default="0.0.0.0")
 parser.add_argument("--greet", action="store_true")
 parser.add_argument("--mute", action="store_true")
+parser.add_argument("--poll", action="store_true")
 options = parser.parse_args()
-Handler.greet, Handler.mute = options.greet, options.mute
+Handler.greet, Handler.mute, Handler.poll = options.greet, options.mute, options.poll
 (Server6 if ":" in options.bind else Server)((options.bind, options.port), Handler).serve_forever()
