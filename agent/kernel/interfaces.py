@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -82,6 +83,8 @@ class Interfaces:
         self._links = folder / "veth"
         self._programs = {way: folder / f"program_{way}_pod" for way, _ in _WAYS}
         self._table = table
+        #: Pods are enrolled and looked at by several threads at once, and lookups share a buffer.
+        self._table_lock = threading.Lock()
         self._host = host
 
     def enrol(self, pod: Pod, netns: int) -> None:
@@ -96,8 +99,9 @@ class Interfaces:
                 cookie, *by_family(pod.addresses), pod.identity, pod_flags(pod), end.mac
             ).pack()
             # First who it is: a program that knows nobody drops.
-            if self._table.lookup(_key(end.number)) != value:
-                self._table.update(_key(end.number), value)
+            with self._table_lock:
+                if self._table.lookup(_key(end.number)) != value:
+                    self._table.update(_key(end.number), value)
         for end in ends:
             _on(self._host, lambda index=end.number: self._attach(cookie, index))  # type: ignore[misc]
         self._drop(cookie, {end.number for end in ends})
@@ -208,9 +212,19 @@ class Interfaces:
             return [str(error)]
         found = []
         for end in ends:
-            value = self._table.lookup(_key(end.number))
-            if value is None or wire.Interface.unpack(value).netns != cookie:
+            with self._table_lock:
+                value = self._table.lookup(_key(end.number))
+            known = None if value is None else wire.Interface.unpack(value)
+            if known is None or known.netns != cookie:
                 found.append(f"interface {end.number} is not the pod's in the kernel's tables")
+            elif (known.address4, known.address6, known.identity, known.flags) != (
+                *by_family(pod.addresses),
+                pod.identity,
+                pod_flags(pod),
+            ):
+                found.append(
+                    f"interface {end.number} has another address, identity or stage in the kernel's tables"
+                )
             for way, _ in _WAYS:
                 if not self._is_attached(cookie, end.number, way):
                     found.append(f"no program on interface {end.number} ({way} the pod)")

@@ -19,6 +19,8 @@ from bpf.maps import Map, MapError
 _NUMBER = struct.Struct("=I")
 _GENERATION_KEY = wire.PolicyKey(wire.POLICY_GENERATION, 0).pack()
 _MAPPED_BITS = 96
+_MAPPED = ipaddress.IPv6Address("::ffff:0:0")
+_EVERY_IPV4 = "0.0.0.0/0"
 _LAST_PORT = 0xFFFF
 
 #: (identity, port) or (identity, port, class of the source's address) to whether it may come.
@@ -33,6 +35,12 @@ def block_prefix(block: str) -> tuple[str, int]:
     network = ipaddress.ip_network(block)
     bits = network.prefixlen + (_MAPPED_BITS if network.version == 4 else 0)
     return str(network.network_address), bits
+
+
+def _of_own_family(blocks: Mapping[str, int]) -> Mapping[str, int]:
+    """The same as the kernel has to be told: ``::/0`` has no IPv4 addresses, though they lie among the IPv6 ones there."""
+    around = any(":" in block and _MAPPED in ipaddress.IPv6Network(block) for block in blocks)
+    return {**blocks, _EVERY_IPV4: 0} if around and _EVERY_IPV4 not in blocks else blocks
 
 
 class Policies:
@@ -64,7 +72,7 @@ class Policies:
         if any(key[0] == wire.IDENTITY_MESH for key in table):
             flags |= wire.POLICY_ALIKE
         model = schema.INNER_POLICY
-        new = self._write_classes(netns_cookie, classes, generation)
+        new, fresh = self._write_classes(netns_cookie, classes, generation)
         try:
             with Map.create(
                 model.type, model.name, model.key_size, model.value_size, len(table) + 1, flags=model.flags
@@ -77,23 +85,35 @@ class Policies:
                     inner.update(wire.PolicyKey(identity, port, number).pack(), _NUMBER.pack(allowed))
                 self._policies.update(netns_key(netns_cookie), struct.pack("=i", inner.fd))
         except (OSError, ValueError, struct.error):
-            self._forget_classes(netns_cookie, new)
+            self._forget_classes(netns_cookie, fresh)
             raise
         self._forget_classes(netns_cookie, self._class_keys.get(netns_cookie, set()) - new)
 
-    def _write_classes(self, netns_cookie: int, classes: Mapping[str, int], generation: int) -> set[bytes]:
+    def _write_classes(
+        self, netns_cookie: int, classes: Mapping[str, int], generation: int
+    ) -> tuple[set[bytes], set[bytes]]:
+        """Their keys, and those of them that were not there. What finds no room leaves none of the others behind."""
         new: set[bytes] = set()
-        with self._lock:
-            known = self._class_keys.setdefault(netns_cookie, set()) if classes else set()
-            for block, number in classes.items():
-                if not 1 <= number <= 0xFFFF:
-                    raise ValueError(f"class {number} of {block} is not from 1 to 65535")
-                address, bits = block_prefix(block)
-                key = wire.ClassKey(wire.CLASS_PREFIX_BITS + bits, generation, netns_cookie, address).pack()
-                self._classes.update(key, _NUMBER.pack(number))
-                new.add(key)
-                known.add(key)
-        return new
+        fresh: set[bytes] = set()
+        try:
+            with self._lock:
+                known = self._class_keys.setdefault(netns_cookie, set()) if classes else set()
+                for block, number in classes.items():
+                    if not 1 <= number <= 0xFFFF:
+                        raise ValueError(f"class {number} of {block} is not from 1 to 65535")
+                for block, number in _of_own_family(classes).items():
+                    address, bits = block_prefix(block)
+                    prefix = wire.CLASS_PREFIX_BITS + bits
+                    key = wire.ClassKey(prefix, generation, netns_cookie, address).pack()
+                    self._classes.update(key, _NUMBER.pack(number))
+                    new.add(key)
+                    if key not in known:
+                        known.add(key)
+                        fresh.add(key)
+        except (OSError, ValueError):
+            self._forget_classes(netns_cookie, fresh)
+            raise
+        return new, fresh
 
     def _forget_classes(self, netns_cookie: int, keys: set[bytes]) -> None:
         with self._lock:
@@ -139,10 +159,8 @@ class Policies:
         for data in tuple(self._class_keys.get(netns_cookie, ())):
             key = wire.ClassKey.unpack(data)
             value = self._classes.lookup(data)
-            if key.generation == generation and value is not None:
-                found[_block(key.address, key.prefix_length - wire.CLASS_PREFIX_BITS)] = _NUMBER.unpack(
-                    value
-                )[0]
+            if key.generation == generation and value is not None and (number := _NUMBER.unpack(value)[0]):
+                found[_block(key.address, key.prefix_length - wire.CLASS_PREFIX_BITS)] = number
         return found
 
     # NetworkPolicy
@@ -185,7 +203,7 @@ def network_elements(network: Network) -> dict[bytes, int]:
     :raises ValueError: see :meth:`Policies.set_network`.
     """
     elements: dict[bytes, int] = {}
-    for block, number in network.classes.items():
+    for block, number in _of_own_family(network.classes).items():
         if number < 0:
             raise ValueError(f"class {number} of {block}")
         address, bits = block_prefix(block)

@@ -264,6 +264,23 @@ def test_what_happens_when_it_is_full(small, name):
     small.connects()
 
 
+def test_classes_that_find_no_room_leave_that_of_others(small):
+    """Those of a policy that is not in force are nobody's."""
+    classes = small.kernel._maps["classes"]
+
+    def of_server():
+        return [key for key, _ in classes.items() if wire.ClassKey.unpack(key).netns == small.server.cookie]
+
+    with small.full("classes"):
+        classes.delete(next(iter(classes.keys())))
+        with pytest.raises(MapFullError):
+            small.kernel.set_policy(
+                small.server.cookie, {(0, 0, 1): True}, 2, {"10.0.0.0/8": 1, "10.1.0.0/16": 2}
+            )
+        assert of_server() == []
+        small.connects()
+
+
 def schema_of(name: str) -> schema.MapSpec:
     return next(spec for spec in schema.MAPS if spec.name == name)
 

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from agent.kernel import Direction, Network, Reason
-from bpf.wire import IDENTITY_MESH, IDENTITY_PLAIN
+from bpf.wire import IDENTITY_MESH, IDENTITY_PLAIN, IDENTITY_PROBE
 
 pytestmark = pytest.mark.privileged
 
@@ -63,6 +63,42 @@ def test_block_of_plain_text(node, server):
             host.connect((server.address, PORT))
     finally:
         host.close()
+
+
+def test_probes_from_an_address_in_a_block(node, server):
+    """They pass where probes go, wherever the node's address is."""
+    prober = node.worker("prober")
+    try:
+        table = {(IDENTITY_PROBE, PORT): True}
+        node.kernel.set_policy(server.cookie, table, 2, {f"{node.gateway}/32": 1, "10.0.0.0/8": 2})
+        prober.connect((server.address, PORT)).close()
+    finally:
+        prober.close()
+
+
+def test_a_block_of_ipv6_has_no_ipv4_address(node, make_pod, server):
+    """``::/0`` neither, where the kernel has the IPv4 addresses among the others."""
+    client = make_pod().enrol({})
+    node.kernel.set_policy(server.cookie, {(IDENTITY_MESH, 0, 1): True}, 2, {"::/0": 1})
+    assert node.kernel.policy_classes(server.cookie, 2) == {"::/0": 1}
+    with pytest.raises(PermissionError):
+        client.app.connect((server.address, PORT))
+    with pytest.raises(ConnectionRefusedError):  # nobody listens
+        client.app.connect((server.address6, PORT))
+    both = {"::/0": 1, "0.0.0.0/0": 1}
+    node.kernel.set_policy(server.cookie, {(IDENTITY_MESH, 0, 1): True}, 3, both)
+    assert node.kernel.policy_classes(server.cookie, 3) == both
+    client.app.connect((server.address, PORT)).close()
+    node.kernel.set_policy(server.cookie, {(IDENTITY_MESH, 0): True}, 4)
+    six = Network({"::/0": 1}, {0: frozenset(), 1: EVERYTHING})
+    for pod, direction in ((server, Direction.INBOUND), (client, Direction.OUTBOUND)):
+        node.kernel.set_network(pod.cookie, direction, six)
+        assert node.kernel.has_network(pod.cookie, direction, six)
+        with pytest.raises(PermissionError):
+            client.app.connect((server.address, PORT))
+        with pytest.raises(ConnectionRefusedError):
+            client.app.connect((server.address6, PORT))
+        node.kernel.set_network(pod.cookie, direction, None)
 
 
 def test_swap_of_classes_is_one_with_that_of_verdicts(node, make_pod, server):

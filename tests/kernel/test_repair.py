@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from dataclasses import replace
 
 import pytest
 
 from agent.compiler import EMPTY
-from agent.kernel import Backend, KernelError, Peer, Pod, namespace
+from agent.kernel import Backend, Direction, KernelError, Network, Peer, Pod, namespace
 from agent.kernel.model import Frontend
 from agent.namespaces import Namespaces
+from agent.networks import Networks
 from agent.programmer import PodSpec, Programmer
+from agent.verdicts import Verdicts
 from bpf import wire
 from tests.kernel.mesh import run
 
@@ -25,6 +28,7 @@ class World:
 
     def __init__(self, node, pod) -> None:
         self.node, self.pod = node, pod
+        self.tables = EMPTY
         namespaces = Namespaces()
         namespaces.hold(pod.cookie, pod.netns)
         self.namespaces = namespaces
@@ -35,7 +39,7 @@ class World:
         )
 
     async def program(self):
-        return await self.programmer.program(EMPTY, {self.pod.cookie: self.spec}, sealed=self.others)
+        return await self.programmer.program(self.tables, {self.pod.cookie: self.spec}, sealed=self.others)
 
     async def audit(self):
         return await self.programmer.audit([self.pod.cookie], self.programmer.services())
@@ -83,6 +87,14 @@ def allow_everybody(world) -> None:
     world.node.kernel._policies.set_policy(world.pod.cookie, {(0, 0): True}, 1, {})
 
 
+def change_interface(world) -> None:
+    table = world.node.kernel._maps["interfaces"]
+    for key, value in table.items():
+        known = wire.Interface.unpack(value)
+        if known.netns == world.pod.cookie:
+            table.update(key, replace(known, identity=9999).pack())
+
+
 def unpin_link(world) -> None:
     (world.node.pins / f"v{wire.ABI}/netns/{world.pod.cookie}").unlink()
 
@@ -107,6 +119,7 @@ def reset_sysctl(world) -> None:
         (delete_address, "namespace"),
         (delete_policy, "namespace"),
         (allow_everybody, "policy"),
+        (change_interface, "namespace"),
         (unpin_link, "namespace"),
         (delete_rule, "namespace"),
         (flush_table, "namespace"),
@@ -119,6 +132,27 @@ async def test_what_was_taken_from_a_pod_comes_back(world, harm, what):
     assert what in await world.repaired()
     assert world.node.kernel.pods()[world.pod.cookie] == world.spec.pod
     assert world.node.kernel.policy(world.pod.cookie)[1] == {}
+
+
+async def test_blocks_of_addresses_come_back(world):
+    """Without them an address that is refused is one in no block, and NetworkPolicy isolates nobody."""
+    uid, kernel, cookie = world.spec.uid, world.node.kernel, world.pod.cookie
+    verdicts = Verdicts({(wire.IDENTITY_PLAIN, 0): True}, {"10.9.0.0/16": 1, "::/0": 2})
+    isolated = Network({"10.9.0.0/16": 1}, {0: frozenset(), 1: frozenset({(0, 0, 65535)})})
+    world.tables = replace(EMPTY, policies={uid: verdicts}, networks={uid: Networks(isolated, isolated)})
+    assert (await world.program()).clean
+    assert await world.audit() == {}
+    [key] = [
+        key for key, _ in kernel._maps["classes"].items() if wire.ClassKey.unpack(key).address == "10.9.0.0"
+    ]
+    assert kernel._maps["classes"].delete(key)
+    assert await world.repaired() == {"policy": 1}
+    generation, _ = kernel.policy(cookie)
+    assert kernel.policy_classes(cookie, generation) == verdicts.classes
+    kernel.set_network(cookie, Direction.INBOUND, None)
+    kernel.set_network(cookie, Direction.OUTBOUND, isolated._replace(classes={}))
+    assert await world.repaired() == {"network policy": 2}
+    assert all(kernel.has_network(cookie, direction, isolated) for direction in Direction)
 
 
 async def test_peers_that_nobody_wrote_go(world):
