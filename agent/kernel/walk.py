@@ -31,6 +31,8 @@ from bpf import wire
 from bpf.wire import Direction, Endpoint, Protocol, Reason, Role, Via
 
 _ANY_NODE = {False: "0.0.0.0", True: "::"}
+#: VXLAN (two ports) and Geneve.
+_OVERLAYS = frozenset({4789, 8472, 6081})
 
 
 class Walker(Arrivals):
@@ -323,7 +325,7 @@ class Walker(Arrivals):
         if not own:
             branch.add(_nothing_to_send_from())
             return
-        if not self._leaves(question.netns, own, branch):
+        if not self._leaves(question.netns, own, branch) or self._is_overlay(peer, branch):
             return
         if not self._egress(question, branch):
             return
@@ -346,16 +348,27 @@ class Walker(Arrivals):
             return True
         if not self._leaves(question.netns, question.source, branch):
             return False
+        peer = self._tables.peer(branch.address)
+        if question.protocol is Protocol.UDP and self._is_overlay(peer, branch):
+            return False
         veth = self._tables.interface(question.netns)
         if veth is not None and veth.flags & wire.POD_PASSING:
             return True
-        peer = self._tables.peer(branch.address)
         if question.protocol is Protocol.TCP and peer is not None and peer.flags & wire.PEER_ENROLLED:
             if peer.flags & (wire.PEER_LOCAL | wire.PEER_JOINING):
                 return True
             text = "only the node proxy speaks to pods in the mesh on other nodes"
             return branch.add(Step("veth", text, ("interfaces",), reason_text(Reason.NOT_CAPTURED)))
         return self._egress(question, branch)
+
+    @staticmethod
+    def _is_overlay(peer: wire.Peer | None, branch: Branch) -> bool:
+        """As ``is_overlay()``: what a node would unpack, and believe the addresses in it."""
+        if branch.port not in _OVERLAYS or (peer is not None and not peer.flags & wire.PEER_NODE):
+            return False
+        text = f"port {branch.port} is an overlay network's: a pod sends there to pods only"
+        branch.add(Step("veth", text, ("peers",), reason_text(Reason.SPOOFED)))
+        return True
 
     def _egress(self, question: Question, branch: Branch) -> bool:
         found = self._tables.network(
