@@ -109,11 +109,14 @@ class Attaching:
         attachment = msgspec.structs.replace(
             attachment, pod_uid=workload.uid, netns_cookie=cookie, netns_inode=inode
         )
+        try:
+            self._state.book(attachment)
+        except OSError as error:
+            # A successor would not know whose the pod is.
+            raise Refusal(protocol.ERR_TRY_AGAIN, "the book of pods cannot be written", str(error)) from None
         if workload.enrolled:
             self._reconciler.attached_before_it_runs(cookie)
         self._namespaces.hold(cookie, netns)
-        self._state.pods.put(attachment)
-        self._state.save_pods()
         outcome = await self._reconciler.settled()
         reason = outcome.pods.get(cookie, "")
         if not reason and workload.enrolled and cookie not in self._programmer.programmed:

@@ -172,10 +172,12 @@ class Node:
         )
 
     async def attach_running(self, attachment: Attachment, netns: int) -> None:
-        """Take a pod that runs already into the book; it joins stage by stage, see :mod:`agent.passage`."""
+        """Take a pod that runs already into the book; it joins stage by stage, see :mod:`agent.passage`.
+
+        :raises OSError: the book cannot be written, and the pod is not in it.
+        """
+        self.state.book(attachment)
         self._namespaces.hold(attachment.netns_cookie, netns)
-        self.state.pods.put(attachment)
-        self.state.save_pods()
         await self._reconciler.settled()
         _log.info(
             "running pod joins",

@@ -13,7 +13,7 @@ import msgspec
 
 from agent.identities import Identities, IdentitiesError
 from agent.mesh import Mesh, apply
-from agent.pods import Pods, PodsError
+from agent.pods import Attachment, Pods, PodsError
 from agent.storage import Storage
 from common import logs
 from controlplane.api import ResourceError, Update, decode_update, encode
@@ -75,6 +75,21 @@ class State:
                     self.pods = Pods.load(bytes(book.pods))
             except (msgspec.DecodeError, PodsError) as error:
                 self._storage.set_aside(PODS_FILE, str(error))
+
+    def book(self, attachment: Attachment) -> None:
+        """Take an attachment into the book, on disk too.
+
+        :raises OSError: it cannot be written; the book is as it was.
+        """
+        before = self.pods.get(attachment.key)
+        self.pods.put(attachment)
+        try:
+            self.save_pods()
+        except OSError:
+            self.pods.remove(attachment.key)
+            if before is not None:
+                self.pods.put(before)
+            raise
 
     def save_pods(self) -> None:
         """:raises OSError: the book cannot be written."""

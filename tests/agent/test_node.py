@@ -413,6 +413,18 @@ async def test_a_full_disk_keeps_numbers_out_of_the_kernel_and_pods_not_in_it(wo
         errors = await world.node.apply(complete(workload("web"), workload("new")))
         assert "No space left" in errors[0].reason
         assert "uid-new" not in world.node.tables.identities
+    with pytest.raises(Refusal, match="book of pods cannot be written") as refused:
+        await world.add("web")
+    assert refused.value.code == 11
+    running = Attachment(
+        "running/uid-web", "eth0", pod_uid="uid-web", addresses=("10.0.1.1",), netns_cookie=1
+    )
+    netns = os.open(world.netns("web"), os.O_RDONLY)
+    with pytest.raises(OSError, match="No space left"):
+        await world.node.attach_running(running, netns)
+    os.close(netns)
+    assert len(world.node.pods) == 0
+    assert world.held() == set()
     monkeypatch.setattr(Storage, "write", write)
     assert await world.node.apply(complete(workload("web"), workload("new"))) == ()
     assert b'"next"' in world.node.state._storage.read(IDENTITIES_FILE)
