@@ -23,7 +23,7 @@ NOT_IN_FORCE = frozenset({"splices", "splice_sockets"})
 #: Programs and proxies read them meanwhile.
 _WRITTEN_TWICE = ("connecting", "captured")
 #: What is begun while they are carried is caught up with at the end; until then it is begun anew.
-_CAUGHT_UP = ("conversations",)
+_CAUGHT_UP = ("conversations", "talks")
 #: What programs add up in them; their carriers in ``carry.c``.
 _SUMS = {"flows": "bpf_iter__bpf_map_elem__flows", "refused": "bpf_iter__bpf_map_elem__refused"}
 _SOCKETS = {"listeners": "bpf_iter__sockmap__listeners"}

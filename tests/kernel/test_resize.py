@@ -14,7 +14,7 @@ import time
 import pytest
 
 from agent.kernel import Backend, Direction, FlowKey, Kernel, Peer
-from bpf import schema, wire
+from bpf import resize, schema, wire
 from bpf.limits import LIMITS
 from bpf.maps import Map
 from bpf.resize import NOT_IN_FORCE
@@ -165,6 +165,25 @@ def test_every_map_gets_another_size_under_traffic(own):
     new_agent()
     for pod in pods:
         pod.close()
+
+
+@pytest.mark.parametrize("name", ["conversations", "talks"])
+def test_what_begins_meanwhile_is_carried_too(name):
+    """Else the answer to a datagram that went out before the programs were replaced would be one that begins something."""
+    spec = next(spec for spec in schema.MAPS if spec.name == name)
+    with contextlib.ExitStack() as stack:
+        before, now = (
+            stack.enter_context(
+                Map.create(spec.type, name, spec.key_size, spec.value_size, size, flags=spec.flags)
+            )
+            for size in (1024, 2048)
+        )
+        elements = [(number.to_bytes(spec.key_size, "little"), bytes(spec.value_size)) for number in (1, 2)]
+        before.update(*elements[0])
+        resize.begin(name, before, now)
+        before.update(*elements[1])
+        resize.finish({name: resize.Resized(before, now)}, {})
+        assert sorted(now.items()) == sorted(elements)
 
 
 def test_what_has_no_room_changes_nothing(own):
