@@ -173,7 +173,8 @@ def _policy(node: str, pod: Json) -> None:
             (f"  {direction.upper()}", "ALLOWED"),
             [
                 (
-                    f"  {','.join(one['addresses']) or 'any other'}",
+                    # Class 0 has everybody else too, whoever is in it by name.
+                    "  " + ",".join(one["addresses"] if one["class"] else [*one["addresses"], "any other"]),
                     ", ".join(one["allowed"]) or "nothing",
                 )
                 for one in classes

@@ -307,6 +307,35 @@ def test_flows(serve: Serve):
     assert "--from is for records" in done.stderr
 
 
+def test_policies(serve: Serve):
+    pod = {
+        "pod": "shop/server",
+        "addresses": ["10.0.0.2"],
+        "generation": 4,
+        "mtls": "STRICT",
+        "selected_by": ["shop/deny"],
+        "authorization": [
+            {"source": "shop/client", "identity": 17, "port": 0, "addresses": ["10.0.0.0/8"], "allowed": True}
+        ],
+        "network_policies": ["shop/in"],
+        "network": {
+            "ingress": [
+                {"class": 0, "addresses": ["0.0.0.0/0"], "allowed": []},
+                {"class": 1, "addresses": ["::/0"], "allowed": ["TCP 80"]},
+            ]
+        },
+    }
+    closed = {**pod, "pod": "shop/new", "authorization": None, "network": {}}
+    page = {"/debug/status": lambda: status("n1"), "/debug/policies": lambda: [pod, closed]}
+    lines = run("bpf", "policies", "--agent", serve(json=page)).stdout.splitlines()
+    rows = [line.split() for line in lines]
+    assert lines[0] == "shop/server (10.0.0.2) on n1, mTLS STRICT"
+    assert ["shop/client", "17", "10.0.0.0/8", "any", "other", "ALLOW"] in rows
+    assert ["0.0.0.0/0,any", "other", "nothing"] in rows
+    assert ["::/0", "TCP", "80"] in rows
+    assert "  no table of verdicts: everything is refused" in lines
+
+
 def test_pins_that_are_not_there(tmp_path: Path):
     for arguments in (
         ("bpf", "maps"),
