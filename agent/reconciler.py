@@ -207,9 +207,7 @@ class Reconciler:
         """The pods that the kernel is to have, each at its stage."""
         now = self._now()
         self.passages.keep(self._state.pods.sandboxes().keys() | self._orphans)
-        kinds = [api.ListenerKind.OUTBOUND, api.ListenerKind.HBONE]
-        if tables.frontends.l7:
-            kinds.append(api.ListenerKind.OUTBOUND_L7)
+        kinds = _kinds(tables)
         specs: dict[int, PodSpec] = {}
         for cookie, sandbox in sandboxes.items():
             enrolled = self._is_enrolled(mesh, sandbox)
@@ -364,10 +362,11 @@ class Reconciler:
         """A listener that the kernel has lost: whoever has to hold it gets another."""
         if self.proxies is None:
             return
+        kinds = _kinds(self.tables)
         for pod in tuple(self.told.values()):
             lost = [
                 (address, kind)
-                for kind in (api.ListenerKind.OUTBOUND, api.ListenerKind.HBONE)
+                for kind in kinds
                 for address in pod.addresses or (pod.address,)
                 if not self._programmer.has_listener(address, kind.port)
             ]
@@ -442,6 +441,12 @@ class Reconciler:
                 await self._forget_identities()
             except OSError as error:
                 _log.error("kernel cannot be looked at", reason=str(error))
+
+
+def _kinds(tables: Tables) -> tuple[api.ListenerKind, ...]:
+    """The listeners that pods' connections need."""
+    kinds = (api.ListenerKind.OUTBOUND, api.ListenerKind.HBONE)
+    return (*kinds, api.ListenerKind.OUTBOUND_L7) if tables.frontends.l7 else kinds
 
 
 async def _nothing() -> None:

@@ -874,6 +874,37 @@ async def test_roles_that_the_kernel_has_lost_are_given_again(world):
     assert world.node.repairs == {"role": 1}
 
 
+class Listening(Told):
+    """Holds listeners, and gets those again that the kernel has lost."""
+
+    async def enroll(self, pod: api.Enroll) -> None:
+        await super().enroll(pod)
+        for kind in api.ListenerKind:
+            self.kernel.fake_listeners.setdefault((pod.address, kind.port), 1)
+
+
+@pytest.mark.parametrize("kind", api.ListenerKind)
+async def test_a_listener_that_the_kernel_has_lost_is_given_again(world, kind):
+    service = Service("default", "s", "s.default", ("10.96.0.1",), (ServicePort(80, l7=True),))
+    world.node.tell(Listening(world.kernel))
+    await world.node.apply(complete(workload("web"), service))
+    await world.add("web")
+    world.kernel.kill_listener("10.0.1.1", kind.port)
+    world.node.look()
+    await until(lambda: world.node.repairs == {"listener": 1})
+    assert world.kernel.has_listener("10.0.1.1", kind.port)
+
+
+async def test_where_no_proxy_is_no_listener_was_lost(world):
+    await world.node.apply(complete(workload("web")))
+    await world.add("web")
+    world.told.transcript.clear()
+    world.node.look()
+    await until(lambda: world.told.transcript == ["enroll web unknown"])
+    await world.node.apply(Update(2, "v2"))
+    assert world.node.repairs == {}
+
+
 async def test_pods_that_ran_before_the_plugin_are_named(world):
     await world.node.apply(
         complete(workload("web"), workload("far", node="n2"), workload("out", enrolled=False))
