@@ -136,6 +136,11 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 			set_ipv6(&state->source_address, 0, 0, 0, 0);
 			return PASS;
 		}
+		if (is_same_address(&key.address, own)) {
+			/* A pod is never kept from itself. */
+			state->kind = VIA_SELF;
+			return PASS;
+		}
 		state->kind = VIA_DIRECT;
 		goto judge_local;
 	}

@@ -252,9 +252,6 @@ class Arrivals:
                 self._own_port(branch)
             if branch.refused:
                 return False
-        # What l7proxy dials of the pod itself stays in its namespace.
-        if branch.address == source:
-            return True
         return self._leaves(peer.netns, branch.address, branch, "the endpoint's")
 
     def _leaves(self, netns: int, own: str, branch: Branch, whose: str = "the pod's own") -> bool:

@@ -256,7 +256,13 @@ class Walker(Arrivals):
     def _l7(self, question: Question, pod: wire.Pod, own: str, branch: Branch) -> None:
         """l7proxy's, from the pod's namespace, to the endpoint that its routes choose."""
         peer = self._peer(branch)
-        if branch.address != own and not self._egress(question, branch):
+        if branch.address == own:
+            branch.way = Way.SELF
+            text = "l7proxy dials the pod itself: never forbidden"
+            if self._stays(question.netns, own, Step("way", text), Via.SELF, branch):
+                self._own_port(branch)
+            return
+        if not self._egress(question, branch):
             return
         if peer is None or not peer.flags & wire.PEER_ENROLLED:
             self._plain(branch)
@@ -269,8 +275,7 @@ class Walker(Arrivals):
         else:
             branch.way = Way.DIRECT
             branch.add(Step("way", "l7proxy dials it from the pod's namespace"))
-            judged = self._judge_via(Via.DIRECT, peer, pod.identity, own, branch)
-            if judged and branch.address != own:
+            if self._judge_via(Via.DIRECT, peer, pod.identity, own, branch):
                 self._leaves(question.netns, own, branch)
 
     def _captured_to(self, netns: int, own: str, port: int, text: str, to: Walk | Branch) -> bool:

@@ -169,6 +169,15 @@ def test_l7_goes_by_l7proxy_and_each_endpoint_is_judged(kernel: Kernel):
     assert answer["differences"] == []
 
 
+def test_l7proxy_is_never_kept_from_the_pod_that_it_dials_for(kernel: Kernel):
+    policies = {"policies": ("shop/nothing",), "network_policies": ("shop/in", "shop/out")}
+    node = Node(kernel, mesh(Authorization("shop", "nothing", Action.ALLOW), INGRESS, EGRESS, **policies))
+    answer = ask(node, "shop/server", "routed.shop", 80)
+    assert verdicts(answer) == {ADDRESSES["server"]: "allowed", ADDRESSES["far"]: "network-policy"}
+    assert answer["endpoints"][0]["way"] == "self"
+    assert answer["differences"] == []
+
+
 def test_our_own_ports_and_the_pod_itself(kernel: Kernel):
     node = Node(kernel, mesh())
     assert ask(node, "shop/client", "shop/server", 15008)["reason"] == "own-port"

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from agent.kernel import Backend, Direction, FlowKey, Kernel, Peer, Pod, Reason, Via, namespace
+from agent.kernel import Backend, Direction, FlowKey, Kernel, Network, Peer, Pod, Reason, Via, namespace
 from bpf import wire
 from bpf.wire import IDENTITY_PLAIN
 from tests.kernel.mesh import MPTCP, Node, run
@@ -169,6 +169,18 @@ def test_proxies_carry_the_pods_identity(node, make_pod, server):
     [fd] = node.kernel.create_outbound(client.netns, ipv6=":" in client.address)
     with pytest.raises(PermissionError):
         client.worker("l7proxy").dial_with(fd, (server.address, PORT))
+
+
+def test_l7proxy_is_never_kept_from_the_pod_that_it_dials_for(node, server):
+    """A pod that is an endpoint of the service that it asks: as where it dials itself."""
+    nothing = Network({}, {0: frozenset()})
+    for direction in (Direction.INBOUND, Direction.OUTBOUND):
+        node.kernel.set_network(server.cookie, direction, nothing)
+    [fd] = node.kernel.create_outbound(server.netns, ipv6=":" in server.address)
+    with server.worker("l7proxy").dial_with(fd, (server.address, PORT)):
+        with server.listener.accept()[0]:
+            [connection] = [c for c in node.kernel.connections() if c.netns_cookie == server.cookie]
+            assert (connection.source, connection.via) == (server.identity, Via.SELF)
 
 
 def wait_until(condition, timeout=3.0):
