@@ -70,7 +70,7 @@ async def walks_of(kernel: FakeSplices, seconds: float, *wakes: float, on: bool 
 def test_walks_once_for_its_predecessor_and_then_when_woken(monkeypatch):
     monkeypatch.setattr(splice, "PERIOD", 0.05)
     kernel = FakeSplices()
-    walks = asyncio.run(walks_of(kernel, 0.5, 0.25))
+    walks = asyncio.run(walks_of(kernel, 1.0, 0.25))
     assert len(walks) == 2
     assert kernel.on is True
 
