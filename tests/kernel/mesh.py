@@ -50,7 +50,7 @@ def run(netns: int, *command: str) -> str:
         pass_fds=(netns,),
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
     )
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
@@ -270,7 +270,7 @@ class TestPod:
             pass_fds=(fd, self.node.netns),
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
         )
         assert done.returncode == 0, done.stderr
 
@@ -363,7 +363,7 @@ class Node:
         command += options
         for size in self._sizes:
             command += ["--size", size]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result

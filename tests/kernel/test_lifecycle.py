@@ -449,7 +449,7 @@ def load_without_headers(node, tmp_path, *options: str) -> subprocess.CompletedP
     command = [sys.executable, "-m", "bpf.loader", "--pins", str(node.pins), "--cgroup", str(node.root)]
     environment = {**os.environ, "BCC_KERNEL_SOURCE": str(tmp_path / "nowhere")}
     return subprocess.run(
-        [*command, *options], capture_output=True, text=True, timeout=60, cwd=ROOT, env=environment
+        [*command, *options], capture_output=True, text=True, timeout=180, cwd=ROOT, env=environment
     )
 
 

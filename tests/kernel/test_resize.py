@@ -193,7 +193,7 @@ def test_what_has_no_room_changes_nothing(own):
     before, held = sizes(node), contents(node)
     command = [sys.executable, "-m", "bpf.loader", "--pins", str(node.pins), "--cgroup", str(node.root)]
     command += ["--size", "services=500", "--size", "peers=20"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=ROOT)
     assert done.returncode == 1
     assert re.search(r"map peers: the 4\d elements that it holds have no room in 20", done.stderr)
     assert sizes(node) == before
