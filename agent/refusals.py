@@ -28,6 +28,8 @@ class Refusals:
         self._name = name
         self._pod = pod
         self._kinds: dict[_Key, tuple[float, int]] = {}  # when logged last, how many since
+        #: When old kinds were forgotten last: a flood of new ones is not to look for them each time.
+        self._forgot = float("-inf")
 
     def tell(self, events: Iterable[Event], now: float) -> None:
         """Log events; ``now`` in seconds of any clock that never goes back."""
@@ -37,10 +39,11 @@ class Refusals:
             if now - last < INTERVAL:
                 self._kinds[key] = (last, suppressed + 1)
                 continue
-            if len(self._kinds) >= _MOST:
+            if len(self._kinds) >= _MOST and now - self._forgot >= 1.0:
+                self._forgot = now
                 self._kinds = {k: v for k, v in self._kinds.items() if now - v[0] < INTERVAL}
-                if len(self._kinds) >= _MOST:
-                    continue
+            if len(self._kinds) >= _MOST:
+                continue
             self._kinds[key] = (now, 0)
             fields: dict[str, object] = {
                 "source": self._name(event.source),

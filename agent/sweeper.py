@@ -42,11 +42,16 @@ class Sweeper:
         self._namespaces = namespaces
         self._name = name
         self._late = asyncio.Event()
+        self._lost = kernel.events_lost()
         self.destroyed = 0
 
     def note(self, events: Iterable[Event]) -> None:
-        """What the kernel told: a connection that was refused when it was established is open all the same."""
-        if any(event.reason is Reason.REVOKED for event in events):
+        """What the kernel told: a connection that was refused when it was established is open all the same.
+
+        Whoever floods the kernel's events takes the room of others': what was lost may have been such a one.
+        """
+        before, self._lost = self._lost, self._kernel.events_lost()
+        if self._lost != before or any(event.reason is Reason.REVOKED for event in events):
             self._late.set()
 
     async def run(self) -> None:
@@ -59,6 +64,8 @@ class Sweeper:
                 await self._late.wait()
                 self._late.clear()
                 await self.walk(never_allowed=self._after != 0)
+                # One walk for all that comes meanwhile, however much that is.
+                await asyncio.sleep(SECOND_WALK)
 
     async def sweep(self) -> None:
         """Walk when it is time, and once more after :data:`SECOND_WALK`."""

@@ -510,6 +510,10 @@ class Kernel:
         with self._lock:
             return read_events(self._events)
 
+    def events_lost(self) -> int:
+        """Events that found no room, since the maps were made."""
+        return self._counter(wire.COUNTER_FULL["events"])
+
     def refusals_by_reason(self) -> dict[wire.Reason, int]:
         """Since the maps were made; repeated SYNs of one attempt count once."""
         with self._lock, naming("counters"):

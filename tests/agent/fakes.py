@@ -82,6 +82,7 @@ class FakeKernel(Kernel):
         self.fake_peers: dict[str, Peer] = {}
         self.fake_services: dict[Frontend, Service] = {}
         self.fake_listeners: dict[tuple[str, int], int] = {}  #: cookies
+        self.fake_events_lost = 0
         self.fake_events, self.fake_events_writer = os.pipe()
         self.fake_fails = os.environ.get("FAKE_KERNEL_FAILS", "").split(",")
         if "pressure" in self.fake_fails:
@@ -291,6 +292,9 @@ class FakeKernel(Kernel):
 
     def records_lost(self) -> int:
         return 0
+
+    def events_lost(self) -> int:
+        return self.fake_events_lost
 
     def end_silent_conversations(self) -> None:
         """There are none."""

@@ -90,6 +90,11 @@ async def test_what_is_established_late_is_ended(kernel, sweeper):
             assert kernel.refused
             sweeper.note([event(Reason.POLICY), event(Reason.REVOKED)])
         await until_none_is_refused(kernel)
+        # Its event may have found no room.
+        kernel.refused = [connection(4)]
+        kernel.fake_events_lost = 7
+        sweeper.note([event(Reason.POLICY)])
+        await until_none_is_refused(kernel)
     finally:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
