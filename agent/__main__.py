@@ -97,8 +97,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--splice",
         type=_switch,
         default=True,
-        metavar="on|off",
-        help="off: connections between two pods of this node go by TCP, as between nodes",
+        metavar="enabled|disabled",
+        help="disabled: connections between two pods of this node go by TCP, as between nodes",
     )
     parser.add_argument(
         "--revoke-after",
@@ -162,9 +162,9 @@ def _patience(text: str) -> float | None:
 
 
 def _switch(text: str) -> bool:
-    if text not in ("on", "off"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
-    return text == "on"
+    if text not in ("enabled", "disabled"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither enabled nor disabled")
+    return text == "enabled"
 
 
 def _namespaced(text: str) -> str:

@@ -91,6 +91,7 @@ def _container(values: Values, namespace: str) -> Json:
             f"--outside={','.join([*values.outside, namespace])}",
             f"--map-size={','.join(values.agent.map_sizes)}",
             f"--flow-log={values.agent.flow_log}",
+            f"--splice={values.agent.splice}",
             f"--revoke-after={values.revoke_after}",
         ],
         "env": [

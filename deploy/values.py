@@ -94,6 +94,10 @@ class Agent(_Values, frozen=True):
             description="Flow records as JSON lines: - for standard output, or a file below node.stateDir."
         ),
     ] = ""
+    splice: Annotated[
+        Literal["enabled", "disabled"],
+        msgspec.Meta(description="Connections between two pods of a node go past TCP (docs/splice.md)."),
+    ] = "enabled"
     max_unavailable: Annotated[
         Name | int,
         msgspec.Meta(

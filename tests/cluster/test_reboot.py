@@ -119,6 +119,12 @@ def test_no_plain_text_before_and_after(mesh: Mesh, lab_cluster: Cluster, apps: 
         stdout=subprocess.PIPE,
         text=True,
     )
+    assert steady.stdout is not None
+    records: list[dict[str, Any]] = []
+    reader = threading.Thread(
+        target=lambda out: records.extend(map(json.loads, out)), args=(steady.stdout,), daemon=True
+    )
+    reader.start()
     node = cluster.node("node2")
     before = dialler.address
     restarts = dialler.restarts
@@ -149,10 +155,13 @@ def test_no_plain_text_before_and_after(mesh: Mesh, lab_cluster: Cluster, apps: 
         assert established(pods["client1"], pods["server2"])
         assert established(pods["client2"], pods["server1"])
         wait_until(lambda: len(both.ready) == 2, 60, "both nodes serve again", explain=lambda: str(both.seen))
-        time.sleep(3 * IN_FORCE)
+        back = time.time()
+        wait_until(lambda: len(served_since(records, back)) == 2, 30, "both nodes serve the client again")
+        time.sleep(IN_FORCE)
         both.end()
         steady.terminate()
-        records = [json.loads(line) for line in steady.communicate(timeout=20)[0].splitlines()]
+        reader.join(20)
+        steady.wait(20)
         check_clients_of_the_other_node(records, both.seen, off)
 
     addresses = {before, dialler.address, *(pod.address for pod in pods.values())}
@@ -176,7 +185,14 @@ def check_clients_of_the_other_node(
         f" {len(bad)} failed, {len(during)} of them in the first {until - off:.1f} s"
     )
     assert [record for record in bad if record not in during] == []
-    by = {
-        record["greeting"]["local"][0] for record in records if record["at"] > back and "greeting" in record
-    }
+    by = served_since(records, back)
     assert len(by) == 2, f"served by {by} only since {back}"
+
+
+def served_since(records: list[dict[str, Any]], when: float) -> set[str]:
+    """Addresses of the servers."""
+    return {
+        record["greeting"]["local"][0]
+        for record in list(records)
+        if record["at"] > when and "greeting" in record
+    }

@@ -36,6 +36,7 @@ OTHER: dict[str, Any] = {
     },
     "agent": {
         "flowLog": "-",
+        "splice": "disabled",
         "priorityClassName": "higher",
         "resources": {"requests": {"cpu": "1m", "memory": "1Mi"}, "limits": {"memory": "2Gi"}},
         "maxUnavailable": 3,
