@@ -111,7 +111,7 @@ inline_always int write_connection(void *ctx, bool refused_only)
 
 	if (!tcp)
 		return 0;
-	row.sent = bytes_written(tcp, LOAD(u8, tcp, SOCK_STATE), false);
+	row.sent = bytes_written(tcp, LOAD(u8, tcp, SOCK_STATE), flags & SOCKET_ACTIVE);
 	row.received = bytes_read(tcp);
 	row.rtt_us = smoothed_rtt(tcp);
 	row.retransmits = LOAD(u32, tcp, TCP_SOCK_TOTAL_RETRANS);

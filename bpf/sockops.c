@@ -230,7 +230,11 @@ inline_always void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u32 old
 		if (tcp) {
 			u64 read = account_close(state, sk, tcp, old_state);
 
-			splice_closed(sk, &state->flow, read);
+			struct splice_end *end = splice_closed(sk, &state->flow, read);
+
+			/* What was read while the account was closed; from now on whoever reads sees to it. */
+			if (end)
+				account_late_read(end, __sync_fetch_and_add(&end->read, 0));
 		}
 	}
 	if (state->flags & SOCKET_OPEN)

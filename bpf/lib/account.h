@@ -22,6 +22,14 @@
 	 (1 << BPF_TCP_LAST_ACK) | (1 << BPF_TCP_TIME_WAIT))
 /* tcp_sock.urg_data, when the application has taken the urgent byte by MSG_OOB. */
 #define TCP_URG_READ 0x0400
+/* Of one socket, at one moment, of which one is first at each attempt. */
+#define LATE_READERS 8
+
+/* A walk does not lock the socket: what it takes off may be newer than what it takes it off from. */
+inline_always u64 at_least_none(u64 bytes)
+{
+	return (s64)bytes < 0 ? 0 : bytes;
+}
 
 /*
  * Bytes that the application wrote. bytes_acked is 64 bits wide and counts our SYN (when we dialled) and FIN, as
@@ -36,7 +44,7 @@ inline_always u64 bytes_written(void *tcp, u32 state, bool active)
 		written--;
 	if (STATES_WITH_FIN_SENT & (1 << (state & 15)))
 		written--;
-	return written;
+	return at_least_none(written);
 }
 
 /*
@@ -56,7 +64,7 @@ inline_always u64 bytes_read(void *tcp)
 	if (LOAD(u16, tcp, TCP_SOCK_URG_DATA) == TCP_URG_READ &&
 	    (s32)(LOAD(u32, tcp, TCP_SOCK_URG_SEQ) - copied) >= 0)
 		received++;
-	return received;
+	return at_least_none(received);
 }
 
 /* In microseconds; 0 while nothing was measured. The kernel keeps eight times it. */
@@ -145,19 +153,25 @@ inline_always u64 account_close(struct socket_state *state, void *sk, void *tcp,
 
 /*
  * An application may read what its socket still has when the connection is closed: it is counted then. read is all that recv gave;
- * of two readers the one with more adds for both.
+ * of two readers the one with more adds for both, or what the other has left.
  */
 inline_always void account_late_read(struct splice_end *end, u64 read)
 {
-	u64 before = *(volatile u64 *)&end->accounted;
 	struct flow_key key = end->flow;
-	struct flow *flow;
 
-	if (read <= before || __sync_val_compare_and_swap(&end->accounted, before, read) != before)
+	for (int i = 0; i < LATE_READERS; i++) {
+		u64 before = *(volatile u64 *)&end->accounted;
+		struct flow *flow;
+
+		if (read <= before)
+			return;
+		if (__sync_val_compare_and_swap(&end->accounted, before, read) != before)
+			continue;
+		flow = flow_of(&key);
+		if (flow)
+			__sync_fetch_and_add(&flow->received, read - before);
 		return;
-	flow = flow_of(&key);
-	if (flow)
-		__sync_fetch_and_add(&flow->received, read - before);
+	}
 }
 
 /*

@@ -111,7 +111,11 @@ inline_always void splice_begin(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u
 		.side = side,
 	};
 
-	storage_get(MAP(SPLICE_ENDS), sk, &end, BPF_SK_STORAGE_GET_F_CREATE);
+	struct splice_end *stored = storage_get(MAP(SPLICE_ENDS), sk, &end, BPF_SK_STORAGE_GET_F_CREATE);
+
+	/* Of a socket that was disconnected and has dialled again: what is there is about the connection before. */
+	if (stored && (stored->flags & SPLICE_CLOSED))
+		*stored = end;
 }
 
 /*
@@ -139,14 +143,14 @@ inline_always void spliced_bytes(void *sk, u64 *sent, u64 *received)
 		*received += redirected;
 }
 
-/* The end is closed, and so is its account, in which this much is read. What it has not read yet stays in its queue. */
-inline_always void splice_closed(struct bpf_sock *sk, struct flow_key *flow, u64 accounted)
+/* The end is closed, and so is its account, in which this much is read. What it has not read yet stays in its queue: the end, or 0. */
+inline_always struct splice_end *splice_closed(struct bpf_sock *sk, struct flow_key *flow, u64 accounted)
 {
 	struct splice_end *end = storage_get(MAP(SPLICE_ENDS), sk, 0, 0);
 	struct splice *splice;
 
 	if (!end)
-		return;
+		return 0;
 	u64 id = end->id;
 	u32 side = end->side & 1;
 
@@ -155,12 +159,13 @@ inline_always void splice_closed(struct bpf_sock *sk, struct flow_key *flow, u64
 	__sync_fetch_and_or(&end->flags, (u64)SPLICE_CLOSED);
 	splice = map_lookup(MAP(SPLICES), &id);
 	if (!splice)
-		return;
+		return end;
 	u64 before = __sync_fetch_and_or(&splice->flags, (u64)SPLICE_LEAVING | (u64)SPLICE_GONE << side);
 
 	/* The last one that has anything to do with it; an end that never came to it does not count. */
 	if ((before & (SPLICE_GONE << (side ^ 1))) || !(before & (SPLICE_READY << (side ^ 1))))
 		map_delete(MAP(SPLICES), &id);
+	return end;
 }
 
 #endif

@@ -186,6 +186,9 @@ class Worker:
             address, _ = self._family(address, None)
         self._call("send", data=data, address=address, fds=(sock.fileno(),))
 
+    def disconnect(self, sock: socket.socket) -> None:
+        self._call("disconnect", fds=(sock.fileno(),))
+
     def reconnect(self, sock: socket.socket, address: tuple[str, int]) -> None:
         self._call("reconnect", address=self._family(address, None)[0], fds=(sock.fileno(),))
 

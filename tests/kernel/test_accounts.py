@@ -265,6 +265,26 @@ def test_ended_by_the_agent(pair, node):
     pair.client_pod.app.connect((pair.server_pod.address, PORT)).close()
 
 
+def test_a_socket_that_dials_again(pair):
+    """connect() to nobody (AF_UNSPEC) ends a connection, and the socket may have another: bytes are counted for one of them."""
+    pair.send(pair.client, 300)
+    pair.receive(pair.server, 300)
+    pair.send(pair.server, 200)
+    pair.receive(pair.client, 200)
+    pair.client_pod.app.disconnect(pair.client)
+    with pytest.raises(ConnectionResetError):
+        pair.server.recv(1)
+    pair.check(client_closed=True, server_closed=True)
+    pair.client.setblocking(True)
+    pair.client_pod.app.reconnect(pair.client, (pair.server_pod.address, PORT))
+    again, _ = pair.listener.accept()
+    again.sendall(b"d" * 70)
+    assert pair.client.recv(1000) == b"d" * 70
+    out, into = pair.accounts()
+    assert (out.totals, into.totals) == ((2, 1, 0, 300, 270), (2, 1, 0, 270, 300))
+    again.close()
+
+
 @two_families
 def test_peek_and_truncation(pair):
     pair.send(pair.client, 100)

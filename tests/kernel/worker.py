@@ -88,6 +88,14 @@ def reconnect(address, fds):
         sock.connect(tuple(address))
 
 
+def disconnect(fds):
+    """connect() to AF_UNSPEC, which Python does not know."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.connect(fds[0], bytes(16), 16) != 0:
+        raise OSError(ctypes.get_errno(), "connect")
+    os.close(fds[0])
+
+
 def spread(address, count, family, connecting):
     """A datagram from each of so many sockets."""
     for _ in range(count):
