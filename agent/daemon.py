@@ -245,7 +245,7 @@ async def _serve(options: Options, kernel: Kernel, stop: asyncio.Event) -> bool:
     node.loads(lambda: _load(options))
     node.gives_roles(roles.repair)
     enrolment = EnrolmentFile(options.run)
-    splicer = Splicer(kernel.splices, on=options.splice)
+    splicer = Splicer(kernel.splices, namespaces.borrow_if_there, on=options.splice)
 
     async def apply(update: Update) -> tuple[ResourceError, ...]:
         errors = await node.apply(update)

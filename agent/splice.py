@@ -8,7 +8,8 @@ connections may enter, and when one can leave without losing a byte, the program
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from prometheus_client import Metric
@@ -36,14 +37,27 @@ class Kernel(Protocol):
     def fd(self) -> int: ...
     def hush(self) -> None: ...
     def walk(self) -> Walk: ...
+    def unread(self) -> set[int]: ...
+    def nudge(self, netns: int) -> None: ...
     def counters(self) -> Mapping[SpliceCounter, int]: ...
 
 
 class Splicer:
-    """:param on: whether connections of this node may enter at all; those that are in leave otherwise."""
+    """See the module.
 
-    def __init__(self, kernel: Kernel, *, on: bool = True) -> None:
+    :param borrow: gives the descriptor of a pod's namespace by its cookie, None where it is gone.
+    :param on: whether connections of this node may enter at all; those that are in leave otherwise.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        borrow: Callable[[int], AbstractContextManager[int | None]],
+        *,
+        on: bool = True,
+    ) -> None:
         self._kernel = kernel
+        self._borrow = borrow
         self._on = on
         self._wake = asyncio.Event()
 
@@ -54,7 +68,9 @@ class Splicer:
     async def run(self) -> None:
         """Until cancelled. What is in the splice stays there."""
         if not self._kernel.supported:
-            _log.warning("nothing is spliced: this kernel has no tracepoint sock_recv_length (Linux 6.3)")
+            _log.warning(
+                "nothing is spliced: this kernel has no tracepoint sock_recv_length, or no FIONREAD that would count what is"
+            )
             return
         loop = asyncio.get_running_loop()
         self._kernel.switch(self._on)
@@ -73,6 +89,7 @@ class Splicer:
                 self._wake.clear()
                 try:
                     walk = await asyncio.to_thread(self._kernel.walk)
+                    await self._nudge()
                 except OSError as error:
                     _log.error("connections cannot enter or leave the splice", reason=str(error))
                     walk = Walk(0, 0, 1)
@@ -81,9 +98,18 @@ class Splicer:
                     loop.call_later(pause, self._wake.set)
                 else:
                     pause = PERIOD
+                    if walk.entered:
+                        # Whoever is told of something by TCP there does not stay.
+                        loop.call_later(PERIOD, self._wake.set)
                 await asyncio.sleep(PERIOD)
         finally:
             loop.remove_reader(self._kernel.fd())
+
+    async def _nudge(self) -> None:
+        for cookie in self._kernel.unread():
+            with self._borrow(cookie) as netns:
+                if netns is not None:
+                    await asyncio.to_thread(self._kernel.nudge, netns)
 
 
 _METRICS = {

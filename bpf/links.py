@@ -22,6 +22,7 @@ CGROUP_UDP6_SENDMSG = 15
 CGROUP_UDP4_RECVMSG = 19
 CGROUP_UDP6_RECVMSG = 20
 TRACE_RAW_TP = 23
+TRACE_FENTRY = 24
 TRACE_ITER = 28
 CGROUP_INET4_GETPEERNAME = 29
 CGROUP_INET6_GETPEERNAME = 30
@@ -160,12 +161,12 @@ def attach_tcx(program: int, interface: int, attach_type: int) -> int:
     return _check(number, f"attach to interface {interface} (type {attach_type})")
 
 
-def attach_iterator(program: int, map_fd: int) -> int:
-    """A link of an iterator over a map's elements."""
-    info = ctypes.create_string_buffer(struct.pack("=I12x", map_fd))
-    options = _LinkCreateOptions(
-        sz=ctypes.sizeof(_LinkCreateOptions), iter_info=ctypes.addressof(info), iter_info_len=16
-    )
+def attach_iterator(program: int, map_fd: int | None) -> int:
+    """A link of an iterator over a map's elements; None for one that is over something else."""
+    options = _LinkCreateOptions(sz=ctypes.sizeof(_LinkCreateOptions))
+    if map_fd is not None:
+        info = ctypes.create_string_buffer(struct.pack("=I12x", map_fd))
+        options.iter_info, options.iter_info_len = ctypes.addressof(info), 16
     return _check(_lib.bpf_link_create(program, 0, TRACE_ITER, ctypes.byref(options)), "attach iterator")
 
 

@@ -76,7 +76,7 @@ _CGROUP = (
 class _Iterator(NamedTuple):
     function: str
     target: str
-    table: str
+    table: str | None  #: None: the target says itself over what
     pin: str
 
 
@@ -87,9 +87,12 @@ _ITERATORS = (
     _Iterator("bpf_iter__bpf_sk_storage_map__refused", *_OF_SOCKETS, "refused_now"),
     _Iterator("bpf_iter__bpf_map_elem__silent", "bpf_map_elem", "conversations", "silent"),
     _Iterator("bpf_iter__bpf_sk_storage_map__splice", "bpf_sk_storage_map", "splice_ends", "splice"),
+    _Iterator("bpf_iter__tcp__nudge", "tcp", None, "nudge"),
 )
 _RECV_TRACEPOINT = "sock_recv_length"
 _RECV_LINK = "tracepoint_sock_recv_length"
+#: Counts what waits in the splice for FIONREAD. Applications that read by edges (nginx) go by that, and would wait for ever.
+_FIONREAD = "tcp_bpf_ioctl"
 
 
 class _Places(NamedTuple):
@@ -152,6 +155,7 @@ def kernel_macros(btf: Btf) -> dict[str, int]:
         "SOCK_ZEROCOPY": btf.enumerator("sock_flags", "SOCK_ZEROCOPY"),
         "SOCK_URGINLINE": btf.enumerator("sock_flags", "SOCK_URGINLINE"),
         "SOCK_SHUTDOWN": btf.offset("sock", "sk_shutdown"),
+        "SOCK_RCVLOWAT": btf.offset("sock", "sk_rcvlowat"),
         "SOCK_SOCKET": btf.offset("sock", "sk_socket"),
         "SOCK_ULP": btf.offset("inet_connection_sock", "icsk_ulp_ops"),
         "SOCKET_FILE": btf.offset("socket", "file"),
@@ -216,7 +220,8 @@ def load(pins: Path, cgroup: Path, sizes: dict[str, int], *, replace: bool = Fal
                 _attach_of_pods(folder, places, programs[places.function]) for places in _OF_PODS
             ]
             for iterator in _ITERATORS:
-                _attach_iterator(folder / iterator.pin, iterators[iterator.pin], opened[iterator.table].fd)
+                table = opened[iterator.table].fd if iterator.table else None
+                _attach_iterator(folder / iterator.pin, iterators[iterator.pin], table)
             _attach_splice(folder, programs, opened)
             resize.finish(resized, carriers)
             for name, one in resized.items():
@@ -439,7 +444,7 @@ def _drop_links_of_the_gone(folder: Path) -> None:
             os.close(link)
 
 
-def _attach_iterator(path: Path, program: int, table: int) -> None:
+def _attach_iterator(path: Path, program: int, table: int | None) -> None:
     link = links.attach_iterator(program, table)
     try:
         links.pin(link, str(path))
@@ -448,15 +453,17 @@ def _attach_iterator(path: Path, program: int, table: int) -> None:
 
 
 def _attach_splice(folder: Path, programs: dict[str, int], opened: dict[str, maps.Map]) -> None:
-    """What the splice has besides its hooks in sock_ops. Without the tracepoint (Linux 6.3) it stays off.
+    """What the splice has besides its hooks in sock_ops. Without the tracepoint, or FIONREAD for it, it stays off.
 
     The tracepoint's own program stays as it is, and calls the one in the array: two that count what was read, for a moment,
     would let the splice lose its order.
     """
-    if _RECV_TRACEPOINT not in programs:
+    has_tracepoint = _RECV_TRACEPOINT in programs
+    if not has_tracepoint or not links.has_target(_FIONREAD, links.TRACE_FENTRY):
         opened["splice_counters"].update(
             struct.pack("=I", wire.SpliceCounter.OFF), struct.pack("=Q", wire.SPLICE_UNSUPPORTED)
         )
+    if not has_tracepoint:
         return
     links.attach_to_map(programs["splice_message"], opened["splice_sockets"].fd, links.SK_MSG_VERDICT)
     opened["splice_programs"].update(bytes(4), struct.pack("=I", programs["sock_recv_length"]))

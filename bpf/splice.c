@@ -11,9 +11,13 @@
 #define MSG_WAITALL 0x100
 #define MSG_ERRQUEUE 0x2000
 
-/* struct bpf_iter__bpf_sk_storage_map of the kernel. */
+#define SOL_SOCKET 1
+#define SO_RCVLOWAT 18
+
+/* struct bpf_iter__bpf_sk_storage_map of the kernel; struct bpf_iter__tcp has a socket at the second place. */
 #define SPLICE_ITERATOR_META 0
 #define SPLICE_ITERATOR_SOCKET 16
+#define TCP_ITERATOR_SOCKET 8
 #define SPLICE_ITERATOR_VALUE 24
 
 /* sendmsg on a socket in splice_sockets, which is locked. SK_PASS without a redirect is TCP. */
@@ -47,13 +51,15 @@ int splice_message(struct sk_msg_md *ctx)
 		goto pass;
 	}
 	u32 size = ctx->size;
-	u32 out = (u32)mine->redirected + (LOAD(u32, tcp, TCP_SOCK_WRITE_SEQ) - mine->sent_base) -
-		  (u32) * (volatile u64 *)&theirs->read;
+	u32 written = LOAD(u32, tcp, TCP_SOCK_WRITE_SEQ) - mine->sent_base;
+	u32 out = (u32)mine->redirected + written - (u32) * (volatile u64 *)&theirs->read;
 
-	if (!mine->redirects) {
+	/* A thread that was on its way into TCP when the socket entered has not come by here. */
+	if (!mine->redirects || mine->written != written) {
 		if (out)
 			goto pass;
 		mine->redirects = 1;
+		mine->written = written;
 	} else if (out > SPLICE_CAP) {
 		splice_count(SPLICE_COUNTER_OVERFLOWS);
 		splice_leave(splice);
@@ -144,8 +150,16 @@ int sock_recv_length(void *ctx)
 		struct splice *splice = map_lookup(MAP(SPLICES), &end->id);
 
 		/* Another reader may have been faster: then this is too little until the next one, which only means TCP. */
-		if (splice)
-			*(volatile u64 *)&splice->side[end->side & 1].read = read;
+		if (!splice)
+			return 0;
+		*(volatile u64 *)&splice->side[end->side & 1].read = read;
+		/* It may leave now, and what TCP has for it may be all that comes: see has_unread(). */
+		if (end->flags & SPLICE_IN && *(volatile u64 *)&splice->flags & SPLICE_LEAVING) {
+			void *tcp = to_tcp_sock(sk);
+
+			if (tcp && is_drained(end, splice, tcp))
+				splice_wake();
+		}
 		return 0;
 	}
 	if ((end->flags & SPLICE_NEVER) || end->reads < SPLICE_READS)
@@ -184,11 +198,21 @@ inline_always bool is_pair(struct splice *splice)
 	       splice->side[1].sent_base == splice->side[0].read_base;
 }
 
-inline_always void splice_report(void *ctx, u32 what)
+/*
+ * TCP has bytes for this end that it has not read. While it is in the splice it may take them for none: FIONREAD counts only what
+ * the splice has, and a reader that was told of both at once may take the last, short read of the one for the end of both.
+ */
+inline_always bool has_unread(void *tcp)
+{
+	return LOAD(u32, tcp, TCP_SOCK_RCV_NXT) != LOAD(u32, tcp, TCP_SOCK_COPIED_SEQ);
+}
+
+inline_always void splice_report(void *ctx, u64 netns, u32 what)
 {
 	void *seq = LOAD_POINTER(LOAD_POINTER(ctx, SPLICE_ITERATOR_META), 0);
+	u64 told = netns << SPLICE_STEP_BITS | what;
 
-	seq_write(seq, &what, sizeof(what));
+	seq_write(seq, &told, sizeof(told));
 }
 
 /*
@@ -211,7 +235,9 @@ int bpf_iter__bpf_sk_storage_map__splice(void *ctx)
 
 	if (!splice || !tcp)
 		return 0;
-	if (splice_is_off() || !pod || (pod->flags & POD_NO_SPLICE))
+	/* It entered at a walk before: since then all should have gone past TCP. */
+	if (splice_is_off() || !pod || (pod->flags & POD_NO_SPLICE) ||
+	    ((end->flags & SPLICE_IN) && has_unread(tcp)))
 		splice_leave(splice);
 	u64 flags = *(volatile u64 *)&splice->flags;
 
@@ -219,14 +245,14 @@ int bpf_iter__bpf_sk_storage_map__splice(void *ctx)
 		if (!(flags & SPLICE_LEAVING))
 			return 0;
 		if (!is_drained(end, splice, tcp)) {
-			splice_report(ctx, SPLICE_WAITS);
+			splice_report(ctx, netns, SPLICE_WAITS);
 			return 0;
 		}
 		if (!map_delete(MAP(SPLICE_SOCKETS), &key)) {
 			__sync_fetch_and_or(&end->flags, (u64)SPLICE_NEVER);
 			__sync_fetch_and_and(&end->flags, ~(u64)SPLICE_IN);
 			splice_count(SPLICE_COUNTER_LEFT);
-			splice_report(ctx, SPLICE_LEFT);
+			splice_report(ctx, netns, has_unread(tcp) ? SPLICE_LEFT_UNREAD : SPLICE_LEFT);
 		}
 		return 0;
 	}
@@ -248,6 +274,28 @@ int bpf_iter__bpf_sk_storage_map__splice(void *ctx)
 	__sync_fetch_and_or(&end->flags, (u64)SPLICE_IN);
 	__sync_fetch_and_or(&splice->flags, (u64)SPLICE_JOINED << side);
 	splice_count(SPLICE_COUNTER_ENTERED);
-	splice_report(ctx, SPLICE_ENTERED);
+	splice_report(ctx, netns, SPLICE_ENTERED);
+	return 0;
+}
+
+/*
+ * Over the sockets of one namespace, which are locked here: ends that have left are told again of what they have not read. Setting
+ * SO_RCVLOWAT to what it is does that.
+ */
+int bpf_iter__tcp__nudge(void *ctx)
+{
+	void *sk = LOAD_POINTER(ctx, TCP_ITERATOR_SOCKET);
+	void *tcp = sk ? to_tcp_sock(sk) : 0;
+
+	if (!tcp)
+		return 0;
+	struct splice_end *end = storage_get(MAP(SPLICE_ENDS), tcp, 0, 0);
+
+	if (!end || !(end->flags & SPLICE_WANTED) || (end->flags & (SPLICE_IN | SPLICE_CLOSED)) ||
+	    !has_unread(tcp))
+		return 0;
+	u32 least = LOAD(u32, tcp, SOCK_RCVLOWAT);
+
+	set_option(tcp, SOL_SOCKET, SO_RCVLOWAT, &least, sizeof(least));
 	return 0;
 }

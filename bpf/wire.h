@@ -474,7 +474,8 @@ struct splice_side {
 	__u32 sent_base;
 	__u32 read_base;
 	__u32 redirects; /* all that is sent and not yet read was redirected */
-	__u32 pad[9];	 /* what the two ends write lies apart */
+	__u32 written;	 /* by TCP, when that began */
+	__u32 pad[8];	 /* what the two ends write lies apart */
 };
 
 struct splice {
@@ -482,11 +483,16 @@ struct splice {
 	__u64 flags;
 };
 
-/* What the iterator "splice" writes, a __u32 for each end with which it did something. */
+/*
+ * What the iterator "splice" writes, a __u64 for each end with which it did something: the cookie of its namespace, and in the lowest
+ * SPLICE_STEP_BITS what.
+ */
+#define SPLICE_STEP_BITS 3
 enum splice_step {
 	SPLICE_ENTERED = 1,
 	SPLICE_LEFT = 2,
-	SPLICE_WAITS = 3, /* it has to leave, and its application has not read everything yet */
+	SPLICE_WAITS = 3,	/* it has to leave, and its application has not read everything yet */
+	SPLICE_LEFT_UNREAD = 4, /* the same as SPLICE_LEFT, and TCP has something for it */
 };
 
 /* splice_counters: two words of state, then what happened since the map was made. */

@@ -794,6 +794,11 @@ class SpliceStep(enum.IntEnum):
     ENTERED = 1
     LEFT = 2
     WAITS = 3  #: it has to leave, and its application has not read everything yet
+    LEFT_UNREAD = 4  #: the same as LEFT, and TCP has something for it
+
+
+#: What the iterator writes has the step in as many bits, the cookie of the end's namespace above.
+SPLICE_STEP_BITS = 3
 
 
 class SpliceCounter(enum.IntEnum):

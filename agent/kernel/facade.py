@@ -81,7 +81,7 @@ class Kernel:
                 for spec in schema.MAPS
             }
             programs = ("program_sk_lookup", "program_from_pod", "program_to_pod")
-            for name in (*programs, "accounts", "connections", "refused_now", "silent", "splice"):
+            for name in (*programs, "accounts", "connections", "refused_now", "silent", "splice", "nudge"):
                 if not (self._folder / name).exists():
                     raise KernelError(f"pins {self._folder}: {name} is not there")
             self._events = RingReader(maps["events"])

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from agent.kernel import namespace
 from agent.kernel.ring import RingReader
 from bpf import wire
 from bpf.maps import Map
@@ -32,6 +33,8 @@ class Splices:
 
     def __init__(self, folder: Path, maps: Mapping[str, Map]) -> None:
         self._pin = folder / "splice"
+        self._nudge_pin = folder / "nudge"
+        self._unread: set[int] = set()
         self._counters = maps["splice_counters"]
         self._wakes = maps["splice_wakes"]
         self._ring = RingReader(self._wakes)
@@ -43,7 +46,7 @@ class Splices:
 
     @property
     def supported(self) -> bool:
-        """False where the kernel has no tracepoint ``sock_recv_length`` (Linux 6.3): everything goes by TCP."""
+        """False where the kernel has no tracepoint ``sock_recv_length``, or a FIONREAD that is blind: everything goes by TCP."""
         with self._lock:
             return self._get(SpliceCounter.OFF) != wire.SPLICE_UNSUPPORTED
 
@@ -74,8 +77,26 @@ class Splices:
         with self._lock:
             self._set(SpliceCounter.WOKEN, 0)
         data = self._pin.read_bytes()
-        steps = Counter(step for (step,) in struct.iter_unpack("=I", data))
-        return Walk(steps[SpliceStep.ENTERED], steps[SpliceStep.LEFT], steps[SpliceStep.WAITS])
+        steps: Counter[int] = Counter()
+        for (told,) in struct.iter_unpack("=Q", data):
+            step = told & ((1 << wire.SPLICE_STEP_BITS) - 1)
+            steps[step] += 1
+            if step == SpliceStep.LEFT_UNREAD:
+                self._unread.add(told >> wire.SPLICE_STEP_BITS)
+        left = steps[SpliceStep.LEFT] + steps[SpliceStep.LEFT_UNREAD]
+        return Walk(steps[SpliceStep.ENTERED], left, steps[SpliceStep.WAITS])
+
+    def unread(self) -> set[int]:
+        """Namespaces, by cookie, of ends that have left since the last call while TCP had something for them: :meth:`nudge`."""
+        found, self._unread = self._unread, set()
+        return found
+
+    def nudge(self, netns: int) -> None:
+        """Tell applications in a namespace again of what is there: one that reads by edges may have taken a short read for all.
+
+        :raises OSError: it cannot be entered.
+        """
+        namespace.inside(netns, self._nudge_pin.read_bytes)
 
     def counters(self) -> dict[SpliceCounter, int]:
         """What happened since the maps were made."""

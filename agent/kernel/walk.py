@@ -297,7 +297,7 @@ class Walker(Arrivals):
     def _splice(self, client: wire.Pod, server: wire.Pod | None, branch: Branch) -> None:
         switch = self._tables.splice_switch()
         if switch == wire.SPLICE_UNSUPPORTED:
-            why = "this kernel has no tracepoint sock_recv_length (Linux 6.3)"
+            why = "this kernel cannot (docs/splice.md)"
         elif switch:
             why = "it is switched off on this node"
         elif client.flags & wire.POD_NO_SPLICE:

@@ -34,6 +34,8 @@ static long (*ringbuf_output)(void *map, void *data, u64 size, u64 flags) = (voi
 static void *(*ringbuf_reserve)(void *map, u64 size, u64 flags) = (void *)BPF_FUNC_ringbuf_reserve;
 static void (*ringbuf_submit)(void *data, u64 flags) = (void *)BPF_FUNC_ringbuf_submit;
 static long (*set_cb_flags)(void *ctx, int flags) = (void *)BPF_FUNC_sock_ops_cb_flags_set;
+static long (*set_option)(void *sk, int level, int name, void *value,
+			  int length) = (void *)BPF_FUNC_setsockopt;
 static long (*assign_socket)(void *ctx, void *sk, u64 flags) = (void *)BPF_FUNC_sk_assign;
 static long (*release_socket)(void *sk) = (void *)BPF_FUNC_sk_release;
 static void *(*to_tcp_sock)(void *sk) = (void *)BPF_FUNC_skc_to_tcp_sock;

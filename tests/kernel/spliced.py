@@ -37,6 +37,7 @@ class Connection:
 
     def __init__(self, node: Node, client: TestPod, server: TestPod, **options: object) -> None:
         self.node = node
+        self.pods = (client, server)
         self.port = next(_ports)
         self.source = client.identity
         self.listener = server.app.listen(("", self.port))
@@ -86,6 +87,10 @@ class Connection:
 
     def walk(self) -> Walk:
         return self.node.kernel.splices.walk()
+
+    def walk_and_nudge(self) -> Walk:
+        """As the agent does."""
+        return walk_and_nudge(self.node, *self.pods)
 
     def enter(self) -> None:
         self.rounds()
@@ -137,6 +142,15 @@ class Connection:
     def close(self) -> None:
         for sock in (self.client, self.server, self.listener):
             sock.close()
+
+
+def walk_and_nudge(node: Node, *pods: TestPod) -> Walk:
+    walk = node.kernel.splices.walk()
+    unread = node.kernel.splices.unread()
+    for pod in pods:
+        if pod.cookie in unread:
+            node.kernel.splices.nudge(pod.netns)
+    return walk
 
 
 class Stream:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import shutil
 import socket
+import ssl
 import struct
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -17,6 +22,7 @@ from bpf import links, wire
 from bpf.wire import SpliceCounter
 from tests.kernel.mesh import Node, TestPod, run
 from tests.kernel.spliced import BUFFERS, CAP, Connection, by_tcp, pattern
+from tests.requirements import ROOT
 
 pytestmark = pytest.mark.privileged
 
@@ -170,6 +176,87 @@ def test_fast_open_stays_out(node, pods):
     assert entered[1] == 0
 
 
+def test_reader_of_urgent_data_stays_out(connection):
+    with pytest.raises(OSError):
+        connection.server.recv(1, socket.MSG_OOB)
+    connection.rounds()
+    assert connection.walk().entered == 0
+
+
+def test_ends_that_are_not_each_other_s_stay_out(node, pods):
+    """Whatever they are called: what the one begins to write is not what the other begins to read."""
+    one, other = Connection(node, *pods), Connection(node, *pods)
+    ends = node.kernel._maps["splice_ends"]
+    keys = [struct.pack("=i", sock.fileno()) for sock in (one.server, other.server)]
+    values = [ends.lookup(key) for key in keys]
+    for key, mine, others in zip(keys, values, reversed(values), strict=True):
+        ends.update(key, others[:8] + mine[8:])  # the id
+    for each in (one, other):
+        each.rounds()
+    assert node.kernel.splices.walk().entered == 0
+    for each in (one, other):
+        each.rounds()
+        each.check_accounts()
+        each.close()
+
+
+def test_tls_inside(connection):
+    """Records are bytes as others: they go past TCP, and come as they were sent."""
+    connection.enter()
+    before = by_tcp(connection.client), by_tcp(connection.server)
+    ends = []
+    for sock, side in (
+        (connection.client, ssl.PROTOCOL_TLS_CLIENT),
+        (connection.server, ssl.PROTOCOL_TLS_SERVER),
+    ):
+        context = ssl.SSLContext(side)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        context.maximum_version = ssl.TLSVersion.TLSv1_2
+        context.set_ciphers("AECDH-AES128-SHA:@SECLEVEL=0")  # without certificates
+        came, goes = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(came, goes, server_side=side == ssl.PROTOCOL_TLS_SERVER)
+        ends.append((sock, tls, came, goes))
+
+    def until(*steps):
+        """Both of them, with what they have for each other carried."""
+        results: dict[int, None] = {}
+        deadline = time.monotonic() + 10
+        while len(results) < len(steps):
+            assert time.monotonic() < deadline
+            for number, ((sock, _, came, goes), step) in enumerate(zip(ends, steps, strict=True)):
+                if number not in results:
+                    with contextlib.suppress(ssl.SSLWantReadError):
+                        results[number] = step()
+                if data := goes.read():
+                    sock.sendall(data)
+                    connection.wrote[sock] += len(data)
+                with contextlib.suppress(BlockingIOError):
+                    data = sock.recv(1 << 20)
+                    connection.read[sock] += len(data)
+                    came.write(data)
+
+    (_, client, _, _), (_, server, _, _) = ends
+    until(client.do_handshake, server.do_handshake)
+    for size in (1, 100, 16_000, 300_000):
+        question, answer = os.urandom(size), os.urandom(size)
+        got = {client: b"", server: b""}
+
+        def exchange(tls, data, size=size, got=got):
+            if data is not None:
+                tls.write(data)
+            while len(got[tls]) < size:
+                got[tls] += tls.read(1 << 16)
+
+        sends = {client: question, server: answer}
+        until(
+            lambda: exchange(client, sends.pop(client, None)),  # noqa: B023
+            lambda: exchange(server, sends.pop(server, None)),  # noqa: B023
+        )
+        assert (got[server], got[client]) == (question, answer)
+    assert (by_tcp(connection.client), by_tcp(connection.server)) == before
+
+
 # What is redirected
 
 
@@ -187,6 +274,23 @@ def test_nothing_is_overtaken(connection):
     connection.receive(connection.client, 70_500)
     assert by_tcp(connection.server) - before >= 500
     assert connection.spliced(connection.client) and connection.spliced(connection.server)
+
+
+def test_nothing_is_overtaken_that_went_by_tcp_unseen(connection, node):
+    """As by a thread that was on its way into TCP when its socket entered: this program had no say."""
+    connection.enter()
+    connection.exchange(connection.client, 10)
+    splices = node.kernel._maps["splices"]
+    key = node.kernel._maps["splice_ends"].lookup(struct.pack("=i", connection.client.fileno()))[:8]
+    runs, flags = 15, struct.Struct("=Q")
+    before = splices.lookup(key)
+    assert flags.unpack_from(before, 128) == (runs,)
+    splices.update(key, before[:128] + flags.pack(runs | 64))
+    connection.send(connection.client, 1000)
+    splices.update(key, before)
+    connection.send(connection.client, 500)
+    connection.receive(connection.server, 1500)
+    assert connection.spliced(connection.client)
 
 
 @pytest.mark.parametrize("end", ["client", "server"])
@@ -287,6 +391,54 @@ def test_reader_by_splice2_before_entering_keeps_to_tcp(connection):
     finally:
         os.close(reading)
         os.close(writing)
+
+
+def test_reader_by_edges_that_takes_a_short_read_for_all(connection):
+    """As epoll(7) allows: it was told once of what waits in the splice and of what TCP has, and sees no end between the two."""
+    connection.enter()
+    with select.epoll() as epoll:
+        epoll.register(connection.server, select.EPOLLIN | select.EPOLLET)
+        epoll.poll(0)
+        went = connection.fill(connection.client, CAP + (1 << 16)) + 10_000
+        connection.send(connection.client, 10_000)
+        assert by_tcp(connection.server) > 10_000
+        deadline = time.monotonic() + 10
+        while went:
+            while not epoll.poll(0.1):
+                assert time.monotonic() < deadline, f"{went} bytes are there, and nobody says so"
+                connection.walk_and_nudge()
+            data = b"x" * 10_007
+            while len(data) == 10_007:
+                try:
+                    data = connection.server.recv(10_007)
+                except BlockingIOError:
+                    break
+                assert data == pattern(connection.read[connection.server], len(data))
+                connection.read[connection.server] += len(data)
+                went -= len(data)
+
+
+def test_who_has_bytes_of_tcp_at_the_next_walk_leaves(connection):
+    """FIONREAD does not tell of them there."""
+    connection.rounds()
+    connection._left_before = connection._left()
+    connection.send(connection.client, 2000)
+    assert connection.walk().entered == 2
+    connection.node.kernel.splices.unread()
+    connection.leave()
+    assert connection.node.kernel.splices.unread() == {connection.pods[1].cookie}
+    connection.receive(connection.server, 2000)
+
+
+def test_agent_is_woken_when_an_end_can_leave(connection):
+    connection.enter()
+    went = connection.fill(connection.client, CAP + (1 << 17))
+    splices = connection.node.kernel.splices
+    splices.walk()
+    connection.receive(connection.server, 1000)
+    assert not select.select([splices.fd()], [], [], 0)[0]
+    connection.receive(connection.server, went - 1000)
+    assert select.select([splices.fd()], [], [], 0)[0]
 
 
 # How it ends
@@ -422,6 +574,41 @@ def test_full_maps(tmp_path):
             server.close()
         finally:
             node.close()
+
+
+# Kernels
+
+
+def test_kernel_whose_fionread_is_blind(tmp_path):
+    """Nothing is spliced; what is read late is counted all the same."""
+    node = Node(tmp_path)
+    try:
+        shutil.copytree(ROOT / "bpf", tmp_path / "tree/bpf", ignore=shutil.ignore_patterns("__pycache__"))
+        loader = tmp_path / "tree/bpf/loader.py"
+        text = loader.read_text()
+        assert '"tcp_bpf_ioctl"' in text
+        loader.write_text(text.replace('"tcp_bpf_ioctl"', '"no_such_function"'))
+        command = [sys.executable, "-m", "bpf.loader", "--pins", str(node.pins), "--cgroup", str(node.root)]
+        subprocess.run(command, check=True, capture_output=True, timeout=120, cwd=tmp_path / "tree")
+        assert not node.kernel.splices.supported
+        node.kernel.splices.switch(True)
+        client, server = TestPod(node, "10.77.0.10", 20), TestPod(node, "10.77.0.11", 21)
+        client.enrol({})
+        server.enrol({(20, 0): True})
+        one = Connection(node, client, server)
+        one.rounds()
+        assert one.walk().entered == 0 and not one.spliced(one.client)
+        one.client.shutdown(socket.SHUT_WR)
+        one.send(one.server, 40_000)
+        one.server.shutdown(socket.SHUT_WR)
+        one.check_accounts()
+        one.receive(one.client, 40_000)
+        one.check_accounts()
+        one.close()
+        client.close()
+        server.close()
+    finally:
+        node.close()
 
 
 # Life

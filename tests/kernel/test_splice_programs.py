@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.mesh import TestPod
-from tests.kernel.spliced import Stream
+from tests.kernel.mesh import Node, TestPod
+from tests.kernel.spliced import Stream, walk_and_nudge
 from tests.requirements import require, require_program
 
 pytestmark = pytest.mark.privileged
@@ -148,7 +148,7 @@ def test_echo(node, pods, tmp_path, name):
 
 
 def test_nginx(node, pods, tmp_path):
-    """A file by sendfile, small answers, pipelined requests; and instant requests on new connections."""
+    """A file by sendfile, small answers, pipelined requests, and what it reads by edges and FIONREAD."""
     client, server = pods
     (tmp_path / "small").write_bytes(b"s" * 40)
     large = os.urandom(300_000)
@@ -159,7 +159,8 @@ def test_nginx(node, pods, tmp_path):
         "events {}\n"
         f"http {{ access_log off; sendfile on; client_body_temp_path {tmp_path}/b; proxy_temp_path {tmp_path}/p;"
         f" fastcgi_temp_path {tmp_path}/f; uwsgi_temp_path {tmp_path}/u; scgi_temp_path {tmp_path}/s;"
-        f" server {{ listen [::]:{PORT} ipv6only=off; root {tmp_path}; }} }}\n"
+        f" server {{ listen [::]:{PORT} ipv6only=off; root {tmp_path}; client_max_body_size 100m;"
+        f" location /put {{ dav_methods PUT; }} }} }}\n"
     )
     command = [require_program("nginx"), "-e", tmp_path / "err", "-c", tmp_path / "nginx.conf"]
     with running(server, command):
@@ -171,17 +172,42 @@ def test_nginx(node, pods, tmp_path):
         while entered < 2 and time.monotonic() < deadline:
             entered += node.kernel.splices.walk().entered
         assert entered == 2
+        assert get(sock, "small", cookie=b"c" * 3000) == [b"s" * 40]
         for _ in range(10):
             assert get(sock, "large") == [large]
             assert get(sock, *["small"] * 30) == [b"s" * 40] * 30
+        for size in (100_000, 5_000_000):
+            body = os.urandom(size)
+            assert put(node, pods, sock, f"put{size}", body) in (201, 204)
+            assert (tmp_path / f"put{size}").read_bytes() == body
         assert get(sock, *["large"] * 20) == [large] * 20
         assert get(sock, "small") == [b"s" * 40]
         sock.close()
 
 
-def get(sock: socket.socket, *names: str) -> list[bytes]:
+def put(node: Node, pods: tuple[TestPod, TestPod], sock: socket.socket, name: str, body: bytes) -> int:
+    """The status. More of the body may come than goes past TCP: it leaves then, and is told of what TCP has, as by an agent."""
+    head = f"PUT /{name} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    left = memoryview(head.encode() + body)
+    answer = b""
+    deadline = time.monotonic() + 20
+    while b"\r\n\r\n" not in answer:
+        assert time.monotonic() < deadline, f"{len(left)} bytes not sent"
+        readable, writable, _ = select.select([sock], [sock] if left else [], [], 0.2)
+        if writable:
+            left = left[sock.send(left) :]
+        if readable:
+            answer += sock.recv(1 << 16)
+        if not readable and not writable:
+            walk_and_nudge(node, *pods)
+    return int(answer.split()[1])
+
+
+def get(sock: socket.socket, *names: str, cookie: bytes = b"") -> list[bytes]:
     """Answers to requests that are all sent at once."""
-    request = "".join(f"GET /{name} HTTP/1.1\r\nHost: x\r\n\r\n" for name in names).encode()
+    request = b"".join(
+        b"GET /%s HTTP/1.1\r\nHost: x\r\nCookie: %s\r\n\r\n" % (name.encode(), cookie) for name in names
+    )
     assert sock.send(request) == len(request)
     data = b""
     bodies: list[bytes] = []
