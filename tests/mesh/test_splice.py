@@ -43,6 +43,63 @@ while True:
     time.sleep(0.01)
 """
 
+# Reads by edges, takes a short read for the end of what is there, and says how much it has read. After an "s" it sleeps.
+BY_EDGES = """
+import select, socket, struct, time
+listener = socket.create_server(("", 8080))
+while True:
+    sock, _ = listener.accept()
+    sock.setblocking(False)
+    epoll = select.epoll()
+    epoll.register(sock, select.EPOLLIN | select.EPOLLET)
+    read, data = 0, b"-"
+    while data:
+        epoll.poll()
+        while True:
+            try:
+                data = sock.recv(10007)
+            except BlockingIOError:
+                break
+            read += len(data)
+            if len(data) < 10007:
+                break
+        sock.send(struct.pack("=Q", read))
+        if data == b"s":
+            time.sleep(0.5)
+"""
+# Once its answers come past TCP it sends more than may wait there, all while the server sleeps.
+MUCH_AT_ONCE = """
+import select, socket, struct, sys, time
+sock = socket.create_connection((sys.argv[1], 80))
+sock.setblocking(False)
+answers = b""
+def answered(count):
+    global answers
+    while struct.unpack("=Q", answers[-8:].rjust(8, bytes(1)))[0] < count:
+        assert select.select([sock], [], [], 20)[0], f"{count} bytes were sent, it has {answers[-8:].hex()}"
+        answers += sock.recv(65536)
+sent = 0
+def send(data):
+    global sent
+    while data:
+        select.select([], [sock], [])
+        went = sock.send(data[:65536])
+        sent += went
+        data = data[went:]
+while True:
+    send(b"r")
+    answered(sent)
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    if struct.unpack_from("=Q", info, 128)[0] < len(answers) - 80:
+        break
+    time.sleep(0.01)
+send(b"s")
+answered(sent)
+send(bytes((1 << 20) + (1 << 16)))
+send(bytes(10000))
+answered(sent)
+"""
+
 
 def test_pods_of_a_node_and_their_switch(lab: Lab, tmp_path):
     lab.namespace(NAMESPACE)
@@ -77,6 +134,24 @@ def test_pods_of_a_node_and_their_switch(lab: Lab, tmp_path):
         assert not goes_by_tcp()
         lab.namespace(NAMESPACE, {"mycel.io/splice": "disabled"})
         assert eventually(goes_by_tcp)
+    finally:
+        talker.kill()
+        talker.wait()
+    client.delete()
+    server.delete()
+
+
+def test_reader_by_edges_is_told_of_what_tcp_has(lab: Lab):
+    """It was told once, when it could see only what had gone past TCP."""
+    lab.namespace(NAMESPACE)
+    server = lab.pod("edges", node="node1", namespace=NAMESPACE, labels={"app": "edges"})
+    client = lab.pod("much", node="node1", namespace=NAMESPACE)
+    server.serve(["/usr/bin/python3", "-c", BY_EDGES], 8080)
+    address = lab.service("edges", 80, target_port=8080, namespace=NAMESPACE, port_name="tcp")
+    lab.settle()
+    talker = client.popen(["/usr/bin/python3", "-c", MUCH_AT_ONCE, address])
+    try:
+        assert talker.wait(60) == 0
     finally:
         talker.kill()
         talker.wait()
