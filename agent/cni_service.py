@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,8 @@ _log = logs.get(__name__)
 
 #: Seconds for the whole of one request, below the plugin's own :data:`cni.protocol.REPLY_TIMEOUT`.
 REQUEST_TIMEOUT = 13.0
+#: Seconds that are left to the plugin to tell.
+_ANSWER = 2.0
 #: Seconds between looks at the notes (the start and every ADD look too).
 NOTES_INTERVAL = 2.0
 
@@ -51,14 +54,16 @@ class CniService:
         if not data:
             return
         begin = time.monotonic()
+        limit = REQUEST_TIMEOUT
         command, code, message, details = "", 0, "", ""
         try:
             request = protocol.decode(data)
+            limit = _limit(request)
             command = str(request.get("command", ""))
             if command == "ADD" and connection.ended:
                 # We were stopped, or had too much to do, and its runtime has been told so.
                 raise Refusal(protocol.ERR_TRY_AGAIN, "the plugin has given up waiting")
-            async with asyncio.timeout(REQUEST_TIMEOUT):
+            async with asyncio.timeout(limit):
                 await self._do(command, request, fds)
         except protocol.ProtocolError as error:
             code, message, details = (
@@ -69,7 +74,7 @@ class CniService:
         except Refusal as refusal:
             code, message, details = refusal.code, refusal.message, refusal.details
         except TimeoutError:
-            code, message = protocol.ERR_TRY_AGAIN, f"not done within {REQUEST_TIMEOUT:g} s"
+            code, message = protocol.ERR_TRY_AGAIN, f"not done within {limit:g} s"
         except Exception as error:
             _log.exception("CNI request failed", command=command)
             code, message = protocol.ERR_TRY_AGAIN, "the agent failed"
@@ -171,3 +176,11 @@ def attachment_of(request: dict[str, Any]) -> Attachment:
         pod_namespace=str(request.get("pod_namespace", "")),
         pod_name=str(request.get("pod_name", "")),
     )
+
+
+def _limit(request: Mapping[str, Any]) -> float:
+    """Seconds for a request: less than its plugin waits, so that it hears why, and more where it waits longer than usual."""
+    patience = request.get("patience_ms")
+    if isinstance(patience, bool) or not isinstance(patience, int):
+        return REQUEST_TIMEOUT
+    return max(REQUEST_TIMEOUT, min(patience / 1000, protocol.LONGEST_TIMEOUT) - _ANSWER)

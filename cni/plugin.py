@@ -99,7 +99,11 @@ class Settings:
             raise _invalid("outsideNamespaces", outside, "not a list of names")
         self.outside = outside
         timeout = config.get("timeout", protocol.REPLY_TIMEOUT)
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0.1 <= timeout <= 60:
+        if (
+            isinstance(timeout, bool)
+            or not isinstance(timeout, (int, float))
+            or not 0.1 <= timeout <= protocol.LONGEST_TIMEOUT
+        ):
             raise _invalid("timeout", timeout, "not a number of seconds from 0.1 to 60")
         self.timeout = float(timeout)
 
@@ -337,6 +341,7 @@ def _ask(
         pod_namespace=attachment.pod_namespace,
         pod_name=attachment.pod_name,
         valid_attachments=valid,
+        patience_ms=int(1000 * max(0.0, deadline - begin)),
     )
     path = settings.run_dir + "/" + protocol.SOCKET_NAME
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC, 0)

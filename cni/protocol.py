@@ -38,6 +38,8 @@ ENROLMENT = "enrolment.json"
 
 #: Seconds that the plugin waits for the agent's reply; longer than any wait inside the agent.
 REPLY_TIMEOUT = 15.0
+#: The same at most, when the configuration says how long.
+LONGEST_TIMEOUT = 60
 #: Seconds that a DEL waits at most: a note does as well, and a node that is emptied while its agent hangs waits for each pod.
 DEL_TIMEOUT = 3.0
 #: Seconds for what is asked though the answer changes nothing: STATUS of a node that is ready always, and a DEL of a namespace
@@ -75,16 +77,19 @@ def request(
     pod_namespace: str = "",
     pod_name: str = "",
     valid_attachments: list[list[str]] | None = None,
+    patience_ms: int = 0,
 ) -> bytes:
     """A request: ``command`` is ADD, DEL, CHECK, STATUS or GC; ADD and CHECK carry the namespace's descriptor beside it.
 
     ``addresses`` are those of prevResult without prefix length; ``netns`` is the path (where the agent sees it too, a
     restarted agent finds the namespace by it). ``valid_attachments`` are pairs of container id and interface, for GC.
+    ``patience_ms`` is how long the plugin will wait, in milliseconds.
     """
     return dumps(
         {
             "version": VERSION,
             "command": command,
+            "patience_ms": patience_ms,
             "container_id": container_id,
             "ifname": ifname,
             "network": network,

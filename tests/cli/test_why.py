@@ -377,9 +377,9 @@ def test_an_entry_that_somebody_changed_is_a_difference(
         assert not happened
     assert asking.status(answer) == 1
     _look(lab)
-    repaired = eventually(lambda: not why(lab, client, server)["differences"], 15.0)
+    repaired = eventually(lambda: not why(lab, client, server)["differences"], 60.0)
     assert repaired
-    assert eventually(lambda: echoes(world.client, world.server.address, ECHO, timeout=3) == "", 10.0)
+    assert eventually(lambda: echoes(world.client, world.server.address, ECHO, timeout=3) == "", 60.0)
 
 
 def _look(lab: Lab) -> None:
@@ -398,7 +398,7 @@ def test_a_difference_is_written_in_words(lab: Lab, world: World):
     assert "THE KERNEL AND THE POLICIES DIFFER" in done.stdout
     _look(lab)
     assert eventually(
-        lambda: not why(lab, name(world.client), f"{name(world.server)}:{ECHO}")["differences"], 15.0
+        lambda: not why(lab, name(world.client), f"{name(world.server)}:{ECHO}")["differences"], 60.0
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.cni_service import CniService, attachment_of, key_of
+from agent.cni_service import CniService, _limit, attachment_of, key_of
 from agent.pods import Attachment, AttachmentKey, Refusal
 from cni import protocol
 
@@ -23,6 +23,7 @@ def test_golden_request():
         pod_uid="u",
         pod_namespace="ns",
         pod_name="p",
+        patience_ms=15000,
     )
     assert json.loads(data) == {
         "version": 1,
@@ -36,6 +37,7 @@ def test_golden_request():
         "pod_namespace": "ns",
         "pod_name": "p",
         "valid_attachments": None,
+        "patience_ms": 15000,
     }
     assert attachment_of(protocol.decode(data)) == Attachment(
         "c", "eth0", "pods", "/run/netns/x", ("10.0.0.2",), "u", "ns", "p"
@@ -126,3 +128,13 @@ async def test_notes_are_worked_off_in_order_and_kept_when_they_fail(tmp_path):
 
 async def test_no_notes_no_folder(tmp_path):
     await CniService(tmp_path, Recorder(), latencies=lambda *_: None).work_off_notes()
+
+
+@pytest.mark.parametrize(
+    ("patience", "limit"),
+    [(15000, 13.0), (40000, 38.0), (1000, 13.0), (10**9, 58.0), (None, 13.0), (True, 13.0), ("40000", 13.0)],
+)
+def test_request_may_take_what_its_plugin_waits(patience, limit):
+    """And a plugin of before does not say."""
+    assert _limit({"patience_ms": patience}) == limit
+    assert _limit({}) == 13.0

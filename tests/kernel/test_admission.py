@@ -312,7 +312,12 @@ def test_refusal_is_told_once_for_repeated_syns(node, server):
         # The last is another attempt: when that is told, the others have been.
         for port in (50999,) * 5 + (51000,):
             raw.sendto(syn(source, server.address, port, PORT), (server.address, 0))
-    wait_until(lambda: found.extend(told(node, server)) or len(found) >= 2)
+
+    def both_told() -> bool:
+        found.extend(told(node, server))
+        return len(found) >= 2
+
+    wait_until(both_told)
     assert found == [Reason.POLICY] * 2
     key = FlowKey(IDENTITY_PLAIN, server.identity, PORT, Direction.INBOUND)
     assert node.kernel.flows()[key._replace(verdict=Reason.POLICY)].refused == 2

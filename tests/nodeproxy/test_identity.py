@@ -67,6 +67,7 @@ def test_a_stream_for_the_pod_s_address_of_the_other_family(
     peer = Peer.dial(world.server_address, world.client_address, svid, world.authority.trust)
     peer.handshake()
     assert peer.status(f"[::1]:{there.port}") == (200 if client_has_it else 400)
+    wait_until(lambda: len(there.peers) == client_has_it, "the server has accepted")
     assert [address for address, *_ in there.peers] == (["::1"] if client_has_it else [])
     peer.close()
     there.close()
@@ -309,10 +310,15 @@ def test_certificates_are_renewed_and_connections_replaced(world: World, server:
     world.enroll(world.a, world.client, 11)
     wait_until(lambda: len(world.a.requests) == 2, "a certificate of 3 seconds")
     world.ready()
+
+    def certificate():
+        return world.a.call(lambda: world.a.proxy.certificates.get(world.client.uid))
+
+    first = certificate()
     with world.dial(server.port) as sock:
         sock.sendall(b"x")
         assert sock.recv(1) == b"x"
-        wait_until(lambda: len(world.a.requests) >= 3, "renewed", 3)
+        wait_until(lambda: certificate() not in (None, first), "renewed", 3)
         with world.dial(server.port) as new:
             new.sendall(b"y")
             assert new.recv(1) == b"y"

@@ -99,7 +99,11 @@ class Agent:
             except OSError:
                 return
             with connection:
-                self._session(connection)
+                # A proxy that ends does not wait for its answers.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self._session(connection)
+                with self._lock:
+                    self._connection = None
 
     def _session(self, connection: socket.socket) -> None:
         seqpacket.prepare(connection)
@@ -109,8 +113,6 @@ class Agent:
             except OSError:
                 data = b""
             if not data:
-                with self._lock:
-                    self._connection = None
                 return
             message = api.decode_from_proxy(data)
             with self._lock:
