@@ -43,14 +43,14 @@ class Echo:
         self.listener = listener
         self.listener.settimeout(0.1)
         self.stop = threading.Event()
-        self.threads = [threading.Thread(target=self._accept)]
+        self.threads = [threading.Thread(target=self._accept, daemon=True)]
         self.threads[0].start()
 
     def _accept(self):
         while not self.stop.is_set():
             with contextlib.suppress(TimeoutError):
                 sock, _ = self.listener.accept()
-                thread = threading.Thread(target=self._serve, args=(sock,))
+                thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
                 thread.start()
                 self.threads.append(thread)
 
