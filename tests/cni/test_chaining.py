@@ -140,8 +140,7 @@ async def test_chn_03_chained_again(node):
             out.write(LIST[n : n + 40])
             out.flush()
             await asyncio.sleep(0.01)
-    await until(lambda: plugins(file)[-1] == "mycel", "chained again")
-    assert not node.problem
+    await until(lambda: plugins(file)[-1] == "mycel" and not node.problem, "chained again")
 
 
 async def test_the_entry_waits_until_it_may(tmp_path, conf):
