@@ -18,6 +18,7 @@ from tests.kernel.test_veth import (
     gateway_of,
     inside,
     ip,
+    mac_of,
     never_arrives,
     pods,
     received,
@@ -280,3 +281,76 @@ def test_cookies_of_a_pod_that_joins_are_not_judged(node, make_pod):
         pod.enrol()
         w.send(ip(pod.address, node.gateway4, 6, segment))
         wait_until(lambda: refused(node, Reason.POLICY) == before + 1)
+
+
+# TCP sockets, whose segments the veth asks little of
+
+# Of linux/tcp.h.
+TCP_REPAIR = 19
+TCP_REPAIR_WINDOW = 29
+REPAIR_OFF_WITHOUT_PROBE = -1
+
+
+def test_repaired_socket_with_a_neighbours_address(node, pods):
+    """TCP_REPAIR makes an established connection out of nothing, by any address."""
+    client, victim, server = pods
+    transparent = (socket.IPPROTO_IPV6, 75) if ":" in server.address else (socket.SOL_IP, 19)
+
+    def repaired():
+        sock = socket.socket(socket.AF_INET6 if ":" in server.address else socket.AF_INET)
+        sock.setsockopt(*transparent, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
+        sock.bind((victim.address, 40001))
+        sock.connect((server.address, 8080))
+        window = struct.pack("=5I", 0, 65535, 65535, 65535, 0)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_WINDOW, window)
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, REPAIR_OFF_WITHOUT_PROBE)
+        return sock
+
+    def dropped(direction):
+        """Where it leaves, or only where it arrives."""
+        flows = node.kernel.flows().items()
+        return sum(f.refused for k, f in flows if k.verdict == Reason.SPOOFED and k.direction is direction)
+
+    before = {direction: dropped(direction) for direction in Direction}
+    with inside(client.netns, repaired) as sock:
+        sock.sendall(b"forged")
+        wait_until(lambda: dropped(Direction.OUTBOUND) > before[Direction.OUTBOUND])
+        assert dropped(Direction.INBOUND) == before[Direction.INBOUND]
+
+
+def test_established_socket_by_another_hardware_address(node, pods):
+    client, _, server = pods
+    with (
+        server.app.listen((server.address, 8080)) as listener,
+        client.app.connect((server.address, 8080)) as dialled,
+    ):
+        accepted, _ = listener.accept()
+        with accepted:
+            before = spoofed(node)
+            there = mac_of(server.netns).hex(":")
+            run(client.netns, "ip", "link", "set", "eth0", "address", "02:00:00:00:aa:01")
+            # Nothing has to be asked by ARP, which is judged too.
+            run(client.netns, "ip", "neigh", "replace", server.address, "lladdr", there, "dev", "eth0")
+            dialled.sendall(b"forged")
+            wait_until(lambda: spoofed(node) > before)
+            accepted.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                accepted.recv(6)
+
+
+def test_syn_of_a_socket_that_may_not_leave(node, pods):
+    """Of a program that is not captured, as the agent's own."""
+    client = pods[0]
+    gateway = gateway_of(node, client)
+    node.kernel.set_peer(gateway, Peer(local=False, enrolled=True, identity=77))
+    try:
+        before = refused(node, Reason.NOT_CAPTURED)
+        with inside(
+            client.netns, lambda: socket.socket(socket.AF_INET6 if ":" in gateway else socket.AF_INET)
+        ) as sock:
+            sock.setblocking(False)
+            assert sock.connect_ex((gateway, 8080)) != 0
+            wait_until(lambda: refused(node, Reason.NOT_CAPTURED) > before)
+    finally:
+        node.kernel.remove_peer(gateway)
