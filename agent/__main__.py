@@ -15,6 +15,7 @@ from agent.daemon import Options, StartError, leave_node, run
 from agent.flowlog import KEEP, RATE
 from bpf import limits
 from common import logs
+from common.arguments import add_revoke_after
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -100,13 +101,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="enabled|disabled",
         help="disabled: connections between two pods of this node go by TCP, as between nodes",
     )
-    parser.add_argument(
-        "--revoke-after",
-        type=_patience,
-        default=0.0,
-        metavar="SECONDS|never",
-        help="that an open connection has once policy refuses it (default 0: it is ended at once)",
-    )
+    add_revoke_after(parser)
     parser.add_argument(
         "--flow-log",
         default="",
@@ -151,14 +146,6 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1000000")
     return int(text)
-
-
-def _patience(text: str) -> float | None:
-    if text == "never":
-        return None
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of seconds nor never")
-    return float(text)
 
 
 def _switch(text: str) -> bool:

@@ -14,6 +14,7 @@ import termios
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
+from common.addresses import end_of
 from l7proxy import headers
 from l7proxy.errors import REPLIES, ProtocolError, failure_of
 from l7proxy.http1.head import RequestHead
@@ -36,14 +37,6 @@ LINGER = 1.0
 #: Seconds that a connection which is closing is kept while its client takes nothing of what is left.
 CLOSING = 60.0
 _RESET = struct.pack("ii", 1, 0)  # struct linger: no lingering
-
-
-def _end_of(name: object) -> tuple[str, int] | None:
-    """Address and port of a socket's name; of an IPv4-mapped address the IPv4 address. None for what has no peer any more."""
-    if not isinstance(name, tuple):
-        return None
-    address: str = name[0]
-    return address[7:] if address.startswith("::ffff:") and "." in address else address, name[1]
 
 
 class DownstreamConnection(asyncio.Protocol):
@@ -96,7 +89,7 @@ class DownstreamConnection(asyncio.Protocol):
             self._closing = True
             self.transport.abort()
             return
-        peer = _end_of(self.transport.get_extra_info("peername"))
+        peer = end_of(self.transport.get_extra_info("peername")) or None
         original = self.proxy.original_destination(self.pod.enroll.netns_cookie, peer) if peer else None
         if peer is None or original is None or self.pod.withdrawn:
             self.proxy.uncaptured(self.pod, peer)

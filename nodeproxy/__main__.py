@@ -13,6 +13,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 from common import descriptors, logs
 from common.admin import AdminServer
+from common.arguments import add_revoke_after
 from controlplane.api import SignRequest
 from nodeproxy.controller import Controller
 from nodeproxy.loop import Loop
@@ -38,13 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="SECONDS",
         help="that open connections have after SIGTERM, while a successor serves (the pod's grace period is longer)",
     )
-    parser.add_argument(
-        "--revoke-after",
-        type=_patience,
-        default=0.0,
-        metavar="SECONDS|never",
-        help="that an open connection has once policy refuses it (default 0: it is ended at once)",
-    )
+    add_revoke_after(parser)
     parser.add_argument("--envoy", type=Path, help="unix socket of an Envoy in l7proxy's place")
     logs.add_arguments(parser)
     options = parser.parse_args(arguments)
@@ -55,14 +50,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         _log.error("cannot start", reason=str(error))
         return 1
-
-
-def _patience(text: str) -> float | None:
-    if text == "never":
-        return None
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of seconds nor never")
-    return float(text)
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from common import logs
+from common.addresses import end_of
 
 _log = logs.get(__name__)
 
@@ -99,7 +100,7 @@ class Loop:
             self._closing.append(sock)
 
     def listen(self, listener: socket.socket, arrived: Callable[[socket.socket, Any], None]) -> None:
-        """Accept from a non-blocking listener until it is closed; ``arrived`` gets the socket and :func:`end_of` the peer."""
+        """Accept from a non-blocking listener until it is closed; ``arrived`` gets the socket and the peer's :func:`end_of`."""
 
         def accept(_events: int) -> None:
             for _ in range(_ACCEPTS):
@@ -229,14 +230,6 @@ def prepare(sock: socket.socket) -> None:
     sock.setblocking(False)
     with contextlib.suppress(OSError):  # not TCP: the unix socket of handed-over streams
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def end_of(name: Any) -> Any:
-    """Address and port of a TCP socket's name; an IPv4-mapped address is the IPv4 address. Others' names stay as they are."""
-    if not isinstance(name, tuple) or len(name) < 4:
-        return name
-    address: str = name[0]
-    return address[7:] if address.startswith("::ffff:") and "." in address else address, name[1]
 
 
 def reset(loop: Loop, sock: socket.socket) -> None:
