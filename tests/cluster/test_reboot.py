@@ -63,6 +63,10 @@ class Endpoints:
     def ready(self) -> frozenset[str]:
         return self.seen[-1][1] if self.seen else frozenset()
 
+    def withdrawn(self, address: str, after: float) -> float | None:
+        """When it was first not ready after that time."""
+        return next((when for when, ready in self.seen if when > after and address not in ready), None)
+
     def end(self) -> None:
         self._process.kill()
         self._process.communicate()
@@ -76,7 +80,7 @@ def served_by_both(apps: Apps) -> None:
                 "name": "server",
                 "image": IMAGE,
                 "command": ["python3", "/apps/tcp_server.py", str(ECHO), "--greet"],
-                "readinessProbe": {"tcpSocket": {"port": ECHO}, "periodSeconds": 1, "failureThreshold": 1},
+                "readinessProbe": {"tcpSocket": {"port": ECHO}, "periodSeconds": 1},
             }
             apps.deployment(f"both-{node}", container, labels={"app": "both"}, node=node)
     spec = {"selector": {"app": "both"}, "ports": [{"name": "tcp", "port": ECHO}]}
@@ -108,6 +112,7 @@ def test_no_plain_text_before_and_after(mesh: Mesh, lab_cluster: Cluster, apps: 
     served_by_both(apps)
     both = Endpoints(apps, "both")
     wait_until(lambda: len(both.ready) == 2, 20, "both nodes serve", explain=lambda: str(both.seen))
+    lost = apps.pods("both-node2")[0].address
     time.sleep(IN_FORCE)
     # By address: the cluster's DNS may live on the node that goes.
     address = cluster.get("service", "both", "-n", apps.namespace)["spec"]["clusterIP"]
@@ -134,7 +139,7 @@ def test_no_plain_text_before_and_after(mesh: Mesh, lab_cluster: Cluster, apps: 
         node.stop()
         if SOAK:
             # Long enough for Kubernetes to give it up; else its endpoints go when it comes back.
-            wait_until(lambda: len(both.ready) == 1, 120, "its endpoint is withdrawn", interval=1.0)
+            wait_until(lambda: lost not in both.ready, 120, "its endpoint is withdrawn", interval=1.0)
             time.sleep(10)
         node.start()
         cluster.wait_nodes()
@@ -154,7 +159,12 @@ def test_no_plain_text_before_and_after(mesh: Mesh, lab_cluster: Cluster, apps: 
         )
         assert established(pods["client1"], pods["server2"])
         assert established(pods["client2"], pods["server1"])
-        wait_until(lambda: len(both.ready) == 2, 60, "both nodes serve again", explain=lambda: str(both.seen))
+        wait_until(
+            lambda: len(both.ready) == 2 and both.withdrawn(lost, off),
+            60,
+            "both nodes serve again",
+            explain=lambda: str(both.seen),
+        )
         back = time.time()
         wait_until(lambda: len(served_since(records, back)) == 2, 30, "both nodes serve the client again")
         time.sleep(IN_FORCE)
@@ -162,7 +172,9 @@ def test_no_plain_text_before_and_after(mesh: Mesh, lab_cluster: Cluster, apps: 
         steady.terminate()
         reader.join(20)
         steady.wait(20)
-        check_clients_of_the_other_node(records, both.seen, off)
+        withdrawn = both.withdrawn(lost, off)
+        assert withdrawn is not None
+        check_clients_of_the_other_node(records, both.seen, off, withdrawn)
 
     addresses = {before, dialler.address, *(pod.address for pod in pods.values())}
     segments = [s for s in capture.segments() if addresses & {s[0], s[2]}]
@@ -172,10 +184,9 @@ def test_no_plain_text_before_and_after(mesh: Mesh, lab_cluster: Cluster, apps: 
 
 
 def check_clients_of_the_other_node(
-    records: list[dict[str, Any]], seen: list[tuple[float, frozenset[str]]], off: float
+    records: list[dict[str, Any]], seen: list[tuple[float, frozenset[str]]], off: float, withdrawn: float
 ) -> None:
     """Nothing fails before the node is off, nor once its endpoint is withdrawn, nor when it is ready again."""
-    withdrawn = next(when for when, ready in seen if when > off and len(ready) == 1)
     back = next(when for when, ready in seen if when > withdrawn and len(ready) == 2)
     bad = [record for record in records if record["outcome"] != "ok"]
     until = max(withdrawn + IN_FORCE, off + UNHEARD)

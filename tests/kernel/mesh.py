@@ -256,6 +256,8 @@ class TestPod:
         except BaseException:
             self._closing.close()
             raise
+        # Also when its test fails before it closes it.
+        node.closing.callback(self._closing.close)
 
     def _wire(self) -> None:
         fd = self.netns
@@ -313,13 +315,13 @@ class Node:
         return self.gateway6 if Worker.ipv6 else self.gateway4
 
     def __init__(self, folder: Path, sizes: tuple[str, ...] = ()) -> None:
-        self._closing = ExitStack()
+        self.closing = ExitStack()
         self._sizes = sizes
         self._cgroups: dict[str, Path] = {}
         try:
             self._build(folder)
         except BaseException:
-            self._closing.close()
+            self.closing.close()
             raise
 
     def _build(self, folder: Path) -> None:
@@ -330,17 +332,17 @@ class Node:
         mount = folder / "bpf"
         mount.mkdir()
         assert libc.mount(b"bpf", str(mount).encode(), b"bpf", 0, None) == 0
-        self._closing.callback(libc.umount2, str(mount).encode(), 2)
+        self.closing.callback(libc.umount2, str(mount).encode(), 2)
         self.root = cgroups.root() / f"mycel-kernel-{os.getpid()}-{next(_numbers)}"
         self.root.mkdir()
-        self._closing.callback(cgroups.remove, self.root)
+        self.closing.callback(cgroups.remove, self.root)
         # The sockets that the facade makes belong to the cgroup of this process.
         own = Path("/proc/self/cgroup").read_text().splitlines()[-1].removeprefix("0::")
         home = cgroups.root() / own.strip().lstrip("/")
         (self.cgroup("agent") / "cgroup.procs").write_text(str(os.getpid()))
-        self._closing.callback(lambda: (home / "cgroup.procs").write_text(str(os.getpid())))
+        self.closing.callback(lambda: (home / "cgroup.procs").write_text(str(os.getpid())))
         self.netns = new_namespace()
-        self._closing.callback(os.close, self.netns)
+        self.closing.callback(os.close, self.netns)
         run(
             self.netns,
             "sh",
@@ -351,7 +353,7 @@ class Node:
         )
         self.load()
         self.kernel = Kernel(self.pins, self.netns)
-        self._closing.callback(self.kernel.close)
+        self.closing.callback(self.kernel.close)
         for name, role in (
             ("agent", Role.AGENT),
             ("nodeproxy", Role.NODEPROXY),
@@ -379,8 +381,8 @@ class Node:
     def worker(self, name: str) -> Worker:
         """A process in the node's own namespace."""
         worker = Worker(self.cgroup(name), self.netns)
-        self._closing.callback(worker.close)
+        self.closing.callback(worker.close)
         return worker
 
     def close(self) -> None:
-        self._closing.close()
+        self.closing.close()

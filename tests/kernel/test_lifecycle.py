@@ -43,6 +43,7 @@ class Echo:
         self.listener = listener
         self.listener.settimeout(0.1)
         self.stop = threading.Event()
+        self.socks = []
         self.threads = [threading.Thread(target=self._accept, daemon=True)]
         self.threads[0].start()
 
@@ -50,18 +51,24 @@ class Echo:
         while not self.stop.is_set():
             with contextlib.suppress(TimeoutError):
                 sock, _ = self.listener.accept()
+                self.socks.append(sock)
                 thread = threading.Thread(target=self._serve, args=(sock,), daemon=True)
                 thread.start()
                 self.threads.append(thread)
 
     def _serve(self, sock):
         with sock, contextlib.suppress(OSError):
-            sock.settimeout(10)
+            # However long its client is silent: the programs' load takes what it takes.
+            sock.settimeout(None)
             while data := sock.recv(65536):
                 sock.sendall(data)
 
     def close(self):
         self.stop.set()
+        self.threads[0].join(10)
+        for sock in self.socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
         for thread in self.threads:
             thread.join(10)
         self.listener.close()
