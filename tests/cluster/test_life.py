@@ -80,7 +80,8 @@ class Steady:
                 self.apps.deployment(
                     f"client-{node}", container, labels={"app": "client"}, node=node, grace=1
                 )
-        wait_until(self._runs, 40.0, "every kind of traffic runs", interval=0.5, explain=self._said)
+        # The cluster's DNS may be out for a while, when its own probes were answered too late by a busy machine.
+        wait_until(self._runs, 120.0, "every kind of traffic runs", interval=0.5, explain=self._said)
 
     def check(self, seconds: float = 2.0) -> dict[str, int]:
         """Let it run a little longer; then, no request has failed since the last check, and every kind has gone on.
@@ -125,7 +126,8 @@ class Steady:
         return wanted <= self._counts().keys()
 
     def _said(self) -> str:
-        return str({node: lines[-3:] for node, lines in self._lines().items()})
+        pods = self.cluster.kubectl("get", "pods", "-A", "-o", "wide", check=False)
+        return f"{ {node: lines[-3:] for node, lines in self._lines().items()} }\n{pods}"
 
 
 def _server() -> dict[str, Any]:
