@@ -95,8 +95,9 @@ class Pods:
         if known is not None:
             self._release(pod.netns_cookie, set(known.addresses) - {address4, address6})
         try:
-            namespace.prepare(netns)
-            if known is None and not pod.open:
+            if known is not None:
+                namespace.repair(netns)
+            elif not pod.open:
                 self._guard(pod.netns_cookie, netns)
             if self._shares.lookup(netns_key(pod.netns_cookie)) is None:
                 self._shares.update(netns_key(pod.netns_cookie), wire.Share().pack())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import socket
 import struct
@@ -213,6 +214,17 @@ def test_delivery_with_the_clients_address(node, far, server, rp_filter):
                 assert accepted.recv(10) == b""
     # Counted by the node proxy.
     assert not [k for k in node.kernel.flows() if server.identity in (k.source, k.destination)]
+
+
+def test_no_delivery_no_way_back(node, server):
+    """A rule of its own makes every look for a route in the namespace slower."""
+    assert "fwmark" not in run(server.netns, "ip", "rule") + run(server.netns, "ip", "-6", "rule")
+    assert not namespace.has_way_back(server.netns)
+    assert node.kernel.missing(server.cookie, server.netns) == []
+    for fd in node.kernel.create_delivery(server.netns):
+        os.close(fd)
+    assert namespace.has_way_back(server.netns)
+    assert node.kernel.missing(server.cookie, server.netns) == []
 
 
 def test_delivery_to_a_closed_port_is_refused_at_once(node, far, server):

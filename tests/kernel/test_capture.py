@@ -213,7 +213,7 @@ def test_namespace_without_ipv6(node, make_pod, remote, captured):
         accepted.close()
         assert peer[0] == client.address4
     node.kernel.remove_pod(client.cookie, client.netns)
-    assert not namespace.is_prepared(client.netns)
+    assert not namespace.has_way_back(client.netns)
 
 
 def test_nonblocking_connect_is_captured(node, client, remote):

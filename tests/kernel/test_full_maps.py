@@ -239,7 +239,6 @@ NEVER_FULL = {
     "counters",
     "splice_counters",
     "splice_programs",
-    "splice_ends",
     "splice_wakes",
     "sockets",
 }
@@ -288,4 +287,4 @@ def schema_of(name: str) -> schema.MapSpec:
 def test_a_pod_that_found_no_room_leaves_nothing_in_its_namespace(small):
     with small.full("pods"), pytest.raises((MapFullError, KernelError)):
         small.spare.enrol({})
-    assert not namespace.is_prepared(small.spare.netns)
+    assert not namespace.has_way_back(small.spare.netns)

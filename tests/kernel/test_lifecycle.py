@@ -262,7 +262,6 @@ def everything_about(node, pod):
         if name in (
             "sockets",
             "udp_sockets",
-            "splice_ends",
             "splice_counters",
             "splice_wakes",
             "splice_programs",
@@ -380,6 +379,9 @@ def test_missing_says_what_is_missing(node, make_pod):
     pod.enrol()
     assert node.kernel.missing(pod.cookie, pod.netns) == ["no policy"]
     node.kernel.set_policy(pod.cookie, {}, 1)
+    assert node.kernel.missing(pod.cookie, pod.netns) == []
+    for fd in node.kernel.create_delivery(pod.netns):
+        os.close(fd)
     assert node.kernel.missing(pod.cookie, pod.netns) == []
     run(pod.netns, "ip", "rule", "del", "priority", str(namespace.DELIVERY_PRIORITY))
     run(pod.netns, "sh", "-c", "echo 0 >/proc/sys/net/ipv4/tcp_fwmark_accept")
