@@ -36,6 +36,8 @@ int bpf_iter__bpf_sk_storage_map__accounts(void *ctx)
 
 	if ((flags & (SOCKET_OPEN | SOCKET_COUNTED)) != (SOCKET_OPEN | SOCKET_COUNTED))
 		return 0;
+	if (sent_before == ACCOUNT_CLOSED)
+		return 0;
 	void *tcp = to_tcp_sock(sk);
 
 	if (!tcp)
