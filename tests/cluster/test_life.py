@@ -19,7 +19,7 @@ from lab.errors import LabError
 from lab.kubernetes import Cluster
 from lab.kubernetes.mesh import Mesh
 from lab.processes import wait_until
-from tests.cluster.apps import DRAIN, IMAGE, Apps
+from tests.cluster.apps import DRAIN, IMAGE, Apps, Pod
 from tests.requirements import SOAK
 
 pytestmark = pytest.mark.timeout(600)
@@ -69,6 +69,12 @@ class Steady:
                 self.apps.deployment(
                     f"server-{node}", _server(), labels={"app": "server"}, node=node, replicas=2, grace=20
                 )
+        # When the API server was away, the cluster's DNS watches again after a back-off of up to a minute.
+        names = [f"{name}.{namespace}" for name in ("web", "echo")]
+        server = self.apps.pods("server-node1")[0]
+        wait_until(
+            lambda: all(_is_known(server, name) for name in names), 90.0, "DNS knows them", interval=1.0
+        )
         with self.apps.together():
             for node in ("node1", "node2"):
                 command = [
@@ -80,8 +86,7 @@ class Steady:
                 self.apps.deployment(
                     f"client-{node}", container, labels={"app": "client"}, node=node, grace=1
                 )
-        # The cluster's DNS may be out for a while, when its own probes were answered too late by a busy machine.
-        wait_until(self._runs, 120.0, "every kind of traffic runs", interval=0.5, explain=self._said)
+        wait_until(self._runs, 40.0, "every kind of traffic runs", interval=0.5, explain=self._said)
 
     def check(self, seconds: float = 2.0) -> dict[str, int]:
         """Let it run a little longer; then, no request has failed since the last check, and every kind has gone on.
@@ -128,6 +133,11 @@ class Steady:
     def _said(self) -> str:
         pods = self.cluster.kubectl("get", "pods", "-A", "-o", "wide", check=False)
         return f"{ {node: lines[-3:] for node, lines in self._lines().items()} }\n{pods}"
+
+
+def _is_known(pod: Pod, name: str) -> bool:
+    found = pod.run("python3", "-c", f"import socket; print(socket.gethostbyname('{name}'))", check=False)
+    return found.strip().count(".") == 3
 
 
 def _server() -> dict[str, Any]:
