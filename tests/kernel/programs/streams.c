@@ -344,6 +344,22 @@ static void wait_for_end(struct stream *stream)
 	}
 }
 
+/*
+ * Reads on, whatever comes. It sleeps only once there is nothing left to read: what came and the reset right behind it can be one
+ * edge, told already, and no other follows.
+ */
+static void wait_for_reset(struct stream *stream)
+{
+	while (!stream->problem) {
+		ssize_t length = get(stream, LARGEST);
+
+		if (length < 0)
+			return;
+		if (length == 0)
+			ready(stream, false);
+	}
+}
+
 static void talk(int fd, int side, uint16_t client_port, unsigned char *buffer)
 {
 	struct stream stream = { .fd = fd, .epoll = -1, .side = side, .buffer = buffer };
@@ -373,8 +389,7 @@ static void talk(int fd, int side, uint16_t client_port, unsigned char *buffer)
 		if (side == 0)
 			setsockopt(fd, SOL_SOCKET, SO_LINGER, &linger, sizeof(linger));
 		else
-			while (!stream.problem && get(&stream, LARGEST) >= 0)
-				ready(&stream, false);
+			wait_for_reset(&stream);
 		__sync_fetch_and_add(&resets, 1);
 	} else if (!whole) {
 		fail(&stream, stream.peer_closed ? "ENDS TOO EARLY" : "BROKEN");
@@ -501,12 +516,13 @@ int main(int count, char **arguments)
 		printf("ready\n");
 		fflush(stdout);
 		sigwait(&signals, &number);
-		report();
-		_exit(bad != 0);
+		/* No more are accepted, but each that was comes to its end: one that sleeps for ever is found out too. */
+		shutdown(listener, SHUT_RDWR);
+	} else {
+		left = atoi(arguments[7]);
+		for (number = 0; number < threads; number++)
+			pthread_create(&workers[number], NULL, dial, NULL);
 	}
-	left = atoi(arguments[7]);
-	for (number = 0; number < threads; number++)
-		pthread_create(&workers[number], NULL, dial, NULL);
 	for (number = 0; number < threads; number++)
 		pthread_join(workers[number], NULL);
 	report();
