@@ -53,21 +53,25 @@ def backends(servers: list[TestPod]) -> list[Backend]:
 def drawn(node: Node, client: TestPod, *, count: int = 1, port: int = 80) -> set[str]:
     """The addresses of the backends that ``count`` new connections go to, as the servers' kernel has them."""
     found = set()
+    # Nobody accepts them, so they stay; and another one may be from the same port, to another backend.
+    known = {connection.cookie for connection in node.kernel.connections()}
     for _ in range(count):
         with client.app.connect((VIP, port)) as sock:
             assert sock.getpeername() == (VIP, port)
-            connection = _other_end(node, sock.getsockname())
+            connection = _other_end(node, sock.getsockname(), known)
+            known.add(connection.cookie)
             found.add(connection.server[0])
     return found
 
 
-def _other_end(node: Node, client: tuple[str, int]) -> Connection:
-    """The server's; one from the same port to another backend may not be gone yet."""
+def _other_end(node: Node, client: tuple[str, int], known: set[int]) -> Connection:
+    """The server's, which was not there before."""
 
     def found() -> list[Connection]:
-        return [connection for connection in node.kernel.connections() if connection.client == client]
+        there = node.kernel.connections()
+        return [one for one in there if one.client == client and one.cookie not in known]
 
-    wait_until(lambda: len(found()) == 1, 5.0, "only this one is there", explain=lambda: str(found()))
+    wait_until(lambda: len(found()) == 1, 5.0, "it is there", explain=lambda: str(found()))
     return found()[0]
 
 
