@@ -220,7 +220,8 @@ inline_always void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u32 old
 {
 	struct socket_state *state = storage_get(MAP(SOCKETS), sk, 0, 0);
 
-	if (!state)
+	/* That of a connection before ended with it: the socket has listened since, or a dial of its came to nothing. */
+	if (!state || (end_of(state)->flags & SPLICE_CLOSED))
 		return;
 	struct tuple tuple = state->tuple;
 	bool late = false; /* its application may still read something */

@@ -437,7 +437,8 @@ struct socket_state {
 };
 
 /*
- * The splice (lib/splice.h; private to the programs). splices: id -> splice, from when one of the ends asks for it. splice_sockets (a sockhash): id << 1 | side -> the socket.
+ * The splice (lib/splice.h; private to the programs). splices: id -> splice, from when one of the ends asks for it.
+ * splice_sockets (a sockhash): id << 1 | side -> the socket.
  */
 #define SPLICE_READS 3		/* of an end, before it enters */
 #define SPLICE_CAP (1 << 20)	/* bytes sent and not yet read, of one direction */

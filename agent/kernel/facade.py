@@ -197,7 +197,7 @@ class Kernel:
     def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
         """Forget a pod: no element about it stays in any map, no link in its namespace, no listener.
 
-        Its namespace may be gone already; with ``netns`` what :meth:`add_pod` set in it is undone too. The policy
+        Its namespace may be gone already; with ``netns`` what was set in it is undone too. The policy
         goes too. Open connections stay counted until they close.
         """
         with naming(f"pod {netns_cookie}"):

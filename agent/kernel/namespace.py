@@ -88,10 +88,11 @@ def cookie(netns: int) -> int:
 
 
 def _make_way_back() -> None:
-    _set_sysctls("1")
     for family in _families():
         netlink.add_local_route(family, DELIVERY_TABLE)
         netlink.add_rule(family, DELIVERY_MARK, DELIVERY_TABLE, DELIVERY_PRIORITY)
+    # Last: by these it is known to have been made, and whoever compares meanwhile finds nothing that is lost.
+    _set_sysctls("1")
 
 
 def repair(netns: int) -> None:
@@ -130,6 +131,10 @@ def _settings() -> list[str]:
     return [name for name in _SYSCTLS if name.startswith("ipv4") or len(_families()) > 1]
 
 
+def _is_on(name: str) -> bool:
+    return Path("/proc/sys/net", name).read_text().strip() == "1"
+
+
 def _set_sysctls(value: str) -> None:
     for name in _settings():
         try:
@@ -152,16 +157,18 @@ def has_way_back(netns: int) -> bool:
 
 
 def lacks(netns: int) -> list[str]:
-    """What of the way back is not there, where something of it is."""
+    """What of the way back is not there, where it was made once."""
     return inside(netns, _lacks)
 
 
 def _lacks() -> list[str]:
+    # By the settings: another's rule may bring our mark back too.
+    return _missing() if any(_is_on(name) for name in _settings()) else []
+
+
+def _missing() -> list[str]:
+    found = [f"net.{name.replace('/', '.')} is not 1" for name in _settings() if not _is_on(name)]
     local = _local_families()
-    off = [name for name in _settings() if Path("/proc/sys/net", name).read_text().strip() != "1"]
-    if not local and len(off) == len(_settings()):
-        return []
-    found = [f"net.{name.replace('/', '.')} is not 1" for name in off]
     for family in _families():
         if family not in local:
             version = 6 if family == socket.AF_INET6 else 4
@@ -222,7 +229,7 @@ def dialling(netns: int, count: int, *, delivery: bool, ipv6: bool = False) -> l
 
     def work() -> list[int]:
         made: list[socket.socket] = []
-        if delivery and len(_local_families()) < len(_families()):
+        if delivery and _missing():
             _make_way_back()
         try:
             for _ in range(count):

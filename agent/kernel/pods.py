@@ -196,7 +196,7 @@ class Pods:
         _purge(self._recent, about)
 
     def missing(self, cookie: int, netns: int) -> list[str]:
-        """What is not as :meth:`add` made it, in words."""
+        """What is not as it was made, in words."""
         pod = self.get(cookie)
         if pod is None:
             return ["the pod is not in the kernel's tables"]

@@ -72,8 +72,12 @@ inline_always struct socket_state *keep_state(struct bpf_sock *sk, const struct 
 
 	if (!stored)
 		return 0;
-	/* Not made with it: the stack has no room for the rest. Who walks by meanwhile finds it not open. */
-	stored->state = *state;
+	/*
+	 * Not made with it: the stack has no room for the rest. Who walks by meanwhile finds it not open. One that dialled and was answered by
+	 * another's SYN (RFC 9293, section 3.5) is told of as accepted too, and is known already.
+	 */
+	if (!stored->state.kind)
+		stored->state = *state;
 	return &stored->state;
 }
 

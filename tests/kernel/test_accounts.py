@@ -21,6 +21,7 @@ all_families = pytest.mark.families("ipv4", "ipv6", "mapped")
 two_families = pytest.mark.families("ipv6", "mapped")
 
 PORT = 8080
+REUSE = ((socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),)
 
 
 class Pair:
@@ -252,6 +253,39 @@ def test_what_is_known_of_a_connection_is_not_the_next_one_s(node, make_pod):
         client.app.reconnect(sock, (server.address, PORT))
         assert sock.getpeername() == (server.address, PORT)
         listener.accept()[0].close()
+
+
+def test_a_closed_end_ends_once(pair):
+    """It had something to read still when it was disconnected, and has listened since."""
+    pair.send(pair.server, 100)
+    pair.check()
+    pair.client_pod.app.disconnect(pair.client)
+    pair.check(client_closed=True, server_closed=True)
+    pair.client.listen()
+    pair.client.close()
+    time.sleep(0.2)
+    pair.check(client_closed=True, server_closed=True)
+
+
+@two_families
+def test_simultaneous_open(node, make_pod):
+    """A socket that dials itself: its SYN is answered by a SYN, so that it is told of as of one that was accepted."""
+    pod = make_pod()
+    pod.enrol({(pod.identity, 0): True})
+    vip = "fd96::9:5" if ":" in pod.address else "10.96.9.5"
+    node.kernel.set_service(vip, 80, [Backend(pod.address, PORT)])
+    key = FlowKey(pod.identity, pod.identity, PORT, Direction.OUTBOUND)
+    for closed in range(2):
+        address = ((vip, 80), (pod.address, PORT))[closed]
+        with pod.app.connect(address, bind=(pod.address, PORT), options=REUSE) as sock:
+            assert sock.getpeername()[1] == address[1]
+            sock.sendall(b"d" * 100)
+            assert len(sock.recv(100)) == 100
+            count = 100 * (closed + 1)
+            assert node.kernel.flows()[key].totals == (closed + 1, closed, 0, count, count)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert key._replace(direction=Direction.INBOUND) not in node.kernel.flows()
+    node.kernel.remove_service(vip, 80)
 
 
 @two_families

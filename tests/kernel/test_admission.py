@@ -227,6 +227,32 @@ def test_no_delivery_no_way_back(node, server):
     assert node.kernel.missing(server.cookie, server.netns) == []
 
 
+def _delivers(node, far, server):
+    worker = server.worker("nodeproxy")
+    [fd] = node.kernel.create_delivery(server.netns, ipv6=":" in server.address)
+    with worker.dial_with(fd, (server.address, PORT), bind=(far, 0)):
+        with server.listener.accept()[0] as accepted:
+            assert accepted.getpeername()[0] == far
+
+
+def test_delivery_where_another_rule_takes_our_mark_for_its_own(node, far, server):
+    """A rule for some bits of the mark, as those of transparent proxies are."""
+    for version in ("-4", "-6"):
+        run(server.netns, "ip", version, "rule", "add", "fwmark", "1/1", "lookup", "100")
+        run(server.netns, "ip", version, "route", "add", "local", "default", "dev", "lo", "table", "100")
+    assert node.kernel.missing(server.cookie, server.netns) == []
+    _delivers(node, far, server)
+    assert node.kernel.missing(server.cookie, server.netns) == []
+
+
+def test_delivery_where_the_default_route_is_prohibited(node, far, server):
+    for version in ("-4", "-6"):
+        run(server.netns, "ip", version, "route", "add", "prohibit", "default", "metric", "1")
+    assert node.kernel.missing(server.cookie, server.netns) == []
+    _delivers(node, far, server)
+    assert node.kernel.missing(server.cookie, server.netns) == []
+
+
 def test_delivery_to_a_closed_port_is_refused_at_once(node, far, server):
     worker = server.worker("nodeproxy")
     [fd] = node.kernel.create_delivery(server.netns, ipv6=":" in server.address)
