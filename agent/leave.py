@@ -103,7 +103,7 @@ def _restore(inodes: set[int], proc: Path) -> None:
             seen.add(inode)
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                if namespace.has_way_back(fd):
+                if namespace.is_prepared(fd):
                     namespace.restore(fd)
             except OSError as error:
                 _log.error("pod's namespace keeps what was set in it", pid=entry, reason=str(error))

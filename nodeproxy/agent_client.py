@@ -309,8 +309,8 @@ class AgentClient:
             pod.listeners[kind] = listener
             self._owner.on_listener(pod, kind, listener)
         for ipv6 in {":" in address for address in pod.addresses}:
-            # None for deliveries: with the first of those the pod's namespace gets a rule that makes its connections slower.
-            self._fill((*key, Purpose.OUTBOUND, ipv6))
+            for purpose in Purpose:
+                self._fill((*key, purpose, ipv6))
 
     def _withdraw_unnamed(self) -> None:
         for key in [key for key, pod in self.pods.items() if key not in self._named and not pod.left]:

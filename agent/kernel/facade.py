@@ -160,8 +160,9 @@ class Kernel:
             judged by them from the first moment on, as its address is dialled meanwhile; of another everything is refused until
             they are in force, and stays so when they cannot be.
 
-        In its namespace: the sk_lookup link. Called again with another address or identity it changes those. An address that
-        another pod had belongs to this one from now on.
+        In its namespace: sk_lookup link, ``tcp_fwmark_accept``, the rule and the table that bring answers to delivered
+        connections back. Called again with another address or identity it changes those. An address that another
+        pod had belongs to this one from now on.
         """
         with naming(f"pod {pod.netns_cookie} ({', '.join(pod.addresses)})"), ThreadPoolExecutor(1) as judging:
             judged: Future[None] | None = None
@@ -197,7 +198,7 @@ class Kernel:
     def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
         """Forget a pod: no element about it stays in any map, no link in its namespace, no listener.
 
-        Its namespace may be gone already; with ``netns`` what was set in it is undone too. The policy
+        Its namespace may be gone already; with ``netns`` what :meth:`add_pod` set in it is undone too. The policy
         goes too. Open connections stay counted until they close.
         """
         with naming(f"pod {netns_cookie}"):
@@ -274,10 +275,7 @@ class Kernel:
             return namespace.dialling(netns, count, delivery=False, ipv6=ipv6)
 
     def create_delivery(self, netns: int, count: int = 1, *, ipv6: bool = False) -> list[int]:
-        """The same, transparent and with the delivery mark: may bind a client's address without capabilities.
-
-        With the first ones ``tcp_fwmark_accept`` is set in the namespace, with the rule and the table that bring answers back.
-        """
+        """The same, transparent and with the delivery mark: may bind a client's address without capabilities."""
         with naming("delivery sockets"):
             return namespace.dialling(netns, count, delivery=True, ipv6=ipv6)
 

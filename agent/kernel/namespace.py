@@ -3,8 +3,7 @@
 Owns the sockets that are made there and the way back for delivered connections: a delivery is bound to its client's address,
 so the answers have to come back to it although that address is somebody else's. Its mark goes over the loopback interface
 with the SYN, the server's socket takes it on (``tcp_fwmark_accept``), and a rule sends what bears it to a table in which every
-address is local. No iptables. With a rule of its own every look for a route in a namespace costs more, so it is made with the
-first sockets for deliveries: a pod that nobody on another node talks to has none.
+address is local. No iptables, and nothing for packets without the mark.
 """
 
 from __future__ import annotations
@@ -87,26 +86,20 @@ def cookie(netns: int) -> int:
     return inside(netns, _cookie)
 
 
-def _make_way_back() -> None:
-    for family in _families():
-        netlink.add_local_route(family, DELIVERY_TABLE)
-        netlink.add_rule(family, DELIVERY_MARK, DELIVERY_TABLE, DELIVERY_PRIORITY)
-    # Last: by these it is known to have been made, and whoever compares meanwhile finds nothing that is lost.
-    _set_sysctls("1")
-
-
-def repair(netns: int) -> None:
-    """Make the way back whole, where it was made once."""
+def prepare(netns: int) -> None:
+    """Make the way back."""
 
     def work() -> None:
-        if _lacks():
-            _make_way_back()
+        _set_sysctls("1")
+        for family in _families():
+            netlink.add_local_route(family, DELIVERY_TABLE)
+            netlink.add_rule(family, DELIVERY_MARK, DELIVERY_TABLE, DELIVERY_PRIORITY)
 
     inside(netns, work)
 
 
 def restore(netns: int) -> None:
-    """Take the way back out. The settings become what they are in a new namespace."""
+    """Undo :func:`prepare`. The settings become what they are in a new namespace."""
 
     def work() -> None:
         for family in _families():
@@ -131,10 +124,6 @@ def _settings() -> list[str]:
     return [name for name in _SYSCTLS if name.startswith("ipv4") or len(_families()) > 1]
 
 
-def _is_on(name: str) -> bool:
-    return Path("/proc/sys/net", name).read_text().strip() == "1"
-
-
 def _set_sysctls(value: str) -> None:
     for name in _settings():
         try:
@@ -146,34 +135,27 @@ def _set_sysctls(value: str) -> None:
             Path("/proc/1/root/proc/sys/net", name).write_text(value)
 
 
-def _local_families() -> list[int]:
-    """Those in which what bears the mark comes back."""
-    return [family for family in _families() if netlink.is_local_by_mark(family, DELIVERY_MARK)]
-
-
-def has_way_back(netns: int) -> bool:
-    """Whether anything of it is there."""
-    return inside(netns, lambda: bool(_local_families()))
+def is_prepared(netns: int) -> bool:
+    """Whether the way back is there."""
+    return inside(netns, lambda: all(netlink.is_local_by_mark(f, DELIVERY_MARK) for f in _families()))
 
 
 def lacks(netns: int) -> list[str]:
-    """What of the way back is not there, where it was made once."""
-    return inside(netns, _lacks)
+    """What of the way back is not there."""
 
+    def work() -> list[str]:
+        found = [
+            f"net.{name.replace('/', '.')} is not 1"
+            for name in _settings()
+            if Path("/proc/sys/net", name).read_text().strip() != "1"
+        ]
+        for family in _families():
+            if not netlink.is_local_by_mark(family, DELIVERY_MARK):
+                version = 6 if family == socket.AF_INET6 else 4
+                found.append(f"delivered IPv{version} connections have no way back (rule or route is gone)")
+        return found
 
-def _lacks() -> list[str]:
-    # By the settings: another's rule may bring our mark back too.
-    return _missing() if any(_is_on(name) for name in _settings()) else []
-
-
-def _missing() -> list[str]:
-    found = [f"net.{name.replace('/', '.')} is not 1" for name in _settings() if not _is_on(name)]
-    local = _local_families()
-    for family in _families():
-        if family not in local:
-            version = 6 if family == socket.AF_INET6 else 4
-            found.append(f"delivered IPv{version} connections have no way back (rule or route is gone)")
-    return found
+    return inside(netns, work)
 
 
 def listener(netns: int, addresses: tuple[str, ...], port: int) -> socket.socket:
@@ -222,15 +204,13 @@ def listener(netns: int, addresses: tuple[str, ...], port: int) -> socket.socket
 def dialling(netns: int, count: int, *, delivery: bool, ipv6: bool = False) -> list[int]:
     """Descriptors of unconnected, non-blocking TCP sockets without delay in the namespace.
 
-    :param delivery: they may bind any address, and answers come back to them: the way back is made if it is not there.
+    :param delivery: they may bind any address, and answers come back to them.
     """
     family = socket.AF_INET6 if ipv6 else socket.AF_INET
     transparent = (socket.IPPROTO_IPV6, _IPV6_TRANSPARENT) if ipv6 else (socket.SOL_IP, _IP_TRANSPARENT)
 
     def work() -> list[int]:
         made: list[socket.socket] = []
-        if delivery and _missing():
-            _make_way_back()
         try:
             for _ in range(count):
                 sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

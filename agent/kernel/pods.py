@@ -95,9 +95,8 @@ class Pods:
         if known is not None:
             self._release(pod.netns_cookie, set(known.addresses) - {address4, address6})
         try:
-            if known is not None:
-                namespace.repair(netns)
-            elif not pod.open:
+            namespace.prepare(netns)
+            if known is None and not pod.open:
                 self._guard(pod.netns_cookie, netns)
             if self._shares.lookup(netns_key(pod.netns_cookie)) is None:
                 self._shares.update(netns_key(pod.netns_cookie), wire.Share().pack())
@@ -196,7 +195,7 @@ class Pods:
         _purge(self._recent, about)
 
     def missing(self, cookie: int, netns: int) -> list[str]:
-        """What is not as it was made, in words."""
+        """What is not as :meth:`add` made it, in words."""
         pod = self.get(cookie)
         if pod is None:
             return ["the pod is not in the kernel's tables"]

@@ -253,6 +253,7 @@ def test_what_is_known_of_a_connection_is_not_the_next_one_s(node, make_pod):
         client.app.reconnect(sock, (server.address, PORT))
         assert sock.getpeername() == (server.address, PORT)
         listener.accept()[0].close()
+    node.kernel.remove_service("10.96.9.4", 80)
 
 
 def test_a_closed_end_ends_once(pair):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import socket
 import struct
@@ -216,41 +215,16 @@ def test_delivery_with_the_clients_address(node, far, server, rp_filter):
     assert not [k for k in node.kernel.flows() if server.identity in (k.source, k.destination)]
 
 
-def test_no_delivery_no_way_back(node, server):
-    """A rule of its own makes every look for a route in the namespace slower."""
-    assert "fwmark" not in run(server.netns, "ip", "rule") + run(server.netns, "ip", "-6", "rule")
-    assert not namespace.has_way_back(server.netns)
+def test_delivery_where_the_default_route_is_prohibited(node, far, server):
+    run(server.netns, "ip", "route", "add", "prohibit", "default", "metric", "1")
+    run(server.netns, "ip", "-6", "route", "add", "prohibit", "default", "metric", "1")
     assert node.kernel.missing(server.cookie, server.netns) == []
-    for fd in node.kernel.create_delivery(server.netns):
-        os.close(fd)
-    assert namespace.has_way_back(server.netns)
-    assert node.kernel.missing(server.cookie, server.netns) == []
-
-
-def _delivers(node, far, server):
     worker = server.worker("nodeproxy")
     [fd] = node.kernel.create_delivery(server.netns, ipv6=":" in server.address)
-    with worker.dial_with(fd, (server.address, PORT), bind=(far, 0)):
-        with server.listener.accept()[0] as accepted:
-            assert accepted.getpeername()[0] == far
-
-
-def test_delivery_where_another_rule_takes_our_mark_for_its_own(node, far, server):
-    """A rule for some bits of the mark, as those of transparent proxies are."""
-    for version in ("-4", "-6"):
-        run(server.netns, "ip", version, "rule", "add", "fwmark", "1/1", "lookup", "100")
-        run(server.netns, "ip", version, "route", "add", "local", "default", "dev", "lo", "table", "100")
-    assert node.kernel.missing(server.cookie, server.netns) == []
-    _delivers(node, far, server)
-    assert node.kernel.missing(server.cookie, server.netns) == []
-
-
-def test_delivery_where_the_default_route_is_prohibited(node, far, server):
-    for version in ("-4", "-6"):
-        run(server.netns, "ip", version, "route", "add", "prohibit", "default", "metric", "1")
-    assert node.kernel.missing(server.cookie, server.netns) == []
-    _delivers(node, far, server)
-    assert node.kernel.missing(server.cookie, server.netns) == []
+    with worker.dial_with(fd, (server.address, PORT), bind=(far, 0)), server.listener.accept()[0] as accepted:
+        assert accepted.getpeername()[0] == far
+    run(server.netns, "ip", "rule", "del", "priority", str(namespace.DELIVERY_PRIORITY))
+    assert len(node.kernel.missing(server.cookie, server.netns)) == 1
 
 
 def test_delivery_to_a_closed_port_is_refused_at_once(node, far, server):

@@ -287,4 +287,4 @@ def schema_of(name: str) -> schema.MapSpec:
 def test_a_pod_that_found_no_room_leaves_nothing_in_its_namespace(small):
     with small.full("pods"), pytest.raises((MapFullError, KernelError)):
         small.spare.enrol({})
-    assert not namespace.has_way_back(small.spare.netns)
+    assert not namespace.is_prepared(small.spare.netns)

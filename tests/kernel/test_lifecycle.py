@@ -380,9 +380,6 @@ def test_missing_says_what_is_missing(node, make_pod):
     assert node.kernel.missing(pod.cookie, pod.netns) == ["no policy"]
     node.kernel.set_policy(pod.cookie, {}, 1)
     assert node.kernel.missing(pod.cookie, pod.netns) == []
-    for fd in node.kernel.create_delivery(pod.netns):
-        os.close(fd)
-    assert node.kernel.missing(pod.cookie, pod.netns) == []
     run(pod.netns, "ip", "rule", "del", "priority", str(namespace.DELIVERY_PRIORITY))
     run(pod.netns, "sh", "-c", "echo 0 >/proc/sys/net/ipv4/tcp_fwmark_accept")
     (node.pins / f"v{wire.ABI}/netns/{pod.cookie}").unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import struct
 from dataclasses import replace
 
@@ -100,23 +99,15 @@ def unpin_link(world) -> None:
     (world.node.pins / f"v{wire.ABI}/netns/{world.pod.cookie}").unlink()
 
 
-def make_way_back(world) -> None:
-    for fd in world.node.kernel.create_delivery(world.pod.netns):
-        os.close(fd)
-
-
 def delete_rule(world) -> None:
-    make_way_back(world)
     run(world.pod.netns, "ip", "rule", "del", "priority", str(namespace.DELIVERY_PRIORITY))
 
 
 def flush_table(world) -> None:
-    make_way_back(world)
     run(world.pod.netns, "ip", "route", "flush", "table", str(namespace.DELIVERY_TABLE))
 
 
 def reset_sysctl(world) -> None:
-    make_way_back(world)
     run(world.pod.netns, "sh", "-c", "echo 0 >/proc/sys/net/ipv4/tcp_fwmark_accept")
 
 

@@ -51,17 +51,6 @@ def test_the_application_sees_the_clients_address_and_port(world: World, server:
         assert server.peers == [sock.getsockname()]
 
 
-def test_sockets_for_deliveries_are_asked_for_with_the_first(world: World, server: Server):
-    """The way back that they need makes all connections of their pod slower."""
-    asked = world.b.agent.asked
-    wait_until(lambda: asked, "its spare sockets")
-    assert {request.purpose for request in asked} == {api.Purpose.OUTBOUND}
-    with world.dial(server.port) as sock:
-        sock.sendall(b"x")
-        assert sock.recv(1) == b"x"
-    assert api.Purpose.DELIVERY in {request.purpose for request in asked}
-
-
 def test_half_close_both_ways(world: World):
     def late(sock: socket.socket) -> None:
         data = read_all(sock)  # until the client's end

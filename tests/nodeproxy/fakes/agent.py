@@ -21,7 +21,7 @@ class Agent:
         self.pods: dict[tuple[str, int], api.Enroll] = {}
         self.hellos: list[api.Hello] = []
         self.ready = threading.Event()  #: the proxy said Serve
-        self.asked: list[api.GetSockets] = []
+        self.sockets_given = 0
         self.errors = ""  #: answered to GetSockets when set
         self._connection: socket.socket | None = None
         self._lock = threading.Lock()
@@ -130,7 +130,6 @@ class Agent:
                     self._give(connection, message)
 
     def _give(self, connection: socket.socket, request: api.GetSockets) -> None:
-        self.asked.append(request)
         pod = self.pods.get((request.uid, request.netns_cookie))
         if pod is None or self.errors:
             seqpacket.send(connection, api.encode(api.Sockets(request.id, 0, self.errors or "no such pod")))
@@ -144,6 +143,7 @@ class Agent:
                 sock.setsockopt(socket.IPPROTO_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT
                 sock.bind((pod.address, 0))
             sockets.append(sock)
+        self.sockets_given += len(sockets)
         seqpacket.send(
             connection, api.encode(api.Sockets(request.id, len(sockets))), tuple(s.fileno() for s in sockets)
         )
