@@ -109,22 +109,15 @@ class Attaching:
         attachment = msgspec.structs.replace(
             attachment, pod_uid=workload.uid, netns_cookie=cookie, netns_inode=inode
         )
-        # The disk and the kernel at once; both have it before the pod begins.
-        booked = self._state.book(attachment)
+        try:
+            self._state.book(attachment)
+        except OSError as error:
+            # A successor would not know whose the pod is.
+            raise Refusal(protocol.ERR_TRY_AGAIN, "the book of pods cannot be written", str(error)) from None
         if workload.enrolled:
             self._reconciler.attached_before_it_runs(cookie)
         self._namespaces.hold(cookie, netns)
-        failed, outcome = await asyncio.gather(booked, self._reconciler.settled(), return_exceptions=True)
-        if isinstance(outcome, BaseException):
-            raise outcome
-        if isinstance(failed, OSError):
-            # A successor would not know whose the pod is: it is not in the book, and leaves the kernel again.
-            await self._reconciler.settled()
-            if cookie not in self._programmer.programmed and self._namespaces.holds(cookie):
-                self._namespaces.release(cookie)
-            raise Refusal(protocol.ERR_TRY_AGAIN, "the book of pods cannot be written", str(failed))
-        if failed is not None:
-            raise failed
+        outcome = await self._reconciler.settled()
         reason = outcome.pods.get(cookie, "")
         if not reason and workload.enrolled and cookie not in self._programmer.programmed:
             # Another replica of the controller may know less than the one before it.
@@ -156,16 +149,12 @@ class Attaching:
         attachment = self._state.pods.remove(key)
         if attachment is None:
             return
-        saved, outcome = await asyncio.gather(
-            self._state.save_pods(), self._reconciler.settled(), return_exceptions=True
-        )
-        if isinstance(outcome, BaseException):
-            raise outcome
-        if isinstance(saved, OSError):
+        try:
+            self._state.save_pods()
+        except OSError as error:
             # A successor finds that its namespace is gone; that is no reason to keep the pod in the kernel.
-            _log.error("book of pods cannot be written", folder=self._state.folder, reason=str(saved))
-        elif saved is not None:
-            raise saved
+            _log.error("book of pods cannot be written", folder=self._state.folder, reason=str(error))
+        outcome = await self._reconciler.settled()
         if reason := outcome.pods.get(attachment.netns_cookie):
             raise Refusal(protocol.ERR_TRY_AGAIN, "the pod could not be removed from the kernel", reason)
         _log.info(

@@ -30,17 +30,11 @@ class Namespaces:
         if cookie not in self._fds:
             self._fds[cookie] = os.dup(netns)
 
-    def holds(self, cookie: int) -> bool:
-        return cookie in self._fds
-
     def release_others(self, needed: Collection[int]) -> None:
         """Let go of all but those cookies."""
         for cookie in self._fds.keys() - set(needed):
-            self.release(cookie)
-
-    def release(self, cookie: int) -> None:
-        with self._lock:
-            os.close(self._fds.pop(cookie))
+            with self._lock:
+                os.close(self._fds.pop(cookie))
 
     @contextlib.contextmanager
     def borrow(self, cookie: int) -> Iterator[int]:

@@ -176,7 +176,7 @@ class Node:
 
         :raises OSError: the book cannot be written, and the pod is not in it.
         """
-        await self.state.book(attachment)
+        self.state.book(attachment)
         self._namespaces.hold(attachment.netns_cookie, netns)
         await self._reconciler.settled()
         _log.info(

@@ -18,7 +18,7 @@ import enum
 from collections.abc import Collection
 
 #: Seconds as CAPTURED: until every node's agent and proxies have had the same update, and a SYN of before was repeated.
-SETTLE = 5.0
+SETTLE = 3.0
 #: Seconds as PREPARED on the way out: until what was captured last has been accepted.
 LAST_CALL = 0.5
 #: Seconds that another node may need until it has captured a pod that joins: its plain text is plain text until then.

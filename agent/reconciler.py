@@ -315,7 +315,7 @@ class Reconciler:
             self._state.pods.remove(attachment.key)
             changed = True
         if changed:
-            await self._state.save_pods()
+            self._state.save_pods()
         for cookie, stage in self._programmer.stages().items():
             self.passages.adopt(cookie, stage, self._now())
         for cookie, sandbox in self._state.pods.sandboxes().items():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable
 
 import msgspec
 
@@ -38,9 +37,6 @@ class State:
         self._boot = boot
         self._unsaved = asyncio.Event()
         self._saved = self.mesh
-        #: Of the book: the write that is under way or was the last one, and the one that will see what is in it when it begins.
-        self._write: asyncio.Future[None] | None = None
-        self._next_write: asyncio.Future[None] | None = None
 
     def apply(self, update: Update) -> tuple[ResourceError, ...]:
         """Take an update into the mesh; gives what of it is no use. :meth:`keep` writes it to disk."""
@@ -80,39 +76,26 @@ class State:
             except (msgspec.DecodeError, PodsError) as error:
                 self._storage.set_aside(PODS_FILE, str(error))
 
-    def book(self, attachment: Attachment) -> Awaitable[None]:
-        """Take an attachment into the book: on return it is there, and on disk when what is returned is done.
+    def book(self, attachment: Attachment) -> None:
+        """Take an attachment into the book, on disk too.
 
-        That raises OSError when it cannot be written; the book is as it was then.
+        :raises OSError: it cannot be written; the book is as it was.
         """
         before = self.pods.get(attachment.key)
         self.pods.put(attachment)
-        return asyncio.ensure_future(self._booked(attachment, before))
-
-    async def _booked(self, attachment: Attachment, before: Attachment | None) -> None:
         try:
-            await self.save_pods()
+            self.save_pods()
         except OSError:
             self.pods.remove(attachment.key)
             if before is not None:
                 self.pods.put(before)
             raise
 
-    async def save_pods(self) -> None:
-        """Bring the book to disk as it is now. All who ask while it is being written share the next write.
-
-        :raises OSError: it cannot be written.
-        """
-        if self._next_write is None:
-            self._next_write = asyncio.ensure_future(self._write_pods(self._write))
-        await asyncio.shield(self._next_write)
-
-    async def _write_pods(self, before: asyncio.Future[None] | None) -> None:
-        if before is not None:
-            await asyncio.wait([before])
-        self._write, self._next_write = self._next_write, None
-        data = msgspec.json.encode(_PodsFile(self._boot, msgspec.Raw(self.pods.dump())))
-        await asyncio.to_thread(self._storage.write, PODS_FILE, data)
+    def save_pods(self) -> None:
+        """:raises OSError: the book cannot be written."""
+        self._storage.write(
+            PODS_FILE, msgspec.json.encode(_PodsFile(self._boot, msgspec.Raw(self.pods.dump())))
+        )
 
     def save_numbers(self) -> None:
         """Write the numbers if there are new ones. A number whose meaning a restart forgets must never be in the kernel.

@@ -255,7 +255,7 @@ inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod,
 		return PASS;
 	if (dial->rewrite)
 		state.flags |= SOCKET_REWRITTEN;
-	stored = keep_state(sk, &state);
+	stored = storage_get(MAP(SOCKETS), sk, &state, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!stored) {
 		count(COUNTER_FULL_SOCKETS);
 		refuse_dial(netns, &state.source_address, REASON_MAP_FULL, state.identity, 0,

@@ -36,8 +36,6 @@ int bpf_iter__bpf_sk_storage_map__accounts(void *ctx)
 
 	if ((flags & (SOCKET_OPEN | SOCKET_COUNTED)) != (SOCKET_OPEN | SOCKET_COUNTED))
 		return 0;
-	if (sent_before == ACCOUNT_CLOSED)
-		return 0;
 	void *tcp = to_tcp_sock(sk);
 
 	if (!tcp)
@@ -46,7 +44,7 @@ int bpf_iter__bpf_sk_storage_map__accounts(void *ctx)
 	u64 received = bytes_read(tcp);
 	u64 retransmits = LOAD(u32, tcp, TCP_SOCK_TOTAL_RETRANS);
 
-	spliced_bytes(state, &sent, &received);
+	spliced_bytes(sk, &sent, &received);
 	struct flow_key key = state->flow;
 	struct flow *flow = flow_of(&key);
 
@@ -117,7 +115,7 @@ inline_always int write_connection(void *ctx, bool refused_only)
 	row.received = bytes_read(tcp);
 	row.rtt_us = smoothed_rtt(tcp);
 	row.retransmits = LOAD(u32, tcp, TCP_SOCK_TOTAL_RETRANS);
-	spliced_bytes(state, &row.sent, &row.received);
+	spliced_bytes(sk, &row.sent, &row.received);
 	void *seq = LOAD_POINTER(meta, 0);
 
 	/* When the reader's buffer is full the kernel comes back to this one. */

@@ -94,6 +94,7 @@ UNSIZED: Mapping[str, str] = {
     "counters": "it has a slot for each counter from the beginning",
     "udp_sockets": "the datagram, or connect(), is refused with ENOMEM",
     "splice_counters": "it has a slot for each counter from the beginning",
+    "splice_ends": "the connection goes by TCP, and what is read after its end is not counted",
     "splice_programs": "it has the one slot that it needs",
     "splice_wakes": "the agent has been woken already",
     "sockets": "the dial is refused with ENOMEM; one that comes in is ended by the agent",

@@ -86,7 +86,7 @@ _ITERATORS = (
     _Iterator("bpf_iter__bpf_sk_storage_map__connections", *_OF_SOCKETS, "connections"),
     _Iterator("bpf_iter__bpf_sk_storage_map__refused", *_OF_SOCKETS, "refused_now"),
     _Iterator("bpf_iter__bpf_map_elem__silent", "bpf_map_elem", "conversations", "silent"),
-    _Iterator("bpf_iter__bpf_sk_storage_map__splice", *_OF_SOCKETS, "splice"),
+    _Iterator("bpf_iter__bpf_sk_storage_map__splice", "bpf_sk_storage_map", "splice_ends", "splice"),
     _Iterator("bpf_iter__tcp__nudge", "tcp", None, "nudge"),
 )
 _RECV_TRACEPOINT = "sock_recv_length"

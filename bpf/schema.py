@@ -114,10 +114,11 @@ MAPS = (
     MapSpec("events", maps.RINGBUF, 0, 0, 1 << 18, 0, 2),
     MapSpec("splices", maps.HASH, 8, wire.SPLICE_SIZE, 65536, maps.F_NO_PREALLOC),
     MapSpec("splice_sockets", maps.SOCKHASH, 8, 8, 131072),
+    MapSpec("splice_ends", maps.SK_STORAGE, 4, wire.SPLICE_END_SIZE, 0, maps.F_NO_PREALLOC),
     MapSpec("splice_programs", maps.PROG_ARRAY, 4, 4, 1),
     MapSpec("splice_counters", maps.ARRAY, 4, 8, len(wire.SpliceCounter)),
     MapSpec("splice_wakes", maps.RINGBUF, 0, 0, 4096),
-    MapSpec("sockets", maps.SK_STORAGE, 4, wire.SOCKET_SIZE, 0, maps.F_NO_PREALLOC, 2),
+    MapSpec("sockets", maps.SK_STORAGE, 4, wire.SOCKET_STATE_SIZE, 0, maps.F_NO_PREALLOC, 2),
 )
 
 #: Accounts of what has no room in ``flows`` and ``refused``: always there, by protocol and direction.

@@ -62,11 +62,6 @@ inline_always void dialling(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 
 	if (!state || !tuple_of(ctx, true, &tuple))
 		return;
-	if (end_of(state)->flags & SPLICE_CLOSED) {
-		/* Of the connection before, and nobody of ours looked at this one's connect(). */
-		storage_delete(MAP(SOCKETS), sk);
-		return;
-	}
 	state->tuple = tuple;
 	state->cookie = socket_cookie(ctx);
 	set_cb_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
@@ -107,15 +102,16 @@ inline_always void dialling(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
  * What was captured is known until the listener's end closes: a client may say all it has and be gone before the proxy has
  * accepted. An entry without that end (never established, or of Envoy, in a namespace that is no pod's) goes with the client.
  */
-inline_always void keep_captured(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct socket_state *state)
+inline_always void keep_captured(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u64 netns,
+				 struct tuple *tuple)
 {
-	struct tuple tuple = state->tuple;
+	struct socket_state state = { .netns = netns, .tuple = *tuple, .kind = VIA_CAPTURED };
 
 	set_cb_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
-	if (keep_state(sk, state))
+	if (storage_get(MAP(SOCKETS), sk, &state, BPF_SK_STORAGE_GET_F_CREATE))
 		return;
 	count(COUNTER_FULL_SOCKETS);
-	forget_captured(state->netns, &tuple);
+	forget_captured(netns, tuple);
 }
 
 /* The server's end is established: its connector is taken up, and judged by the policy of now. */
@@ -134,8 +130,6 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 		return;
 	if (is_loopback(&tuple.server_address))
 		return;
-	state.netns = netns;
-	state.tuple = tuple;
 	state.kind = VIA_PLAIN;
 	state.identity = IDENTITY_PLAIN;
 	who = map_lookup(MAP(CONNECTING), &tuple);
@@ -157,13 +151,15 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	if (is_same_address(&tuple.server_address, own_address(pod, &tuple.server_address)) &&
 	    is_own_port(tuple.server_port)) {
 		if (state.kind == VIA_CAPTURED)
-			keep_captured(ctx, sk, &state);
+			keep_captured(ctx, sk, netns, &tuple);
 		return;
 	}
 	/* Not judged now, so not judged later either: it lives on as those do that are older than the mesh. */
 	if (state.kind == VIA_PLAIN && (pod->flags & POD_OPEN))
 		return;
+	state.netns = netns;
 	state.cookie = socket_cookie(ctx);
+	state.tuple = tuple;
 	state.flow.source = state.identity;
 	state.flow.destination = pod->identity;
 	state.flow.source_zone = zone_of(&tuple.client_address);
@@ -181,7 +177,7 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	}
 	set_cb_flags(ctx, BPF_SOCK_OPS_STATE_CB_FLAG);
 
-	struct socket_state *stored = keep_state(sk, &state);
+	struct socket_state *stored = storage_get(MAP(SOCKETS), sk, &state, BPF_SK_STORAGE_GET_F_CREATE);
 
 	if (!stored)
 		count(COUNTER_FULL_SOCKETS);
@@ -192,13 +188,12 @@ inline_always void accepted(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 	}
 	if (!stored)
 		return;
-	if (!(stored->flags & SOCKET_COUNTED)) {
+	if (stored->flags & SOCKET_COUNTED)
+		account_open(stored);
+	else
 		stored->flags |= SOCKET_OPEN;
-		return;
-	}
-	account_open(stored);
-	if (splice && !(pod->flags & POD_NO_SPLICE))
-		splice_begin(ctx, sk, stored, splice);
+	if (stored->flags & SOCKET_COUNTED)
+		splice_begin(ctx, sk, netns, pod->flags & POD_NO_SPLICE ? 0 : splice, 1);
 }
 
 inline_always void connected(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
@@ -207,24 +202,21 @@ inline_always void connected(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
 
 	if (!state)
 		return;
-	if (!(state->flags & SOCKET_COUNTED)) {
+	if (state->flags & SOCKET_COUNTED)
+		account_open(state);
+	else
 		state->flags |= SOCKET_OPEN;
-		return;
-	}
-	account_open(state);
-	if (splice_may_begin(state))
-		splice_begin(ctx, sk, state, socket_cookie(ctx));
+	if (state->flags & SOCKET_COUNTED)
+		splice_begin(ctx, sk, state->netns, splice_may_begin(state) ? socket_cookie(ctx) : 0, 0);
 }
 
 inline_always void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u32 old_state)
 {
 	struct socket_state *state = storage_get(MAP(SOCKETS), sk, 0, 0);
 
-	/* That of a connection before ended with it: the socket has listened since, or a dial of its came to nothing. */
-	if (!state || (end_of(state)->flags & SPLICE_CLOSED))
+	if (!state)
 		return;
 	struct tuple tuple = state->tuple;
-	bool late = false; /* its application may still read something */
 
 	if (state->kind == VIA_CAPTURED &&
 	    (!(state->flags & SOCKET_ACTIVE) || is_none(&state->source_address) ||
@@ -236,17 +228,18 @@ inline_always void closed(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u32 old
 		void *tcp = to_tcp_sock(sk);
 
 		if (tcp) {
-			splice_closed(state, account_close(state, tcp, old_state));
+			u64 read = account_close(state, sk, tcp, old_state);
+
+			struct splice_end *end = splice_closed(sk, &state->flow, read);
+
 			/* What was read while the account was closed; from now on whoever reads sees to it. */
-			account_late_read(state, __sync_fetch_and_add(&end_of(state)->read, 0));
-			late = (end_of(state)->flags & SPLICE_WANTED) || has_unread(tcp);
+			if (end)
+				account_late_read(end, __sync_fetch_and_add(&end->read, 0));
 		}
 	}
 	if (state->flags & SOCKET_OPEN)
 		note_closed(&tuple);
-	/* Else it goes with the socket, or with its next connect(). */
-	if (!late)
-		storage_delete(MAP(SOCKETS), sk);
+	storage_delete(MAP(SOCKETS), sk);
 }
 
 int sock_ops(struct bpf_sock_ops *ctx)

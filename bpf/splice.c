@@ -27,13 +27,12 @@ int splice_message(struct sk_msg_md *ctx)
 
 	if (!sk)
 		return SK_PASS;
-	struct socket_state *state = storage_get(MAP(SOCKETS), sk, 0, 0);
+	struct splice_end *end = storage_get(MAP(SPLICE_ENDS), sk, 0, 0);
 
-	if (!state)
+	if (!end)
 		return SK_PASS;
-	struct splice_end *end = end_of(state);
 	u64 id = end->id;
-	u32 side = side_of(state);
+	u32 side = end->side & 1;
 	struct splice *splice = map_lookup(MAP(SPLICES), &id);
 	void *tcp = to_tcp_sock(sk);
 
@@ -82,11 +81,10 @@ pass:
 }
 
 /* The end may be spliced as far as it is concerned: once both say so, the agent's walk takes them in. */
-inline_always void splice_want(struct socket_state *state, u64 read)
+inline_always void splice_want(struct splice_end *end, u64 read)
 {
-	struct splice_end *end = end_of(state);
 	u64 id = end->id;
-	u32 side = side_of(state);
+	u32 side = end->side & 1;
 	struct splice *splice = map_lookup(MAP(SPLICES), &id);
 
 	if (!splice) {
@@ -117,11 +115,10 @@ int sock_recv_length(void *ctx)
 	void *sk = LOAD_POINTER(ctx, 0);
 	int length = (int)LOAD(u64, ctx, 8);
 	int flags = (int)LOAD(u64, ctx, 16);
-	struct socket_state *state = storage_get(MAP(SOCKETS), sk, 0, 0);
+	struct splice_end *end = storage_get(MAP(SPLICE_ENDS), sk, 0, 0);
 
-	if (!state || !(state->flags & SOCKET_COUNTED))
+	if (!end)
 		return 0;
-	struct splice_end *end = end_of(state);
 	void *socket = LOAD_POINTER(sk, SOCK_SOCKET);
 	void *file = LOAD_POINTER(socket, SOCKET_FILE);
 
@@ -143,7 +140,7 @@ int sock_recv_length(void *ctx)
 	u64 read = __sync_fetch_and_add(&end->read, (u64)length) + length;
 
 	if (__sync_fetch_and_or(&end->flags, 0ULL) & SPLICE_CLOSED) {
-		account_late_read(state, read);
+		account_late_read(end, read);
 		return 0;
 	}
 	if (!end->id)
@@ -155,19 +152,19 @@ int sock_recv_length(void *ctx)
 		/* Another reader may have been faster: then this is too little until the next one, which only means TCP. */
 		if (!splice)
 			return 0;
-		*(volatile u64 *)&splice->side[side_of(state)].read = read;
+		*(volatile u64 *)&splice->side[end->side & 1].read = read;
 		/* It may leave now, and what TCP has for it may be all that comes: see has_unread(). */
 		if (end->flags & SPLICE_IN && *(volatile u64 *)&splice->flags & SPLICE_LEAVING) {
 			void *tcp = to_tcp_sock(sk);
 
-			if (tcp && is_drained(state, splice, tcp))
+			if (tcp && is_drained(end, splice, tcp))
 				splice_wake();
 		}
 		return 0;
 	}
 	if ((end->flags & SPLICE_NEVER) || end->reads < SPLICE_READS)
 		return 0;
-	splice_want(state, read);
+	splice_want(end, read);
 	return 0;
 }
 
@@ -201,6 +198,15 @@ inline_always bool is_pair(struct splice *splice)
 	       splice->side[1].sent_base == splice->side[0].read_base;
 }
 
+/*
+ * TCP has bytes for this end that it has not read. While it is in the splice it may take them for none: FIONREAD counts only what
+ * the splice has, and a reader that was told of both at once may take the last, short read of the one for the end of both.
+ */
+inline_always bool has_unread(void *tcp)
+{
+	return LOAD(u32, tcp, TCP_SOCK_RCV_NXT) != LOAD(u32, tcp, TCP_SOCK_COPIED_SEQ);
+}
+
 inline_always void splice_report(void *ctx, u64 netns, u32 what)
 {
 	void *seq = LOAD_POINTER(LOAD_POINTER(ctx, SPLICE_ITERATOR_META), 0);
@@ -216,16 +222,12 @@ inline_always void splice_report(void *ctx, u64 netns, u32 what)
 int bpf_iter__bpf_sk_storage_map__splice(void *ctx)
 {
 	void *sk = LOAD_POINTER(ctx, SPLICE_ITERATOR_SOCKET);
-	struct socket_state *state = LOAD_POINTER(ctx, SPLICE_ITERATOR_VALUE);
+	struct splice_end *end = LOAD_POINTER(ctx, SPLICE_ITERATOR_VALUE);
 
-	if (!sk || !state)
+	if (!sk || !end || !(end->flags & SPLICE_WANTED) || (end->flags & SPLICE_CLOSED))
 		return 0;
-	struct splice_end *end = end_of(state);
-
-	if (!(end->flags & SPLICE_WANTED) || (end->flags & SPLICE_CLOSED))
-		return 0;
-	u64 id = end->id, netns = state->netns;
-	u32 side = side_of(state);
+	u64 id = end->id, netns = end->netns;
+	u32 side = end->side & 1;
 	u64 key = splice_key(id, side);
 	struct splice *splice = map_lookup(MAP(SPLICES), &id);
 	void *tcp = to_tcp_sock(sk);
@@ -242,7 +244,7 @@ int bpf_iter__bpf_sk_storage_map__splice(void *ctx)
 	if (end->flags & SPLICE_IN) {
 		if (!(flags & SPLICE_LEAVING))
 			return 0;
-		if (!is_drained(state, splice, tcp)) {
+		if (!is_drained(end, splice, tcp)) {
 			splice_report(ctx, netns, SPLICE_WAITS);
 			return 0;
 		}
@@ -265,7 +267,7 @@ int bpf_iter__bpf_sk_storage_map__splice(void *ctx)
 		splice_leave(splice);
 		return 0;
 	}
-	if (storage_get(MAP(SOCKETS), sk, 0, 0) != state) {
+	if (storage_get(MAP(SPLICE_ENDS), sk, 0, 0) != end) {
 		map_delete(MAP(SPLICE_SOCKETS), &key);
 		return 0;
 	}
@@ -287,13 +289,10 @@ int bpf_iter__tcp__nudge(void *ctx)
 
 	if (!tcp)
 		return 0;
-	struct socket_state *state = storage_get(MAP(SOCKETS), tcp, 0, 0);
+	struct splice_end *end = storage_get(MAP(SPLICE_ENDS), tcp, 0, 0);
 
-	if (!state)
-		return 0;
-	struct splice_end *end = end_of(state);
-
-	if (!(end->flags & SPLICE_WANTED) || (end->flags & (SPLICE_IN | SPLICE_CLOSED)) || !has_unread(tcp))
+	if (!end || !(end->flags & SPLICE_WANTED) || (end->flags & (SPLICE_IN | SPLICE_CLOSED)) ||
+	    !has_unread(tcp))
 		return 0;
 	u32 least = LOAD(u32, tcp, SOCK_RCVLOWAT);
 

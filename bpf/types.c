@@ -36,7 +36,8 @@ struct wire_types {
 	struct conversation_key conversation_key;
 	struct conversation conversation;
 	struct flow_record flow_record;
-	struct socket socket;
+	struct socket_state socket_state;
+	struct splice_end splice_end;
 	struct splice splice;
 	struct connection connection;
 	struct event event;

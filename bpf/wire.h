@@ -408,7 +408,7 @@ struct flow_record {
 	__u32 pad;
 };
 
-/* sockets: storage (struct socket) of each TCP socket that we know something of (private to the programs). */
+/* sockets: storage of each TCP socket that we know something of (private to the programs). */
 #define SOCKET_REWRITTEN 1 /* getpeername() answers service_* */
 #define SOCKET_ACTIVE 2	   /* it dialled */
 #define SOCKET_OPEN 4	   /* established */
@@ -437,8 +437,8 @@ struct socket_state {
 };
 
 /*
- * The splice (lib/splice.h; private to the programs). splices: id -> splice, from when one of the ends asks for it.
- * splice_sockets (a sockhash): id << 1 | side -> the socket.
+ * The splice (lib/splice.h; private to the programs). splice_ends: storage of each end that has an account, with an id if its
+ * connection may be spliced. splices: id -> splice, from when one of the ends asks for it. splice_sockets (a sockhash): id << 1 | side -> the socket.
  */
 #define SPLICE_READS 3		/* of an end, before it enters */
 #define SPLICE_CAP (1 << 20)	/* bytes sent and not yet read, of one direction */
@@ -449,19 +449,17 @@ struct socket_state {
 #define SPLICE_NEVER 4	/* not again */
 #define SPLICE_CLOSED 8
 struct splice_end {
-	__u64 id;	 /* the cookie of the socket that dialled; 0: never */
+	__u64 id; /* the cookie of the socket that dialled; 0: never */
+	__u64 netns;
 	__u64 read;	 /* what recv gave to the application */
-	__u64 accounted; /* SPLICE_CLOSED: what of read is in the flow */
-	__u64 flags;
 	__u32 sent_base; /* the first sequence number of what it sends */
 	__u32 read_base; /* and of what it reads */
 	__u32 reads;
+	__u32 side; /* 0: it dialled */
+	__u64 flags;
+	__u64 accounted; /* SPLICE_CLOSED: what of read is in the flow */
+	struct flow_key flow;
 	__u32 pad;
-};
-
-struct socket {
-	struct socket_state state;
-	struct splice_end end; /* of one that has an account */
 };
 
 #define SPLICE_READY 1	/* splice.flags, << side */

@@ -777,9 +777,10 @@ class Closed(Record):
 #: Bytes of ``struct datagram_key`` and ``struct datagram_socket``, too.
 DATAGRAM_KEY_SIZE = 32
 DATAGRAM_SOCKET_SIZE = 44
-#: Bytes of ``struct socket``, which only the programs look into.
-SOCKET_SIZE = 216
-#: The same of ``struct splice``.
+#: Bytes of ``struct socket_state``, which only the programs look into.
+SOCKET_STATE_SIZE = 168
+#: The same of ``struct splice_end`` and ``struct splice``.
+SPLICE_END_SIZE = 80
 SPLICE_SIZE = 136
 
 

@@ -280,8 +280,7 @@ def is_local_by_mark(family: int, mark: int) -> bool:
     try:
         answer = _request(_NETLINK_ROUTE, _RTM_GETROUTE, 0, body)
     except OSError as error:
-        # No route, or one that is unreachable, prohibit or blackhole.
-        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
+        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL):
             return False
         raise
     return len(answer) > 8 and answer[7] == _RTN_LOCAL

@@ -110,14 +110,14 @@ inline_always void account_open(struct socket_state *state)
 }
 
 /* What was counted as read. */
-inline_always u64 account_close(struct socket_state *state, void *tcp, u32 old_state)
+inline_always u64 account_close(struct socket_state *state, void *sk, void *tcp, u32 old_state)
 {
 	u64 sent = bytes_written(tcp, old_state, state->flags & SOCKET_ACTIVE);
 	u64 received = bytes_read(tcp);
 	u64 retransmits = LOAD(u32, tcp, TCP_SOCK_TOTAL_RETRANS);
 	u32 rtt_us = smoothed_rtt(tcp);
 
-	spliced_bytes(state, &sent, &received);
+	spliced_bytes(sk, &sent, &received);
 	u64 sent_before = __sync_lock_test_and_set(&state->sent, ACCOUNT_CLOSED);
 	u64 received_before = __sync_lock_test_and_set(&state->received, ACCOUNT_CLOSED);
 	u64 retransmits_before = __sync_lock_test_and_set(&state->retransmits, ACCOUNT_CLOSED);
@@ -155,10 +155,9 @@ inline_always u64 account_close(struct socket_state *state, void *tcp, u32 old_s
  * An application may read what its socket still has when the connection is closed: it is counted then. read is all that recv gave;
  * of two readers the one with more adds for both, or what the other has left.
  */
-inline_always void account_late_read(struct socket_state *state, u64 read)
+inline_always void account_late_read(struct splice_end *end, u64 read)
 {
-	struct splice_end *end = end_of(state);
-	struct flow_key key = state->flow;
+	struct flow_key key = end->flow;
 
 	for (int i = 0; i < LATE_READERS; i++) {
 		u64 before = *(volatile u64 *)&end->accounted;

@@ -65,22 +65,6 @@ static long (*seq_write)(void *seq, const void *data, u32 size) = (void *)BPF_FU
  */
 #define KEEP(value) asm volatile("" : "+r"(value))
 
-/* Writes down what is known of a new socket; 0 when there is no room. */
-inline_always struct socket_state *keep_state(struct bpf_sock *sk, const struct socket_state *state)
-{
-	struct socket *stored = storage_get(MAP(SOCKETS), sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
-
-	if (!stored)
-		return 0;
-	/*
-	 * Not made with it: the stack has no room for the rest. Who walks by meanwhile finds it not open. One that dialled and was answered by
-	 * another's SYN (RFC 9293, section 3.5) is told of as accepted too, and is known already.
-	 */
-	if (!stored->state.kind)
-		stored->state = *state;
-	return &stored->state;
-}
-
 inline_always bool is_own_port(__be16 port)
 {
 	return port == bpf_htons(PORT_OUTBOUND) || port == bpf_htons(PORT_OUTBOUND_L7) ||

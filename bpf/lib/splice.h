@@ -53,18 +53,6 @@ inline_always bool splice_is_off(void)
 	return !off || *off;
 }
 
-/* Of a state in the map, where it stands in a struct socket. */
-inline_always struct splice_end *end_of(struct socket_state *state)
-{
-	return &((struct socket *)state)->end;
-}
-
-/* 0: it dialled. */
-inline_always u32 side_of(struct socket_state *state)
-{
-	return (state->flags & SOCKET_ACTIVE) ? 0 : 1;
-}
-
 inline_always u64 splice_key(u64 id, u32 side)
 {
 	return id << 1 | (side & 1);
@@ -82,26 +70,15 @@ inline_always void splice_leave(struct splice *splice)
  * after it was read, and copied_seq (what of it came by TCP) is looked at after that, so the difference is at most what was read
  * of the queue; redirected is at least what was put into it.
  */
-inline_always bool is_drained(struct socket_state *state, struct splice *splice, void *tcp)
+inline_always bool is_drained(struct splice_end *end, struct splice *splice, void *tcp)
 {
-	struct splice_end *end = end_of(state);
-
 	if (!(__sync_fetch_and_or(&splice->flags, 0ULL) & SPLICE_LEAVING))
 		return false;
-	u32 redirected = (u32) * (volatile u64 *)&splice->side[side_of(state) ^ 1].redirected;
+	u32 redirected = (u32) * (volatile u64 *)&splice->side[(end->side ^ 1) & 1].redirected;
 	u32 read = (u32)__sync_fetch_and_add(&end->read, 0);
 	u32 by_tcp = LOAD(u32, tcp, TCP_SOCK_COPIED_SEQ) - end->read_base;
 
 	return read - by_tcp == redirected;
-}
-
-/*
- * TCP has bytes for this end that it has not read. While it is in the splice it may take them for none: FIONREAD counts only what
- * the splice has, and a reader that was told of both at once may take the last, short read of the one for the end of both.
- */
-inline_always bool has_unread(void *tcp)
-{
-	return LOAD(u32, tcp, TCP_SOCK_RCV_NXT) != LOAD(u32, tcp, TCP_SOCK_COPIED_SEQ);
 }
 
 /* Whether what an application dialled goes to another one of this node, and nobody has switched it off. */
@@ -117,43 +94,47 @@ inline_always bool splice_may_begin(struct socket_state *state)
 }
 
 /* A connection with an account is established. The id is the same at both ends; 0 when it may not be spliced. */
-inline_always void splice_begin(struct bpf_sock_ops *ctx, struct bpf_sock *sk, struct socket_state *state,
-				u64 id)
+inline_always void splice_begin(struct bpf_sock_ops *ctx, struct bpf_sock *sk, u64 netns, u64 id, u32 side)
 {
-	struct splice_end *end = end_of(state);
 	void *tcp = to_tcp_sock(sk);
 
 	/* TCP Fast Open: data before the connection was established. */
 	if (splice_is_off() || !tcp || LOAD_POINTER(tcp, TCP_SOCK_FASTOPEN_RSK) ||
 	    LOAD(u32, tcp, TCP_SOCK_WRITE_SEQ) != LOAD(u32, tcp, TCP_SOCK_SND_UNA) ||
 	    LOAD(u64, tcp, TCP_SOCK_BYTES_ACKED) > 1)
-		return;
-	end->sent_base = ctx->snd_nxt;
-	end->read_base = ctx->rcv_nxt;
-	/* Last: from here on it counts. */
-	*(volatile u64 *)&end->id = id;
+		id = 0;
+	struct splice_end end = {
+		.id = id,
+		.netns = netns,
+		.sent_base = ctx->snd_nxt,
+		.read_base = ctx->rcv_nxt,
+		.side = side,
+	};
+
+	struct splice_end *stored = storage_get(MAP(SPLICE_ENDS), sk, &end, BPF_SK_STORAGE_GET_F_CREATE);
+
+	/* Of a socket that was disconnected and has dialled again: what is there is about the connection before. */
+	if (stored && (stored->flags & SPLICE_CLOSED))
+		*stored = end;
 }
 
 /*
  * Puts what went past TCP at this end to what the socket's sequence numbers say was written and read. Of what was redirected to an
  * end in the splice some may still be in its queue: it has read what recv gave.
  */
-inline_always void spliced_bytes(struct socket_state *state, u64 *sent, u64 *received)
+inline_always void spliced_bytes(void *sk, u64 *sent, u64 *received)
 {
-	struct splice_end *end = end_of(state);
+	struct splice_end *end = storage_get(MAP(SPLICE_ENDS), sk, 0, 0);
 	struct splice *splice;
 
-	if (!(end->flags & SPLICE_WANTED))
+	if (!end || !(end->flags & SPLICE_WANTED))
 		return;
-	u64 id = end->id;
-	u32 side = side_of(state);
-
-	splice = map_lookup(MAP(SPLICES), &id);
+	splice = map_lookup(MAP(SPLICES), &end->id);
 	if (!splice)
 		return;
-	u64 redirected = *(volatile u64 *)&splice->side[side ^ 1].redirected;
+	u64 redirected = *(volatile u64 *)&splice->side[(end->side ^ 1) & 1].redirected;
 
-	*sent += *(volatile u64 *)&splice->side[side].redirected;
+	*sent += *(volatile u64 *)&splice->side[end->side & 1].redirected;
 	if (!redirected)
 		return;
 	if (end->flags & SPLICE_IN)
@@ -162,24 +143,29 @@ inline_always void spliced_bytes(struct socket_state *state, u64 *sent, u64 *rec
 		*received += redirected;
 }
 
-/* The end is closed, and so is its account, in which this much is read. */
-inline_always void splice_closed(struct socket_state *state, u64 accounted)
+/* The end is closed, and so is its account, in which this much is read. What it has not read yet stays in its queue: the end, or 0. */
+inline_always struct splice_end *splice_closed(struct bpf_sock *sk, struct flow_key *flow, u64 accounted)
 {
-	struct splice_end *end = end_of(state);
+	struct splice_end *end = storage_get(MAP(SPLICE_ENDS), sk, 0, 0);
 	struct splice *splice;
-	u64 id = end->id;
-	u32 side = side_of(state);
 
+	if (!end)
+		return 0;
+	u64 id = end->id;
+	u32 side = end->side & 1;
+
+	end->flow = *flow;
 	end->accounted = accounted;
 	__sync_fetch_and_or(&end->flags, (u64)SPLICE_CLOSED);
-	splice = id ? map_lookup(MAP(SPLICES), &id) : 0;
+	splice = map_lookup(MAP(SPLICES), &id);
 	if (!splice)
-		return;
+		return end;
 	u64 before = __sync_fetch_and_or(&splice->flags, (u64)SPLICE_LEAVING | (u64)SPLICE_GONE << side);
 
 	/* The last one that has anything to do with it; an end that never came to it does not count. */
 	if ((before & (SPLICE_GONE << (side ^ 1))) || !(before & (SPLICE_READY << (side ^ 1))))
 		map_delete(MAP(SPLICES), &id);
+	return end;
 }
 
 #endif

@@ -16,7 +16,6 @@ from agent.namespaces import Namespaces
 from agent.node import Node
 from agent.pods import Attachment, AttachmentKey, Refusal
 from agent.programmer import Programmer
-from agent.reconciler import Reconciler
 from agent.state import IDENTITIES_FILE, MESH_FILE, PODS_FILE
 from agent.storage import Storage
 from agent.sweeper import Sweeper
@@ -350,15 +349,15 @@ async def test_a_pod_that_is_removed_while_add_waits_is_never_attached(world):
 async def test_a_pod_that_the_controller_takes_back_while_add_waits_does_not_start(world, monkeypatch):
     """Its other replica may be behind: the pod would run outside of the mesh until that catches up."""
     await world.node.apply(complete(workload("web"), workload("other")))
-    attached = Reconciler.attached_before_it_runs
+    write = Storage.write
     updates: list[asyncio.Future[object]] = []
 
-    def meanwhile(self, cookie):
-        attached(self, cookie)
-        if not updates:
+    def meanwhile(self, name, data):
+        if name == PODS_FILE and not updates:
             updates.append(asyncio.ensure_future(world.node.apply(complete(workload("other"), version="v2"))))
+        write(self, name, data)
 
-    monkeypatch.setattr(Reconciler, "attached_before_it_runs", meanwhile)
+    monkeypatch.setattr(Storage, "write", meanwhile)
     with pytest.raises(Refusal, match="could not be programmed") as refused:
         await world.add("web")
     assert refused.value.code == 11
@@ -396,30 +395,6 @@ async def test_a_static_pod_is_known_by_its_mirror(world, monkeypatch):
     await world.delete("web")
     await world.delete("outside")
     assert world.kernel.pods() == {}
-
-
-async def test_pods_of_one_moment_share_a_write_and_none_is_answered_before_it(world, monkeypatch):
-    names = [f"web-{number}" for number in range(8)]
-    addresses = [f"10.0.1.{number + 1}" for number in range(8)]
-    await world.node.apply(
-        complete(*(workload(n, addresses=(a,)) for n, a in zip(names, addresses, strict=True)))
-    )
-    write = Storage.write
-    written: list[bytes] = []
-
-    def slowly(self, name, data):
-        time.sleep(0.05)
-        write(self, name, data)
-        if name == PODS_FILE:
-            written.append(data)
-
-    async def add(name, address):
-        await world.add(name, address)
-        assert f"uid-{name}".encode() in written[-1]
-
-    monkeypatch.setattr(Storage, "write", slowly)
-    await asyncio.gather(*map(add, names, addresses))
-    assert len(written) <= 3
 
 
 async def test_a_full_disk_keeps_numbers_out_of_the_kernel_and_pods_not_in_it(world, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import select
 import socket
 import struct
 import threading
@@ -12,7 +11,7 @@ import time
 
 import pytest
 
-from agent.kernel import Backend, Direction, FlowCounters, FlowKey
+from agent.kernel import Direction, FlowCounters, FlowKey
 from bpf.wire import VERDICT_SEVERAL
 from tests.kernel.mesh import Node, TestPod, run
 
@@ -21,7 +20,6 @@ all_families = pytest.mark.families("ipv4", "ipv6", "mapped")
 two_families = pytest.mark.families("ipv6", "mapped")
 
 PORT = 8080
-REUSE = ((socket.SOL_SOCKET, socket.SO_REUSEADDR, 1),)
 
 
 class Pair:
@@ -218,75 +216,6 @@ def test_closed_with_unread_data(pair, end):
     time.sleep(0.05)
     sock.close()  # sends a reset
     pair.check(client_closed=True, server_closed=True)
-
-
-@two_families
-def test_read_after_a_reset(pair):
-    """What has come before the end may still be read, and is counted then; nothing else is."""
-    pair.send(pair.server, 5000)
-    pair.receive(pair.client, 1200)
-    pair.server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    pair.server.close()
-    pair.check(client_closed=True, server_closed=True)
-    samples = [counters.rtt_samples for counters in pair.accounts()]
-    pair.receive(pair.client, 3800)
-    pair.check(client_closed=True, server_closed=True)
-    assert [counters.rtt_samples for counters in pair.accounts()] == samples
-
-
-def test_what_is_known_of_a_connection_is_not_the_next_one_s(node, make_pod):
-    """Its socket still had something to read when it closed, and has left the mesh when it dials again."""
-    client, server = make_pod(), make_pod()
-    client.enrol({})
-    server.enrol({(client.identity, 0): True})
-    node.kernel.set_service("10.96.9.4", 80, [Backend(server.address, PORT)])
-    with server.app.listen(("", PORT)) as listener, client.app.connect(("10.96.9.4", 80)) as sock:
-        accepted, _ = listener.accept()
-        accepted.sendall(b"unread")
-        accepted.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        accepted.close()
-        select.select([], [], [sock], 0.2)
-        node.kernel.remove_pod(client.cookie, client.netns)
-        node.kernel.set_policy(server.cookie, {(0, 0): True}, 2)
-        client.app.disconnect(sock)
-        sock.setblocking(True)
-        client.app.reconnect(sock, (server.address, PORT))
-        assert sock.getpeername() == (server.address, PORT)
-        listener.accept()[0].close()
-    node.kernel.remove_service("10.96.9.4", 80)
-
-
-def test_a_closed_end_ends_once(pair):
-    """It had something to read still when it was disconnected, and has listened since."""
-    pair.send(pair.server, 100)
-    pair.check()
-    pair.client_pod.app.disconnect(pair.client)
-    pair.check(client_closed=True, server_closed=True)
-    pair.client.listen()
-    pair.client.close()
-    time.sleep(0.2)
-    pair.check(client_closed=True, server_closed=True)
-
-
-@two_families
-def test_simultaneous_open(node, make_pod):
-    """A socket that dials itself: its SYN is answered by a SYN, so that it is told of as of one that was accepted."""
-    pod = make_pod()
-    pod.enrol({(pod.identity, 0): True})
-    vip = "fd96::9:5" if ":" in pod.address else "10.96.9.5"
-    node.kernel.set_service(vip, 80, [Backend(pod.address, PORT)])
-    key = FlowKey(pod.identity, pod.identity, PORT, Direction.OUTBOUND)
-    for closed in range(2):
-        address = ((vip, 80), (pod.address, PORT))[closed]
-        with pod.app.connect(address, bind=(pod.address, PORT), options=REUSE) as sock:
-            assert sock.getpeername()[1] == address[1]
-            sock.sendall(b"d" * 100)
-            assert len(sock.recv(100)) == 100
-            count = 100 * (closed + 1)
-            assert node.kernel.flows()[key].totals == (closed + 1, closed, 0, count, count)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    assert key._replace(direction=Direction.INBOUND) not in node.kernel.flows()
-    node.kernel.remove_service(vip, 80)
 
 
 @two_families

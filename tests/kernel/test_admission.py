@@ -215,18 +215,6 @@ def test_delivery_with_the_clients_address(node, far, server, rp_filter):
     assert not [k for k in node.kernel.flows() if server.identity in (k.source, k.destination)]
 
 
-def test_delivery_where_the_default_route_is_prohibited(node, far, server):
-    run(server.netns, "ip", "route", "add", "prohibit", "default", "metric", "1")
-    run(server.netns, "ip", "-6", "route", "add", "prohibit", "default", "metric", "1")
-    assert node.kernel.missing(server.cookie, server.netns) == []
-    worker = server.worker("nodeproxy")
-    [fd] = node.kernel.create_delivery(server.netns, ipv6=":" in server.address)
-    with worker.dial_with(fd, (server.address, PORT), bind=(far, 0)), server.listener.accept()[0] as accepted:
-        assert accepted.getpeername()[0] == far
-    run(server.netns, "ip", "rule", "del", "priority", str(namespace.DELIVERY_PRIORITY))
-    assert len(node.kernel.missing(server.cookie, server.netns)) == 1
-
-
 def test_delivery_to_a_closed_port_is_refused_at_once(node, far, server):
     worker = server.worker("nodeproxy")
     [fd] = node.kernel.create_delivery(server.netns, ipv6=":" in server.address)

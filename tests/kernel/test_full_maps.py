@@ -239,6 +239,7 @@ NEVER_FULL = {
     "counters",
     "splice_counters",
     "splice_programs",
+    "splice_ends",
     "splice_wakes",
     "sockets",
 }

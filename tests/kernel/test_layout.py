@@ -90,7 +90,8 @@ def programs_btf(tmp_path_factory):
 
 
 def test_private_layout_and_constants(programs_btf):
-    assert size_of(programs_btf[0], "socket") == wire.SOCKET_SIZE
+    assert size_of(programs_btf[0], "socket_state") == wire.SOCKET_STATE_SIZE
+    assert size_of(programs_btf[0], "splice_end") == wire.SPLICE_END_SIZE
     assert size_of(programs_btf[0], "splice") == wire.SPLICE_SIZE
     header = Path(wire.__file__).with_name("wire.h").read_text()
     defined = dict(re.findall(r"#define (\w+) (\w+)", header))

@@ -262,6 +262,7 @@ def everything_about(node, pod):
         if name in (
             "sockets",
             "udp_sockets",
+            "splice_ends",
             "splice_counters",
             "splice_wakes",
             "splice_programs",
