@@ -29,6 +29,9 @@ import msgspec
 
 VERSION = 2
 
+#: Seconds that a pod of another node that has left the mesh is dialled by it still (:mod:`agent.passage`).
+LINGER = 1.5
+
 
 class Role(enum.Enum):
     NODEPROXY = "nodeproxy"

@@ -129,7 +129,7 @@ class Node:
         """Bring an update into force; gives what of it is not."""
         before = self.state.mesh
         errors = self.state.apply(update)
-        self._reconciler.note_joining(before, update)
+        self._reconciler.note_passages(before, update)
         self.cni.told()
         outcome = await self._reconciler.settled()
         self.on_change()

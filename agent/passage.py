@@ -8,8 +8,9 @@ Owns the stages, their order and how long each lasts; a table, without I/O. Noth
   those who dial it may learn of the change a moment later than this node.
 * ENROLLED: as every pod that came by CNI ADD, which begins here.
 
-A pod that leaves goes the same way back, so that those who dial it by the mesh have learned to dial it plain before it stops
-answering, and has left the kernel at its end.
+A pod that leaves goes the same way back, and has left the kernel at its end. Other nodes dial it by the mesh for
+:data:`agent.api.LINGER` more, half of SETTLE: so a node may hear of it that much before the pod's own, which judges
+plain text until then, and as much after it.
 """
 
 from __future__ import annotations

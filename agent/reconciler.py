@@ -95,6 +95,8 @@ class Reconciler:
         self._orphans: set[int] = set()
         #: Pods of other nodes that came into the mesh as they run: until when they may still speak plain text, by UID.
         self._joining: dict[str, float] = {}
+        #: Pods of other nodes that left the mesh and run on: until when they are dialled by it, by UID.
+        self._lingering: dict[str, float] = {}
         self._next: asyncio.TimerHandle | None = None
         #: Pods that left the mesh and run on, UID by netns cookie: proxies may hold connections of theirs until they end.
         self._left: dict[int, str] = {}
@@ -124,15 +126,22 @@ class Reconciler:
         self._dirty.set()
         return await waiter
 
-    def note_joining(self, before: Mesh, update: Update) -> None:
-        """The update is to be brought into force: who of it may speak plain text for a while."""
-        until = self._now() + GRACE
+    def note_passages(self, before: Mesh, update: Update) -> None:
+        """The update is to be brought into force: who may speak plain text for a while, and who is dialled by the mesh still."""
+        now = self._now()
         for resource in update.upserts:
-            if isinstance(resource, Workload) and resource.enrolled:
-                known = before.workloads.get(resource.uid)
+            if not isinstance(resource, Workload):
+                continue
+            known = before.workloads.get(resource.uid)
+            if resource.enrolled:
+                self._lingering.pop(resource.uid, None)
                 # To whom all is new, all may be new: the mesh itself may be younger than its pods.
                 if not before.known or (known is not None and not known.enrolled):
-                    self._joining[resource.uid] = until
+                    self._joining[resource.uid] = now + GRACE
+            elif known is not None and known.enrolled:
+                self._joining.pop(resource.uid, None)
+                if resource.node != self._name:
+                    self._lingering[resource.uid] = now + api.LINGER
 
     async def _reconcile(self) -> None:
         loop = asyncio.get_running_loop()
@@ -191,7 +200,8 @@ class Reconciler:
             tables,
             specs,
             sealed=unknown | self._orphans,
-            joining=self._still_joining(),
+            joining=self._still(self._joining),
+            lingering=self._still(self._lingering),
             left=sandboxes.keys() - specs.keys(),
         )
         self.tables = tables
@@ -243,15 +253,17 @@ class Reconciler:
         loop = asyncio.get_running_loop()
         if self._next is not None:
             self._next.cancel()
-        waits = [until - self._now() for until in self._joining.values()]
+        waits = [until - self._now() for until in (*self._joining.values(), *self._lingering.values())]
         if (stage := self.passages.next(leaving=leaving, now=self._now())) is not None:
             waits.append(stage)
         self._next = loop.call_later(max(0.0, min(waits)), self._dirty.set) if waits else None
 
-    def _still_joining(self) -> Collection[str]:
+    def _still(self, passages: dict[str, float]) -> Collection[str]:
+        """Of those whose time ends the ones whose time has not."""
         now = self._now()
-        self._joining = {uid: until for uid, until in self._joining.items() if until > now}
-        return self._joining.keys()
+        for uid in [uid for uid, until in passages.items() if until <= now]:
+            del passages[uid]
+        return passages.keys()
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -122,6 +122,10 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 			state->kind = VIA_TUNNEL;
 			return PASS;
 		}
+		/* The node proxy's, whatever l7proxy has heard of it. */
+		if (role == ROLE_L7PROXY && peer && (peer->flags & PEER_ENROLLED) &&
+		    !(peer->flags & PEER_LOCAL))
+			return capture(dial, own, PORT_OUTBOUND, state);
 		if (!peer || !(peer->flags & PEER_LOCAL) || !(peer->flags & PEER_ENROLLED)) {
 			/* Not counted here, but remembered: NetworkPolicy may forbid it later. */
 			if (chosen)

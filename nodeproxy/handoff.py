@@ -254,7 +254,12 @@ class _Arrival:
             self._fail(Status.IDENTITY, "the mesh is not known yet")
         elif own is not None and (refusal := every.mesh.refuses_egress(own, *destination)):
             self._fail(Status.DENIED, refusal)
-        elif local or workload is None or not workload.enrolled or workload.node == every.node:
+        elif (
+            local
+            or workload is None
+            or not every.mesh.is_reached_by_mesh(workload)
+            or workload.node == every.node
+        ):
             self._timer = every.loop.later(
                 CONNECT_TIMEOUT, lambda: self._fail(Status.TIMEOUT, "connect timeout")
             )

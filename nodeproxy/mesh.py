@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from agent.api import LINGER
 from common import logs, spiffe
 from controlplane.api import (
     Authorization,
@@ -147,6 +148,11 @@ class Mesh:
             del self._passages[uid]
             began = None
         return began is not None
+
+    def is_reached_by_mesh(self, workload: Workload) -> bool:
+        """Whether it is dialled by a tunnel: one that has just left is, as its own node may not know it yet."""
+        left = self._passages.get(workload.uid)
+        return workload.enrolled or (left is not None and self._now() - left < LINGER)
 
     def service_at(self, address: str, port: int) -> Service | None:
         return self._service_at.get((address, port))

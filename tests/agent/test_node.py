@@ -264,6 +264,27 @@ class TestPassage:
         await until(lambda: not peers()["10.0.2.1"].joining)
         assert peers()["10.0.2.1"].enrolled
 
+    async def test_pods_of_other_nodes_that_leave_are_dialled_by_the_mesh_for_a_moment(
+        self, world, monkeypatch
+    ):
+        """Their own node, which judges plain text until then, may hear of it later than this one."""
+        monkeypatch.setattr("agent.api.LINGER", 0.3)
+        far = workload("far", addresses=("10.0.2.1",), node="n2")
+        left = workload("far", addresses=("10.0.2.1",), node="n2", enrolled=False)
+        peers = world.kernel.peers
+        await world.node.apply(complete(far))
+        await world.node.apply(Update(2, "v2", upserts=(left,)))
+        assert peers()["10.0.2.1"].enrolled
+        assert peers()["10.0.2.1"].joining  # its plain text is judged as anybody's
+        await until(lambda: not peers()["10.0.2.1"].enrolled)
+        assert not peers()["10.0.2.1"].joining
+        # One that changes its mind is in the mesh, and stays in it.
+        await world.node.apply(Update(3, "v3", upserts=(far,)))
+        await world.node.apply(Update(4, "v4", upserts=(left,)))
+        await world.node.apply(Update(5, "v5", upserts=(far,)))
+        await asyncio.sleep(0.4)
+        assert peers()["10.0.2.1"].enrolled
+
 
 async def test_add_waits_for_the_controller(world, monkeypatch):
     adding = asyncio.create_task(world.add("web"))

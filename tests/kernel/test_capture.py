@@ -458,6 +458,17 @@ def test_udp_passes(client, make_pod):
         assert got.recv(100) == b"datagram"
 
 
+def test_what_l7proxy_dials_of_the_mesh_on_another_node_is_the_node_proxys(node, client, remote, captured):
+    """It may have heard that the endpoint has left, or not yet that it has joined."""
+    worker = client.worker("l7proxy")
+    with listen(node, client, PORT_OUTBOUND) as listener, worker.connect((remote, 8080)) as sock:
+        accepted, peer = listener.accept()
+        with accepted:
+            assert sock.getpeername() == (remote, 8080)
+            found = captured.find(client.cookie, *peer, PORT_OUTBOUND)
+            assert found == Captured(remote, remote, 8080, 8080, client.identity)
+
+
 def test_proxies_are_not_captured(node, client, remote, family):
     """Their own dials from the pod's namespace go where they say; to the mesh on other nodes only the node proxy's, by HBONE."""
     host = node.worker("host")

@@ -6,6 +6,7 @@ Nothing that is open ends, no connection and no request fails.
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,6 +89,15 @@ def left(lab: Lab, world: World) -> bool:
 
 def label(lab: Lab, world: World, **labels: str) -> None:
     lab.namespace(world.namespace, labels, mesh=bool(labels))
+
+
+def strict(namespace: str) -> dict[str, Any]:
+    return {
+        "apiVersion": "security.istio.io/v1",
+        "kind": "PeerAuthentication",
+        "metadata": {"name": "default", "namespace": namespace},
+        "spec": {"mtls": {"mode": "STRICT"}},
+    }
 
 
 def failures(traffic: dict[str, Traffic]) -> dict[str, list[Any]]:
@@ -179,23 +189,62 @@ def test_join_and_leave_under_traffic(lab: Lab, world: World):
         all_work("before", "joining", "inside", "leaving", "outside")
 
 
-def test_requests_of_an_open_connection_go_on_when_both_ends_leave(lab: Lab, world: World):
-    """Through l7proxy, to endpoints of both nodes, one connection for all requests."""
+@contextlib.contextmanager
+def hears_late(lab: Lab, node: str, seconds: float) -> Iterator[None]:
+    """What is changed inside the node's agent learns of so much later than all others."""
+    agent = lab.process(node, "agent")
+    agent.signal(signal.SIGSTOP)
+    try:
+        yield
+        time.sleep(seconds)
+    finally:
+        agent.signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("late", NODES)
+def test_a_node_that_hears_late_refuses_nobody(lab: Lab, world: World, late: str):
+    """STRICT, so that no plain text of others passes by chance: whoever joins or leaves is dialled as its own node expects it."""
+    with lab.applied(strict(world.namespace)):
+        traffic = steady(world)
+        time.sleep(0.5)
+        with hears_late(lab, late, 1.0):
+            label(lab, world, **{"istio.io/dataplane-mode": "ambient"})
+        lab.wait(
+            lambda: enrolled(lab, world), 15, "all pods are enrolled", explain=lambda: stages(lab, world)
+        )
+        time.sleep(0.5)
+        assert failures(traffic) == {}
+        traffic = steady(world)
+        time.sleep(0.5)
+        with hears_late(lab, late, 1.0):
+            label(lab, world)
+        lab.wait(lambda: left(lab, world), 15, "all pods have left", explain=lambda: stages(lab, world))
+        time.sleep(0.5)
+        assert failures(traffic) == {}
+
+
+@pytest.mark.parametrize("late", NODES)
+def test_requests_of_an_open_connection_go_on_when_both_ends_leave(lab: Lab, world: World, late: str):
+    """Through l7proxy, to endpoints of both nodes, one connection for all requests, none of which is tried again."""
     label(lab, world, **{"istio.io/dataplane-mode": "ambient"})
     route = {
         "apiVersion": "networking.istio.io/v1",
         "kind": "VirtualService",
         "metadata": {"name": "web", "namespace": world.namespace},
-        "spec": {"hosts": ["web"], "http": [{"route": [{"destination": {"host": "web"}}]}]},
+        "spec": {
+            "hosts": ["web"],
+            "http": [{"route": [{"destination": {"host": "web"}}], "retries": {"attempts": 0}}],
+        },
     }
-    with lab.applied(route):
+    with lab.applied([route, strict(world.namespace)]):
         lab.wait(
             lambda: enrolled(lab, world), 15, "all pods are enrolled", explain=lambda: stages(lab, world)
         )
         options = ["--count", 1_000_000, "--per-connection", 1_000_000, "--interval", 0.01]
         traffic = Traffic(world.pods["client1"], "http_client", f"http://{world.service}/", *options)
         time.sleep(1.0)
-        label(lab, world)
+        with hears_late(lab, late, 1.0):
+            label(lab, world)
         lab.wait(lambda: left(lab, world), 15, "all pods have left", explain=lambda: stages(lab, world))
         time.sleep(1.0)
         records = traffic.end(at_least=201)
@@ -209,14 +258,8 @@ def test_joining_under_strict(lab: Lab, world: World):
     """Whoever joins together with those that it talks to loses nothing; whoever stays outside is refused at the end."""
     lab.namespace("outside", mesh=False)
     outside = lab.pod(f"outside-{world.namespace}", node="node1", namespace="outside")
-    policy = {
-        "apiVersion": "security.istio.io/v1",
-        "kind": "PeerAuthentication",
-        "metadata": {"name": "default", "namespace": world.namespace},
-        "spec": {"mtls": {"mode": "STRICT"}},
-    }
     pods = world.pods
-    with lab.applied(policy), Talker(outside) as talker:
+    with lab.applied(strict(world.namespace)), Talker(outside) as talker:
         assert talker.open(pods["server2"].address, PLAIN_ECHO).ok
         traffic = steady(world)
         time.sleep(0.5)

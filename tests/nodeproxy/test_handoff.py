@@ -9,6 +9,7 @@ import time
 import msgspec
 import pytest
 
+from agent.api import LINGER
 from controlplane.api import Action, Authorization, NetworkPeer, NetworkPolicy, NetworkPort, NetworkRule
 from nodeproxy import api, loop
 from nodeproxy.api import Handoff, Status, Tlv
@@ -183,6 +184,28 @@ def test_to_this_node_and_out_of_the_mesh_directly(world: World, enrolled: bool)
     assert near.peers[0][0] == world.client_address
     assert world.a.proxy.pool.links() == []
     near.close()
+
+
+def test_an_endpoint_that_has_just_left_is_reached_by_the_mesh(world: World, server: Server):
+    """Until its own node, which judges plain text before it knows, has heard of it for certain."""
+    gone = msgspec.structs.replace(world.server, enrolled=False)
+    world.workloads[gone.uid] = gone
+    world.publish()
+    dial = header(world, (world.server_address, server.port))
+    with hand(world, dial) as sock:
+        assert status(sock) is Status.CONNECTED
+        [link] = world.a.proxy.pool.links()
+    time.sleep(LINGER)
+    world.a.call(lambda: link.close("test"))
+    with hand(world, dial) as sock:
+        assert status(sock) is Status.CONNECTED
+        assert world.a.proxy.pool.links() == []
+    # The next time it leaves counts from then.
+    world.workloads[gone.uid] = world.server
+    world.publish()
+    with hand(world, dial) as sock:
+        assert status(sock) is Status.CONNECTED
+        assert len(world.a.proxy.pool.links()) == 1
 
 
 def test_nobody_listens(world: World, server: Server):
