@@ -27,6 +27,7 @@ class Peer:
     enrolled: bool
     identity: int
     zone: int = 0  #: its number, for the accounts; 0 is unknown
+    leaving: bool = False  #: of another node, has just left the mesh, and is dialled by it still
     node: bool = False  #: a node, at which node ports are dialled
 
 
@@ -51,6 +52,7 @@ def compile_tables(
     attached: Mapping[str, tuple[str, ...]],
     numbers: Identities,
     host: Collection[str] = (),
+    lingering: Collection[str] = (),
     before: Tables = EMPTY,
 ) -> Tables:
     """Compile.
@@ -58,13 +60,14 @@ def compile_tables(
     :param attached: the pods whose namespaces this agent holds: UID to addresses, as the container runtime gave them.
     :param numbers: the numbering, which grows by what is new.
     :param host: addresses of the node itself, beside those that the controller knows.
+    :param lingering: UIDs of pods of other nodes that have left the mesh, and count as in it still.
     :param before: tables of an earlier state, of which is taken what is the same still.
     """
     numbered = {uid: numbers.number(label_of(mesh.workloads[uid])) for uid in sorted(mesh.workloads)}
     return Tables(
-        peers=_peers(mesh, node, attached, numbered, numbers),
+        peers=_peers(mesh, node, attached, numbered, numbers, lingering),
         frontends=compile_frontends(mesh.services, node, before.frontends),
-        policies=_policies(mesh, attached, numbers),
+        policies=_policies(mesh, attached, numbers, lingering),
         networks=_networks(mesh, node, attached, host),
         identities=numbered,
     )
@@ -76,6 +79,7 @@ def _peers(
     attached: Mapping[str, tuple[str, ...]],
     numbered: Mapping[str, int],
     numbers: Identities,
+    lingering: Collection[str],
 ) -> dict[str, Peer]:
     peers = _nodes(mesh, node, numbered, numbers)
     rank: dict[str, tuple[bool, bool, str]] = {}
@@ -92,7 +96,9 @@ def _peers(
                 # An enrolled pod of this node that is not attached has nobody who would judge at its end: it counts
                 # as remote, and who dials it has to find a node proxy there.
                 local = workload.node == node and not workload.enrolled
-                peers[address] = Peer(uid, local, workload.enrolled, numbered[uid], zone)
+                leaving = uid in lingering
+                enrolled = workload.enrolled or leaving
+                peers[address] = Peer(uid, local, enrolled, numbered[uid], zone, leaving)
     # On this node the runtime knows first and for certain who has an address.
     for uid, addresses in attached.items():
         known = mesh.workloads.get(uid)
@@ -127,11 +133,13 @@ def _nodes(mesh: Mesh, node: str, numbered: Mapping[str, int], numbers: Identiti
 
 
 def _policies(
-    mesh: Mesh, attached: Mapping[str, tuple[str, ...]], numbers: Identities
+    mesh: Mesh, attached: Mapping[str, tuple[str, ...]], numbers: Identities, lingering: Collection[str]
 ) -> dict[str, Verdicts]:
     # Of the whole mesh: datagrams of another node's pods are judged by who has their source's address. One that is attached and
     # not enrolled may have been: what it opened then goes on.
-    known = {w.identity for uid, w in mesh.workloads.items() if w.enrolled or uid in attached}
+    known = {
+        w.identity for uid, w in mesh.workloads.items() if w.enrolled or uid in attached or uid in lingering
+    }
     # Also numbers that were a workload's before its labels changed: connections from then still carry them.
     clients = numbers.principals(known)
     tables: dict[str, Verdicts] = {}

@@ -136,10 +136,8 @@ class Model:
             (wire.PEER_ENROLLED, "in the mesh", want.enrolled),
             (wire.PEER_NODE, "a node's own", want.node),
         )
-        # One that has just left is dialled as before for a moment.
-        leaving = bool(found.flags & wire.PEER_ENROLLED and found.flags & wire.PEER_JOINING)
         for flag, word, wished in flags:
-            if bool(found.flags & flag) is not wished and not (flag == wire.PEER_ENROLLED and leaving):
+            if bool(found.flags & flag) is not wished:
                 return f"peers {address}: {word} in the {'model' if wished else 'kernel'} only"
         if found.identity != want.identity:
             return f"peers {address}: identity {found.identity} in the kernel, {want.identity} in the model"

@@ -9,14 +9,15 @@ Owns the stages, their order and how long each lasts; a table, without I/O. Noth
 * ENROLLED: as every pod that came by CNI ADD, which begins here.
 
 A pod that leaves goes the same way back, and has left the kernel at its end. Other nodes dial it by the mesh for
-:data:`agent.api.LINGER` more, half of SETTLE: so a node may hear of it that much before the pod's own, which judges
-plain text until then, and as much after it.
+:data:`agent.api.LINGER` more. So a node may hear of it that much before the pod's own, which judges plain text until it has
+heard; and what remains of SETTLE and LAST_CALL after it, when nobody listens there for the mesh any more.
 """
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Collection
+from typing import NamedTuple
 
 #: Seconds as CAPTURED: until every node's agent and proxies have had the same update, and a SYN of before was repeated.
 SETTLE = 3.0
@@ -38,19 +39,30 @@ class Stage(enum.IntEnum):
     ENROLLED = 3
 
 
+class _At(NamedTuple):
+    stage: Stage
+    since: float
+    leaving: bool = False
+    lasts: float = 0.0  #: seconds that one that leaves stays there
+
+
 class Passages:
-    """The stages of this node's pods, by netns cookie. Every method has the time of now, in seconds of any clock."""
+    """The stages of this node's pods, by netns cookie. Every method has the time of now, in seconds of any clock.
+
+    One that turns round on its way has all of the time of the stage that it is in before it: other nodes may just have heard
+    that it went the other way.
+    """
 
     def __init__(self) -> None:
-        self._stages: dict[int, tuple[Stage, float]] = {}
+        self._places: dict[int, _At] = {}
 
     def adopt(self, cookie: int, stage: Stage, now: float) -> None:
         """A pod that a predecessor programmed."""
-        self._stages[cookie] = (stage, now)
+        self._places[cookie] = _At(stage, now)
 
     def stage(self, cookie: int) -> Stage | None:
-        found = self._stages.get(cookie)
-        return None if found is None else found[0]
+        found = self._places.get(cookie)
+        return None if found is None else found.stage
 
     def join(self, cookie: int, *, running: bool, reachable: bool, now: float) -> Stage:
         """The stage of a pod that is to be in the mesh, from now on.
@@ -58,52 +70,48 @@ class Passages:
         :param running: its processes were there before; a pod of an ADD has none yet.
         :param reachable: the proxies have the listeners that its connections need.
         """
-        stage, since = self._stages.get(cookie, (None, now))
-        match stage:
+        at = self._places.get(cookie)
+        match at:
             case None:
-                stage = Stage.PREPARED if running else Stage.ENROLLED
-            case Stage.PREPARED if reachable:
-                stage = Stage.CAPTURED
-            case Stage.CAPTURED if now - since >= SETTLE:
-                stage = Stage.ENROLLED
-        return self._enter(cookie, stage, now)
+                at = _At(Stage.PREPARED if running else Stage.ENROLLED, now)
+            case _At(leaving=True):
+                at = _At(at.stage, now)
+            case _At(Stage.PREPARED) if reachable:
+                at = _At(Stage.CAPTURED, now)
+            case _At(Stage.CAPTURED) if now - at.since >= SETTLE:
+                at = _At(Stage.ENROLLED, now)
+        self._places[cookie] = at
+        return at.stage
 
     def leave(self, cookie: int, now: float) -> Stage | None:
         """The stage of a pod that is to leave and lives on; None when it has left."""
-        stage, since = self._stages.get(cookie, (None, now))
-        match stage:
-            case None:
+        at = self._places.get(cookie)
+        if at is None:
+            return None
+        if not at.leaving:
+            at = _At(min(at.stage, Stage.CAPTURED), now, leaving=True, lasts=SETTLE)
+        elif now - at.since >= at.lasts:
+            if at.stage is Stage.PREPARED:
+                del self._places[cookie]
                 return None
-            case Stage.ENROLLED:
-                stage = Stage.CAPTURED
-            case Stage.CAPTURED if now - since >= SETTLE:
-                stage = Stage.PREPARED
-            case Stage.PREPARED if now - since >= LAST_CALL:
-                del self._stages[cookie]
-                return None
-        return self._enter(cookie, stage, now)
+            at = _At(Stage.PREPARED, now, leaving=True, lasts=LAST_CALL)
+        self._places[cookie] = at
+        return at.stage
 
     def keep(self, cookies: Collection[int]) -> None:
         """Forget all others: they have ended."""
-        for cookie in self._stages.keys() - set(cookies):
-            del self._stages[cookie]
+        for cookie in self._places.keys() - set(cookies):
+            del self._places[cookie]
 
-    def next(self, *, leaving: Collection[int], now: float) -> float | None:
-        """Seconds until one is to be asked about again; None when all are where they are to be."""
+    def next(self, cookies: Collection[int], now: float) -> float | None:
+        """Seconds until one of these is to be asked about again; None when all are where they are to be."""
         waits = []
-        for cookie, (stage, since) in self._stages.items():
-            if cookie in leaving:
-                waits.append(
-                    {Stage.PREPARED: LAST_CALL, Stage.CAPTURED: SETTLE}.get(stage, 0.0) - (now - since)
-                )
-            elif stage is Stage.PREPARED:
-                waits.append(min(max(POLL, (now - since) / 8), POLL_MOST))
-            elif stage is Stage.CAPTURED:
-                waits.append(SETTLE - (now - since))
+        for cookie in cookies:
+            match self._places.get(cookie):
+                case _At(since=since, leaving=True, lasts=lasts):
+                    waits.append(lasts - (now - since))
+                case _At(Stage.PREPARED, since):
+                    waits.append(min(max(POLL, (now - since) / 8), POLL_MOST))
+                case _At(Stage.CAPTURED, since):
+                    waits.append(SETTLE - (now - since))
         return max(0.0, min(waits)) if waits else None
-
-    def _enter(self, cookie: int, stage: Stage, now: float) -> Stage:
-        known = self._stages.get(cookie)
-        if known is None or known[0] is not stage:
-            self._stages[cookie] = (stage, now)
-        return stage

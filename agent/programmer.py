@@ -150,14 +150,12 @@ class Programmer:
         *,
         sealed: Collection[int],
         joining: Collection[str] = (),
-        lingering: Collection[str] = (),
         left: Collection[int] = (),
     ) -> Outcome:
         """Make the kernel agree.
 
         :param specs: the enrolled pods by netns cookie.
         :param joining: UIDs of pods that other nodes may not have captured yet.
-        :param lingering: UIDs of pods of other nodes that have left the mesh, and are dialled by it still.
         :param left: pods that run on, so that what is open in their namespace must go on.
         :param sealed: pods that still run and that nobody knows any more: those that the kernel has stay captured, and
             nobody may connect to them.
@@ -177,14 +175,10 @@ class Programmer:
         addresses |= {address for pod in self._pods.values() for address in pod.addresses}
         peers = {a: peer for a, peer in tables.peers.items() if a not in addresses}
         for address, peer in peers.items():
-            lingers = peer.uid in lingering
+            # Plain text of both is judged as anybody's.
+            joins_or_leaves = peer.leaving or peer.uid in joining
             told = facade.Peer(
-                peer.local,
-                peer.enrolled or lingers,
-                peer.identity,
-                lingers or peer.uid in joining,
-                peer.zone,
-                peer.node,
+                peer.local, peer.enrolled, peer.identity, joins_or_leaves, peer.zone, peer.node
             )
             if self._peers.get(address) != told:
                 try:

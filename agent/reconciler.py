@@ -190,6 +190,7 @@ class Reconciler:
             attached=attached,
             numbers=self._state.numbers,
             host=self._programmer.host_addresses(),
+            lingering=self._still(self._lingering),
             before=self.tables,
         )
         self._state.save_numbers()
@@ -201,11 +202,10 @@ class Reconciler:
             specs,
             sealed=unknown | self._orphans,
             joining=self._still(self._joining),
-            lingering=self._still(self._lingering),
             left=sandboxes.keys() - specs.keys(),
         )
         self.tables = tables
-        self._plan({cookie for cookie, spec in specs.items() if spec.leaving})
+        self._plan(specs)
         if outcome.verdicts_changed:
             self._tasks.start(self._sweeper.sweep(), name="sweep")
         await self._tell(mesh, {cookie: sandboxes[cookie] for cookie in specs if cookie not in outcome.pods})
@@ -248,13 +248,13 @@ class Reconciler:
                 )
         return specs
 
-    def _plan(self, leaving: Collection[int]) -> None:
-        """Come back when the next stage of a pod is due."""
+    def _plan(self, cookies: Collection[int]) -> None:
+        """Come back when the next stage of one of these pods is due."""
         loop = asyncio.get_running_loop()
         if self._next is not None:
             self._next.cancel()
         waits = [until - self._now() for until in (*self._joining.values(), *self._lingering.values())]
-        if (stage := self.passages.next(leaving=leaving, now=self._now())) is not None:
+        if (stage := self.passages.next(cookies, self._now())) is not None:
             waits.append(stage)
         self._next = loop.call_later(max(0.0, min(waits)), self._dirty.set) if waits else None
 
@@ -263,7 +263,7 @@ class Reconciler:
         now = self._now()
         for uid in [uid for uid, until in passages.items() if until <= now]:
             del passages[uid]
-        return passages.keys()
+        return frozenset(passages)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
@@ -341,7 +341,10 @@ class Reconciler:
         joining = self._programmer.joining()
         for workload in self._state.mesh.workloads.values():
             if not joining.isdisjoint(workload.addresses):
-                self._joining[workload.uid] = self._now() + GRACE
+                if workload.enrolled:
+                    self._joining[workload.uid] = self._now() + GRACE
+                elif workload.node != self._name:
+                    self._lingering[workload.uid] = self._now() + api.LINGER
         self._orphans = set(living - self._state.pods.sandboxes().keys())
         if self._orphans:
             _log.error(

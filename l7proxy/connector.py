@@ -2,7 +2,8 @@
 
 Owns the I/O of connecting. An endpoint on this node, or outside the mesh, is dialled on a socket that the agent made in the
 source pod's namespace, so that the kernel judges it as any other connection of that pod. An enrolled endpoint on another node
-goes to the node proxy with one header; nothing is ever dialled there in plain text.
+goes to the node proxy with one header; nothing is ever dialled there in plain text. One that is enrolled where this proxy has not
+heard it (yet, or any more) the kernel turns to the node proxy, too.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class Connector:
     def tunnelled(self, node: str, enrolled: bool) -> bool:
         """Whether an endpoint's connections go through the node proxy."""
         return enrolled and node != self._node
+
+    def elsewhere(self, node: str) -> bool:
+        """Whether the node proxy may carry an endpoint's connections, whatever was heard of it."""
+        return node not in ("", self._node)
 
     def connect(self, pool: HostPool, timeout: float, client_port: int) -> None:
         """Begin; the pool hears how it went. ``timeout`` is the cluster's connect timeout in seconds."""

@@ -39,15 +39,22 @@ class Waiter(Protocol):
 
 class HostPool:
     __slots__ = (
-        "_connect", "_idle", "_waiters", "closed", "connecting", "connections", "endpoint", "pod", "series", "tunnelled",
+        "_connect", "_idle", "_waiters", "ages", "closed", "connecting", "connections", "endpoint", "pod", "series", "tunnelled",
     )  # fmt: skip
 
     def __init__(
-        self, pod: Pod, endpoint: Endpoint, tunnelled: bool, connect: Callable[[HostPool, float, int], None]
+        self,
+        pod: Pod,
+        endpoint: Endpoint,
+        tunnelled: bool,
+        connect: Callable[[HostPool, float, int], None],
+        *,
+        ages: bool,
     ) -> None:
         self.pod = pod
         self.endpoint = endpoint
-        self.tunnelled = tunnelled  #: by the node proxy to another node
+        self.tunnelled = tunnelled  #: handed to the node proxy
+        self.ages = ages  #: the node proxy may carry them: none is older than TUNNEL_AGE
         self._connect = connect
         self._idle: list[tuple[UpstreamConnection, float]] = []
         self._waiters: deque[tuple[Waiter, Cluster, int]] = deque()  #: with its cluster and its client's port
@@ -108,7 +115,7 @@ class HostPool:
             self._offer(connection)
 
     def _old(self, connection: UpstreamConnection) -> bool:
-        return self.tunnelled and monotonic() - connection.made > TUNNEL_AGE
+        return self.ages and monotonic() - connection.made > TUNNEL_AGE
 
     def lost(self, connection: UpstreamConnection) -> None:
         self.connections.discard(connection)
@@ -118,7 +125,7 @@ class HostPool:
 
     def sweep(self, now: float, *, wanted: bool) -> bool:
         """Close what has been idle too long, or everything idle if no configuration wants this endpoint. True: empty."""
-        limit = now - (TUNNEL_AGE if self.tunnelled else IDLE_TIMEOUT) if wanted else now
+        limit = now - (TUNNEL_AGE if self.ages else IDLE_TIMEOUT) if wanted else now
         stale = [connection for connection, since in self._idle if since <= limit]
         self._idle = [item for item in self._idle if item[1] > limit]
         for connection in stale:

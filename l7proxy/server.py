@@ -153,7 +153,8 @@ class Proxy:
 
     def new_pool(self, pod: Pod, endpoint: Endpoint) -> HostPool:
         tunnelled = self.connector.tunnelled(endpoint.node, endpoint.enrolled)
-        pool = HostPool(pod, endpoint, tunnelled, self.connector.connect)
+        ages = self.connector.elsewhere(endpoint.node)
+        pool = HostPool(pod, endpoint, tunnelled, self.connector.connect, ages=ages)
         pod.pools[endpoint.key] = pool
         return pool
 
@@ -363,7 +364,7 @@ class Proxy:
         """The node proxy that carries connections to other nodes ends one day: requests go through its successor."""
         for pod in self.pods.values():
             for pool in pod.pools.values():
-                if pool.tunnelled:
+                if pool.ages:
                     pool.renew()
 
     def reopen_access_log(self) -> None:

@@ -32,8 +32,9 @@ _log = logs.get(__name__)
 
 #: Seconds from the CONNECT to its answer.
 ANSWER_TIMEOUT = 25.0
-#: Seconds that a destination may stay unknown: the controller's stream may be behind the kernel's tables.
-UNKNOWN_PATIENCE = 2.0
+#: Seconds that a destination may stay unknown: the controller's stream may be behind the kernel's tables, on a node that has just
+#: started by seconds.
+UNKNOWN_PATIENCE = 5.0
 #: Seconds between attempts to reach a pod that its node is just taking into the mesh.
 JOINING_RETRY = 0.05
 #: The part of this process's descriptors that the tunnels of one pod may take: the others of its node want some too.

@@ -138,6 +138,19 @@ class TestPolicies:
             tables.identities["uid-far"],
         }
 
+    def test_one_of_another_node_that_has_just_left_counts_as_in_the_mesh(self):
+        """Its datagrams too: they are judged by its number, and its number needs verdicts."""
+        far = workload("far", node="n2", addresses=("10.0.2.1",), enrolled=False)
+        here = workload("here", addresses=("10.0.1.1",), policies=("default/deny",))
+        state, numbers = mesh(here, far, allow("deny", "x", action=Action.DENY)), Identities()
+        attached = {here.uid: here.addresses}
+        for lingering in ((), (far.uid,)):
+            tables = compile_tables(state, node="n1", attached=attached, numbers=numbers, lingering=lingering)
+            peer = tables.peers["10.0.2.1"]
+            assert (peer.enrolled, peer.leaving) == (bool(lingering), bool(lingering))
+            judged = {identity for identity, _ in tables.policies[here.uid].table}
+            assert (peer.identity in judged) == bool(lingering)
+
     def test_policies_that_tell_none_apart_have_one_entry_for_all(self):
         state = mesh(workload("client"), workload("server", policies=("default/p",)), allow("p", ports=(80,)))
         found = compile_tables(state, node="n1", attached={"uid-server": ()}, numbers=Identities())

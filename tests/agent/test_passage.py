@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent import processes, sandboxes
+from agent.api import LINGER
 from agent.passage import LAST_CALL, POLL, POLL_MOST, SETTLE, Passages, Stage
 from lab import cgroups
 from tests.agent.pods import Netns
@@ -26,21 +27,39 @@ def test_the_way_in_and_out():
     passages = Passages()
     join = lambda now, reachable=True: passages.join(1, running=True, reachable=reachable, now=now)  # noqa: E731
     assert join(0.0, False) is Stage.PREPARED
-    assert passages.next(leaving=(), now=0.0) == POLL
+    assert passages.next({1}, 0.0) == POLL
     assert join(99.0, False) is Stage.PREPARED
-    assert passages.next(leaving=(), now=99.0) == POLL_MOST
+    assert passages.next({1}, 99.0) == POLL_MOST
+    assert passages.next((), 99.0) is None
     assert join(100.0) is Stage.CAPTURED
-    assert passages.next(leaving=(), now=101.0) == pytest.approx(SETTLE - 1)
+    assert passages.next({1}, 101.0) == pytest.approx(SETTLE - 1)
     assert join(100.0 + SETTLE - 0.1) is Stage.CAPTURED
     assert join(100.0 + SETTLE) is Stage.ENROLLED
-    assert passages.next(leaving=(), now=200.0) is None
+    assert passages.next({1}, 200.0) is None
     assert passages.leave(1, 200.0) is Stage.CAPTURED
     assert passages.leave(1, 200.0 + SETTLE - 0.1) is Stage.CAPTURED
     assert passages.leave(1, 200.0 + SETTLE) is Stage.PREPARED
-    assert passages.next(leaving=(1,), now=200.0 + SETTLE) == pytest.approx(LAST_CALL)
+    assert passages.next({1}, 200.0 + SETTLE) == pytest.approx(LAST_CALL)
     assert passages.leave(1, 200.0 + SETTLE + LAST_CALL) is None
     assert passages.stage(1) is None
     assert passages.leave(1, 300.0) is None
+
+
+@pytest.mark.parametrize("stage", [Stage.PREPARED, Stage.CAPTURED])
+def test_who_turns_round_has_the_time_of_its_stage_before_it(stage):
+    """Other nodes have just heard of the first change, and dial by that until they hear of the second."""
+    passages = Passages()
+    join = lambda now: passages.join(1, running=True, reachable=stage is Stage.CAPTURED, now=now)  # noqa: E731
+    assert join(0.0) is Stage.PREPARED
+    assert join(10.0) is stage
+    assert passages.leave(1, 10.0 + SETTLE - 0.1) is stage
+    assert passages.leave(1, 10.0 + 2 * SETTLE - 0.2) is stage
+    assert passages.next({1}, 10.0 + 2 * SETTLE - 0.2) == pytest.approx(0.1)
+    assert SETTLE > LINGER  # nobody listens there for the mesh afterwards
+    if stage is Stage.CAPTURED:
+        assert join(10.0 + 2 * SETTLE - 0.1) is Stage.CAPTURED
+        assert join(10.0 + 3 * SETTLE - 0.2) is Stage.CAPTURED
+        assert join(10.0 + 3 * SETTLE) is Stage.ENROLLED
 
 
 @pytest.mark.parametrize(

@@ -242,22 +242,6 @@ def test_a_changed_entry_is_a_difference(
     node.write()
 
 
-def test_one_that_has_just_left_is_no_difference(kernel: Kernel):
-    """Another node's pods are dialled as before for a moment."""
-    node = Node(kernel, mesh(workload("far", node="n2", enrolled=False)))
-    key = wire.pack_address(ADDRESSES["far"])
-    peer = wire.Peer.unpack(node.kernel.maps["peers"].lookup(key) or b"")
-    for flags, differences in (
-        (wire.PEER_ENROLLED | wire.PEER_JOINING, []),
-        (wire.PEER_ENROLLED, [f"peers {ADDRESSES['far']}: in the mesh in the kernel only"]),
-    ):
-        node.kernel.put("peers", key, wire.Peer(peer.netns, peer.identity, flags))
-        answer = ask(node, "shop/client", ADDRESSES["far"])
-        assert answer["endpoints"][0]["way"] == "captured:15001"
-        assert answer["differences"] == differences
-    node.write()
-
-
 def test_a_policy_that_the_kernel_forgot_is_a_difference(kernel: Kernel):
     node = Node(kernel, mesh(policy("deny", Action.DENY, "client"), policies=("shop/deny",)))
     netns = node.cookie(node.mesh.workloads["uid-server"])

@@ -1,10 +1,9 @@
 """What the plugin's process imports and how long it takes to start: a runtime starts it several times per pod."""
 
 import os
-import statistics
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -58,22 +57,20 @@ def test_the_environment_changes_nothing(tmp_path):
 
 
 def test_it_starts_fast(tmp_path):
-    """Compared with the bare interpreter on the same busy machine; about 9 ms against 7 on an idle one."""
+    """By the processors' time that it takes, so that others on the machine count little; about 9 ms against 7."""
     plugin = install(tmp_path)
     interpreter = os.path.realpath(sys.executable)
 
-    def median(command, stdin):
-        times = []
-        for _ in range(15):
-            begin = time.perf_counter()
-            subprocess.run(
-                command, input=stdin, env={"CNI_COMMAND": "VERSION"}, stdout=subprocess.DEVNULL, check=True
-            )
-            times.append(time.perf_counter() - begin)
-        return statistics.median(times)
+    def cost(*command):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(
+            command, input=b"{}", env={"CNI_COMMAND": "VERSION"}, stdout=subprocess.DEVNULL, check=True
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    bare = median([interpreter, "-ISE", "-c", ""], b"")
-    ours = median([plugin], b"{}")
+    rounds = [(cost(plugin), cost(interpreter, "-ISE", "-c", "")) for _ in range(15)]
+    ours, bare = (min(times) for times in zip(*rounds, strict=True))
     print(f"plugin {ours * 1000:.1f} ms, bare interpreter {bare * 1000:.1f} ms")
     assert ours < max(0.015, bare * 2.5)
 

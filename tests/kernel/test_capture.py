@@ -470,7 +470,7 @@ def test_what_l7proxy_dials_of_the_mesh_on_another_node_is_the_node_proxys(node,
 
 
 def test_proxies_are_not_captured(node, client, remote, family):
-    """Their own dials from the pod's namespace go where they say; to the mesh on other nodes only the node proxy's, by HBONE."""
+    """Their own dials out of the mesh go where they say; to the mesh on other nodes the node proxy's do, by HBONE."""
     host = node.worker("host")
     with host.listen((node.gateway, PORT_HBONE)) as listener:
         for role, enrolled in (("agent", False), ("nodeproxy", True), ("l7proxy", False)):
