@@ -17,7 +17,7 @@ import grpc.aio
 import msgspec
 
 from common import logs
-from common.channels import CLIENT_OPTIONS
+from common.channels import CLIENT_OPTIONS, first_answered
 from controlplane.api import (
     METHOD_SUBSCRIBE,
     Ack,
@@ -123,8 +123,8 @@ class Stream:
             ("grpc.enable_retries", 0),
         ]
         credentials = grpc.ssl_channel_credentials(root_certificates=roots)
-        async with grpc.aio.secure_channel(
-            self._settings.controller, credentials, options=options
+        async with first_answered(
+            lambda: grpc.aio.secure_channel(self._settings.controller, credentials, options=options)
         ) as channel:
             outgoing: asyncio.Queue[ClientMessage | None] = asyncio.Queue()
             await outgoing.put(

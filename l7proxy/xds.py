@@ -17,7 +17,7 @@ from envoy.config.core.v3 import base_pb2
 from envoy.service.discovery.v3 import discovery_pb2
 
 from common import logs
-from common.channels import CLIENT_OPTIONS
+from common.channels import CLIENT_OPTIONS, first_answered
 from l7proxy.model import Config
 from l7proxy.resources import TYPES, Resources
 
@@ -114,7 +114,9 @@ class XdsClient:
     async def _session(self) -> None:
         credentials = grpc.ssl_channel_credentials(root_certificates=self._roots.read_bytes())
         token = self._credential.read_text().strip()
-        async with grpc.aio.secure_channel(self._target, credentials, options=_OPTIONS) as channel:
+        async with first_answered(
+            lambda: grpc.aio.secure_channel(self._target, credentials, options=_OPTIONS)
+        ) as channel:
             method = channel.stream_stream(
                 METHOD,
                 request_serializer=discovery_pb2.DeltaDiscoveryRequest.SerializeToString,

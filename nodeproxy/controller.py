@@ -46,6 +46,8 @@ _SIGN_TIMEOUT = 10.0
 _MAX_MESSAGE = 256 * 1024 * 1024
 
 _OPTIONS = [
+    # Attempts come one after the other here, each longer than the one before. The first word on an option counts.
+    ("grpc.min_reconnect_backoff_ms", 1_000),
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
     *CLIENT_OPTIONS,
     ("grpc.max_reconnect_backoff_ms", 5_000),

@@ -195,6 +195,8 @@ def check_clients_of_the_other_node(
         f"off, withdrawn after {withdrawn - off:.1f} s, ready again after {back - off:.1f} s: {len(records)} connections,"
         f" {len(bad)} failed, {len(during)} of them in the first {until - off:.1f} s"
     )
+    for record in bad:
+        print(f"  after {record['at'] - off:.1f} s for {record['seconds']:.1f} s: {record['outcome']}")
     assert [record for record in bad if record not in during] == []
     by = served_since(records, back)
     assert len(by) == 2, f"served by {by} only since {back}"

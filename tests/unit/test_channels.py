@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from common.channels import CLIENT_OPTIONS, CONNECT, PING, PONG, SERVER_OPTIONS
+from common.channels import BESIDE, CLIENT_OPTIONS, CONNECT, PING, PONG, SERVER_OPTIONS, first_answered
 
 METHOD = "/test/Follow"
 
@@ -95,3 +95,47 @@ async def test_an_attempt_at_an_address_where_nobody_answers_ends(server: int) -
             await asyncio.wait_for(anext(_follow(channel)), CONNECT + 10)
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     silent.close()
+
+
+async def test_of_several_machines_behind_one_address_one_that_answers_is_found(server: int) -> None:
+    """Each connection is another draw: the first three are with a machine that is gone."""
+    relay = Silence(server)
+    draws = 0
+
+    async def balance(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal draws
+        draws += 1
+        if draws > 3:
+            await relay.serve(reader, writer)
+
+    balancer = await asyncio.start_server(balance, "127.0.0.1", 0)
+    port = balancer.sockets[0].getsockname()[1]
+    began = time.monotonic()
+    async with first_answered(
+        lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CLIENT_OPTIONS)
+    ) as channel:
+        # Three and a half turns at least, and before the first one was given up.
+        assert draws == 4
+        assert 3 * BESIDE <= time.monotonic() - began < CONNECT
+        assert await anext(_follow(channel)) == b"first"
+        assert draws == 4
+    balancer.close()
+
+
+async def test_one_that_refuses_is_heard_of_at_once() -> None:
+    """And one where nobody answers at all, when its time is over."""
+    gone = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0)
+    port = gone.sockets[0].getsockname()[1]
+    for silent in (True, False):
+        if not silent:
+            gone.close()
+            await gone.wait_closed()
+        began = time.monotonic()
+        async with first_answered(
+            lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CLIENT_OPTIONS)
+        ) as channel:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await anext(_follow(channel))
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        if silent:
+            assert time.monotonic() - began >= CONNECT - BESIDE
