@@ -135,18 +135,23 @@ struct endpoint {
 };
 
 /*
- * services: endpoint -> service. Its backends are those of (id, generation), all there before this names them. Node ports
- * stand under ::ffff:0.0.0.0 and ::.
+ * services: endpoint -> service. Few backends stand in it, so that no other map has to be asked, and share alike; else its
+ * backends are those of (id, generation), all there before this names them. No two values ever have the same id and generation.
+ * Node ports stand under ::ffff:0.0.0.0 and ::.
  */
 #define SERVICE_L7 1		 /* a backend, if there is one, is by what the proxy knows the service */
 #define SERVICE_AFFINITY 2	 /* a client keeps its backend */
 #define SERVICE_MEMBERS 4	 /* its backends are in members */
+#define SERVICE_FEW 8		 /* its backends are in few */
 #define SERVICE_AFFINITY_SHIFT 8 /* for so many seconds after it dialled last: flags >> this */
+#define FEW_BACKENDS 16
+#define DRAWS 4 /* of a backend, where the service changes at the same time */
 struct service {
 	__u32 id;
 	__u32 generation;
 	__u32 count;
 	__u32 flags;
+	struct endpoint few[FEW_BACKENDS];
 };
 
 /* backends: backend_key -> backend; slots from 0 to count - 1. */

@@ -32,6 +32,9 @@ POD_NO_SPLICE = 4
 SERVICE_L7 = 1
 SERVICE_AFFINITY = 2
 SERVICE_MEMBERS = 4
+SERVICE_FEW = 8
+#: How often a backend is drawn before there is none, where the service changes at the same time.
+DRAWS = 4
 SERVICE_AFFINITY_SHIFT = 8
 #: In :class:`Backend`: the slot is all its own.
 SHARE_WHOLE = 0xFFFFFFFF
@@ -309,15 +312,32 @@ class Endpoint(Record):
     pad: int = 0
 
 
+def _pack_few(endpoints: tuple[Endpoint, ...]) -> bytes:
+    return b"".join(endpoint.pack() for endpoint in endpoints)
+
+
+def _unpack_few(data: bytes) -> tuple[Endpoint, ...]:
+    size = Endpoint.LAYOUT.size
+    parts = (data[at : at + size] for at in range(0, len(data), size))
+    return tuple(Endpoint.unpack(part) for part in parts if any(part))
+
+
+#: How many backends a service may have in itself.
+FEW_BACKENDS = 16
+#: Of them those that there are, one after the other.
+FEW = Kind(f"{FEW_BACKENDS * Endpoint.LAYOUT.size}s", _pack_few, _unpack_few)
+
+
 @dataclass(frozen=True, slots=True)
 class Service(Record):
-    """Value of ``services``."""
+    """Value of ``services``. ``few``: the backends where they stand in it, else empty."""
 
-    LAYOUT = Layout("service", id=U32, generation=U32, count=U32, flags=U32)
+    LAYOUT = Layout("service", id=U32, generation=U32, count=U32, flags=U32, few=FEW)
     id: int
     generation: int
     count: int
     flags: int
+    few: tuple[Endpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

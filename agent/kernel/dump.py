@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.kernel.errors import KernelError
-from agent.kernel.steps import reason_text
+from agent.kernel.steps import end_text, reason_text
 from agent.kernel.tables import Tables, block_text
 from bpf import maps, schema, usage, wire
 from bpf.limits import UNSIZED
@@ -147,11 +147,14 @@ def _shown(kind: Kind, data: bytes) -> Any:
                 return wire.Role(struct.unpack("=I", data)[0]).name.lower()
         return struct.unpack({4: "=I", 8: "=Q"}[len(data)], data)[0]
     record = kind.unpack(data)
-    shown = {}
+    shown: dict[str, Any] = {}
     for member in kind.LAYOUT.members:
         if member not in ("pad", "filler"):
             value = getattr(record, member)
-            shown[member] = value.hex() if isinstance(value, bytes) else value
+            if isinstance(value, tuple):
+                shown[member] = [end_text(end.address, end.port) for end in value]
+            else:
+                shown[member] = value.hex() if isinstance(value, bytes) else value
     return shown
 
 

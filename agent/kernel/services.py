@@ -2,6 +2,7 @@
 
 Owns how a service changes under running programs, so that none ever finds no backend, or one that is not the service's:
 
+- Few backends without weights stand in the service itself, which is written as a whole.
 - Few backends of many change: slots are rewritten one by one (a removed backend's gets an added one, or the last), then the
   number of slots is changed, then what is beyond it goes. What is written grows with the change and not with the service.
 - Otherwise, and where backends have different weights, all slots are written under a new generation, then the service names
@@ -16,6 +17,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import replace
 from typing import NamedTuple
 
 from agent.kernel.model import Backend, Frontend, Service
@@ -25,13 +27,13 @@ from bpf.wire import Protocol
 
 _U32 = 0xFFFFFFFF
 #: Slots are rewritten one by one while no more than one in so many changes.
-_FEW = 4
+_EDITED = 4
 
 
 class _Known(NamedTuple):
     """One service in the kernel. ``slots`` are in the kernel's order; their weights are 0 in a predecessor's alias table."""
 
-    service: wire.Service
+    service: wire.Service  #: without those that stand in it
     slots: Sequence[Backend]
     weighted: bool = False
 
@@ -57,10 +59,11 @@ class Services:
             self._next = max(self._next, service.id + 1)
             slots = by_generation.get(_generation(service), {})
             raw = [wire.Backend.unpack(slots.pop(slot)) for slot in range(service.count) if slot in slots]
+            ends = service.few if _has_few(service.flags) else raw
             # A table that is not whole, or of weights, is written anew when it is set.
-            weighted = len(raw) != service.count or any(one.share != wire.SHARE_WHOLE for one in raw)
-            backends_found = tuple(Backend(one.address, one.port, 0 if weighted else 1) for one in raw)
-            self._known[frontend] = _Known(service, backends_found, weighted)
+            weighted = len(ends) != service.count or any(one.share != wire.SHARE_WHOLE for one in raw)
+            backends_found = tuple(Backend(one.address, one.port, 0 if weighted else 1) for one in ends)
+            self._known[frontend] = _Known(replace(service, few=()), backends_found, weighted)
         for generation, slots in by_generation.items():
             for slot in slots:
                 backends.delete(generation + struct.pack("=I", slot))
@@ -82,16 +85,18 @@ class Services:
         flags = wire.SERVICE_L7 if l7 else 0
         if affinity:
             flags |= wire.SERVICE_AFFINITY | affinity << wire.SERVICE_AFFINITY_SHIFT
-        if affinity or key.protocol == Protocol.UDP:
-            flags |= wire.SERVICE_MEMBERS
         known = self._known.get(key)
         weighted = len({backend.weight for backend in wanted}) > 1
+        if not weighted and len(wanted) <= wire.FEW_BACKENDS:
+            flags |= wire.SERVICE_FEW
+        elif affinity or key.protocol == Protocol.UDP:
+            flags |= wire.SERVICE_MEMBERS
         if known is None:
             new = wire.Service(self._next, 0, len(wanted), flags)
             self._next = (self._next + 1) & _U32
             self._swap(key, None, new, wanted, weighted)
             return
-        if _has_members(known.service.flags) == _has_members(flags) and not weighted and not known.weighted:
+        if _kept_in(known.service.flags) == _kept_in(flags) and not weighted and not known.weighted:
             had = set(known.slots)
             added = [backend for backend in wanted if backend not in had]
             removed = had.difference(wanted)
@@ -100,7 +105,7 @@ class Services:
                 same = {backend: backend for backend in wanted}
                 self._known[key] = known._replace(slots=tuple(same[backend] for backend in known.slots))
                 return
-            if (len(added) + len(removed)) * _FEW <= len(wanted):
+            if not _has_few(flags) and (len(added) + len(removed)) * _EDITED <= len(wanted):
                 self._edit(key, known, flags, added, removed)
                 return
         elif weighted and known.weighted and known.service.flags == flags and known.slots == wanted:
@@ -116,11 +121,16 @@ class Services:
             return False
         service = known.service
         with_members = _has_members(service.flags)
-        whole = self._services.lookup(key.pack()) == service.pack() and all(
-            (value := self._backends.lookup(_slot(service, slot))) is not None
-            and value.startswith(wire.Endpoint(backend.address, backend.port, key.protocol).pack())
-            and not (with_members and self._members.lookup(_member(service, backend, key.protocol)) is None)
-            for slot, backend in enumerate(known.slots)
+        whole = self._services.lookup(key.pack()) == _packed(key, service, known.slots) and (
+            _has_few(service.flags)
+            or all(
+                (value := self._backends.lookup(_slot(service, slot))) is not None
+                and value.startswith(wire.Endpoint(backend.address, backend.port, key.protocol).pack())
+                and not (
+                    with_members and self._members.lookup(_member(service, backend, key.protocol)) is None
+                )
+                for slot, backend in enumerate(known.slots)
+            )
         )
         if not whole:
             slots = tuple(backend._replace(weight=0) for backend in known.slots)
@@ -153,15 +163,15 @@ class Services:
         wanted: tuple[Backend, ...],
         weighted: bool,
     ) -> None:
-        """All slots anew, under another generation."""
+        """All anew, under another generation."""
         table = alias_table([backend.weight for backend in wanted]) if weighted else None
         try:
-            for slot, backend in enumerate(wanted):
+            for slot, backend in enumerate(() if _has_few(new.flags) else wanted):
                 share, other = table[slot] if table is not None else (wire.SHARE_WHOLE, slot)
                 self._put(new, slot, backend, key.protocol, other, share)
                 if _has_members(new.flags):
                     self._members.update(_member(new, backend, key.protocol), _NOTHING)
-            self._services.update(key.pack(), new.pack())
+            self._services.update(key.pack(), _packed(key, new, wanted))
         except OSError:
             self._delete(new, wanted, key.protocol)
             raise
@@ -232,6 +242,8 @@ class Services:
         self._backends.update(_slot(service, slot), value.pack())
 
     def _delete(self, service: wire.Service, slots: Iterable[Backend], protocol: int) -> None:
+        if _has_few(service.flags):
+            return
         for slot in range(service.count):
             self._backends.delete(_slot(service, slot))
         if _has_members(service.flags):
@@ -284,6 +296,23 @@ def _checked(backends: Iterable[Backend], protocol: int) -> tuple[Backend, ...]:
 
 def _has_members(flags: int) -> bool:
     return bool(flags & wire.SERVICE_MEMBERS)
+
+
+def _has_few(flags: int) -> bool:
+    return bool(flags & wire.SERVICE_FEW)
+
+
+def _kept_in(flags: int) -> int:
+    """Where the backends are."""
+    return flags & (wire.SERVICE_FEW | wire.SERVICE_MEMBERS)
+
+
+def _packed(key: wire.Endpoint, service: wire.Service, slots: Iterable[Backend]) -> bytes:
+    """As it is in the map: with the backends, if it has them in itself."""
+    if not _has_few(service.flags):
+        return service.pack()
+    ends = tuple(wire.Endpoint(backend.address, backend.port, key.protocol) for backend in slots)
+    return replace(service, few=ends).pack()
 
 
 def _generation(service: wire.Service) -> bytes:

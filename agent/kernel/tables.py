@@ -145,6 +145,10 @@ class Tables:
 
     def slots(self, service: wire.Service) -> tuple[list[Slot], list[int]]:
         """The backends with what ``draw()`` gives to each, and the slots that are not there."""
+        if service.flags & wire.SERVICE_FEW:
+            alike = 1.0 / max(1, service.count)
+            ends = sorted((end.address, end.port) for end in service.few)
+            return [Slot(*end, alike) for end in ends], list(range(len(ends), service.count))
         raw: dict[int, wire.Backend] = {}
         missing = []
         for slot in range(service.count):
@@ -175,6 +179,9 @@ class Tables:
         seconds = service.flags >> wire.SERVICE_AFFINITY_SHIFT
         if time.clock_gettime_ns(time.CLOCK_MONOTONIC) - last.used >= seconds * 1_000_000_000:
             return None
+        if service.flags & wire.SERVICE_FEW:
+            found = any((end.address, end.port) == (last.address, last.port) for end in service.few)
+            return (last.address, last.port) if found else None
         member = wire.MemberKey(service.id, service.generation, last.address, last.port, last.protocol)
         if self._maps["members"].lookup(member.pack()) is None:
             return None

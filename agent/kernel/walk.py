@@ -180,7 +180,10 @@ class Walker(Arrivals):
         """As ``choose()``."""
         slots, missing = self._tables.slots(service)
         kept = self._tables.kept(question.netns, service)
-        maps = ("backends", "affinity", "members") if service.flags & wire.SERVICE_AFFINITY else ("backends",)
+        few = bool(service.flags & wire.SERVICE_FEW)
+        maps: tuple[str, ...] = ("services",) if few else ("backends",)
+        if service.flags & wire.SERVICE_AFFINITY:
+            maps += ("affinity",) if few else ("affinity", "members")
         lost = 0.0
         if kept is not None:
             slots = [Slot(*kept, 1.0)]
@@ -191,17 +194,19 @@ class Walker(Arrivals):
         else:
             text = f"{len(slots)}, drawn " + ("by weight" if len({s.share for s in slots}) > 1 else "alike")
             if missing:
-                # Drawn twice: a second miss is a refusal.
+                # Of few what is there is taken; of many one that is not there is drawn again, and the last time refused.
                 miss = 1.0 - sum(slot.share for slot in slots)
-                lost = miss * miss
-                slots = [slot._replace(share=slot.share * (1.0 + miss)) for slot in slots]
+                draws = 1 if few else wire.DRAWS
+                lost = miss**draws
+                again = sum(miss**number for number in range(draws))
+                slots = [slot._replace(share=slot.share * again) for slot in slots]
                 text += f"; slots {', '.join(map(str, missing[:10]))} are not there"
         found.add(Step("endpoints", text, maps, facts={"kept": kept is not None, "missing_slots": missing}))
         self._branches(found, slots, question, pod, own, judge)
         if lost:
             branch = Branch(question.destination, question.port, lost)
-            text = "two draws, one after the other, hit slots that are not there"
-            branch.add(Step("endpoints", text, ("backends",), reason_text(Reason.NO_BACKEND)))
+            text = "every draw hits slots that are not there"
+            branch.add(Step("endpoints", text, maps, reason_text(Reason.NO_BACKEND)))
             found.branches.append(branch)
 
     @staticmethod

@@ -2,8 +2,10 @@
 /*
  * Which service an address is, and which of its backends a client gets.
  *
- * The agent changes a service's slots under running programs: a slot always holds a backend that is one of the service's
- * before or after the change, and a slot that has gone makes the program ask for the service again.
+ * The agent changes services under running programs. Few backends are one element with their service, and the kernel gives the
+ * element of the time before to another service at once: what was read from it counts only while its name is still the same. Of
+ * many backends a slot always holds one that is the service's before or after the change, and a slot that has gone makes the
+ * program ask for the service again.
  */
 #ifndef MYCEL_BALANCE_H
 #define MYCEL_BALANCE_H
@@ -34,41 +36,83 @@ inline_always struct service *node_port_at(struct endpoint *key, struct peer *pe
 	return service;
 }
 
-inline_always struct backend *backend_at(struct service *service, u32 slot)
+/* The id and the generation, of which no two values of the map have the same. */
+union service_name {
+	u64 whole;
+	struct {
+		u32 id;
+		u32 generation;
+	};
+};
+
+/* What was read of the service before is read before this. */
+inline_always u64 name_of(struct service *service)
 {
-	struct backend_key key = { .service = service->id, .generation = service->generation, .slot = slot };
+	u64 word = 0, order = __sync_fetch_and_add(&word, 1);
+
+	return *(volatile u64 *)service + order;
+}
+
+inline_always struct backend *backend_at(union service_name name, u32 slot)
+{
+	struct backend_key key = { .service = name.id, .generation = name.generation, .slot = slot };
 
 	return map_lookup(MAP(BACKENDS), &key);
+}
+
+inline_always bool draw_of_many(union service_name name, u32 count, struct endpoint *drawn)
+{
+	struct backend *backend = backend_at(name, random_u32() % count);
+
+	/* A slot is its own backend's for a share of the draws, and another's for the rest (an alias table). */
+	if (backend && backend->share != SHARE_WHOLE && random_u32() >= backend->share)
+		backend = backend_at(name, backend->other);
+	if (backend)
+		*drawn = backend->endpoint;
+	return backend;
 }
 
 /* A backend of the service, drawn at random by weight; false when there is none. */
 inline_always bool draw(struct endpoint *key, struct service *service, struct endpoint *drawn)
 {
-	struct service now = *service;
+	/* Meanwhile the service's backends may change: then it is asked again. */
+	for (int attempt = 0; attempt < DRAWS; attempt++) {
+		union service_name name = { .whole = name_of(service) };
+		u32 count = service->count;
 
-	/* Between the lookups the service's backends may change: then it is asked again, once. */
-	for (int attempt = 0; attempt < 2; attempt++) {
-		if (now.count == 0)
-			return false;
-		struct backend *backend = backend_at(&now, random_u32() % now.count);
+		if (count && !(service->flags & SERVICE_FEW)) {
+			if (draw_of_many(name, count, drawn))
+				return true;
+		} else {
+			u32 slot = count ? random_u32() % count : FEW_BACKENDS;
 
-		/* A slot is its own backend's for a share of the draws, and another's for the rest (an alias table). */
-		if (backend && backend->share != SHARE_WHOLE && random_u32() >= backend->share)
-			backend = backend_at(&now, backend->other);
-		if (backend) {
-			*drawn = backend->endpoint;
-			return true;
+			if (slot < FEW_BACKENDS)
+				*drawn = service->few[slot];
+			if (name_of(service) == name.whole)
+				return slot < FEW_BACKENDS;
 		}
 		service = map_lookup(MAP(SERVICES), key);
 		if (!service)
 			return false;
-		now = *service;
 	}
 	return false;
 }
 
+inline_always bool same_endpoint(const struct endpoint *one, const struct endpoint *other)
+{
+	return is_same_address(&one->address, &other->address) && one->port == other->port;
+}
+
 inline_always bool is_member(struct service *service, const struct endpoint *endpoint)
 {
+	if (service->flags & SERVICE_FEW) {
+		for (u32 slot = 0; slot < FEW_BACKENDS && slot < service->count; slot++) {
+			if (same_endpoint(&service->few[slot], endpoint))
+				return true;
+		}
+		return false;
+	}
+
 	struct member_key member = {
 		.service = service->id,
 		.generation = service->generation,

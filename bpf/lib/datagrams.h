@@ -16,11 +16,6 @@
 #include "lib/refusal.h"
 #include "lib/roles.h"
 
-inline_always bool same_endpoint(const struct endpoint *one, const struct endpoint *other)
-{
-	return is_same_address(&one->address, &other->address) && one->port == other->port;
-}
-
 inline_always void note_datagrams(u64 socket, u32 kind, struct endpoint *of, struct endpoint *other)
 {
 	struct datagram_key key = { .socket = socket, .endpoint = *of, .kind = kind };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Callable, Iterator
 
@@ -76,26 +77,67 @@ def test_a_probe_is_in_no_block_of_addresses(kernel: Kernel):
     assert verdicts(ask(node, "host", "shop/server")) == {ADDRESSES["server"]: "policy"}
 
 
-def test_draws_that_hit_nothing_are_refused(kernel: Kernel):
-    node = Node(kernel, mesh())
+#: Its backends are in a table of their own.
+WEIGHTED = Service(
+    "shop",
+    "heavy",
+    "heavy.shop",
+    ("10.96.0.9",),
+    (
+        ServicePort(
+            80,
+            endpoints=(
+                Endpoint("uid-server", ADDRESSES["server"], PORT, "n1", weight=2),
+                Endpoint("uid-far", ADDRESSES["far"], PORT, "n2", weight=1),
+            ),
+        ),
+    ),
+)
+
+
+def weighted(kernel: Kernel) -> wire.Service:
     with kernel.tables() as tables:
-        found = tables.service(wire.Endpoint(VIP, 80))
+        found = tables.service(wire.Endpoint("10.96.0.9", 80))
     assert found is not None
+    assert found.few == ()
+    return found
+
+
+def test_draws_that_hit_nothing_are_refused(kernel: Kernel):
+    node = Node(kernel, mesh(WEIGHTED))
+    found = weighted(kernel)
     kernel.maps["backends"].delete(wire.BackendKey(found.id, found.generation, 0).pack())
+    answer = ask(node, "shop/client", "heavy.shop", 80)
+    # The first slot is one half of the draws, and the other one gives a third of its own to the first.
+    assert {e["reason"] or "allowed": e["share"] for e in answer["endpoints"]} == {
+        "allowed": pytest.approx(65 / 81),
+        "no-backend": pytest.approx(16 / 81),
+    }
+
+
+def test_a_service_that_has_fewer_than_it_says_refuses(kernel: Kernel):
+    node = Node(kernel, mesh())
+    key = wire.Endpoint(VIP, 80)
+    with kernel.tables() as tables:
+        found = tables.service(key)
+    assert found is not None
+    kernel.put("services", key, dataclasses.replace(found, few=found.few[:1]))
     answer = ask(node, "shop/client", "web.shop", 80)
     assert {e["reason"] or "allowed": e["share"] for e in answer["endpoints"]} == {
-        "allowed": pytest.approx(0.75),
-        "no-backend": pytest.approx(0.25),
+        "allowed": pytest.approx(0.5),
+        "no-backend": pytest.approx(0.5),
     }
+    assert any("slot 1 is not there" in text for text in answer["differences"])
 
 
 def test_a_backend_of_another_family_is_no_backend(kernel: Kernel):
     node = Node(kernel, mesh())
+    key = wire.Endpoint(VIP, 80)
     with kernel.tables() as tables:
-        found = tables.service(wire.Endpoint(VIP, 80))
+        found = tables.service(key)
     assert found is not None
-    slot = wire.BackendKey(found.id, found.generation, 0)
-    kernel.put("backends", slot, wire.Backend("fd00::7", PORT, 6, 0, 0, wire.SHARE_WHOLE))
+    other = wire.Endpoint("fd00::7", PORT)
+    kernel.put("services", key, dataclasses.replace(found, few=(other, *found.few[1:])))
     answer = ask(node, "shop/client", "web.shop", 80)
     assert verdicts(answer)["fd00::7"] == "no-backend"
     assert answer["differences"]
@@ -255,22 +297,28 @@ def test_a_policy_that_the_kernel_forgot_is_a_difference(kernel: Kernel):
 
 
 def test_changed_services_are_differences(kernel: Kernel):
-    node = Node(kernel, mesh())
-    key = wire.Endpoint(VIP, 80)
-    with kernel.tables() as tables:
-        found = tables.service(key)
-    assert found is not None
+    node = Node(kernel, mesh(WEIGHTED))
+    found = weighted(kernel)
     slot = wire.BackendKey(found.id, found.generation, 0)
     value = wire.Backend.unpack(kernel.maps["backends"].lookup(slot.pack()) or b"")
     kernel.put(
         "backends", slot, wire.Backend("10.244.1.6", PORT, value.protocol, 0, value.other, value.share)
     )
-    texts = ask(node, "shop/client", "web.shop", 80)["differences"]
+    texts = ask(node, "shop/client", "heavy.shop", 80)["differences"]
     assert any("10.244.1.6:9000 in the kernel only" in text for text in texts)
     assert any("in the model only" in text for text in texts)
     kernel.maps["backends"].delete(slot.pack())
-    texts = ask(node, "shop/client", "web.shop", 80)["differences"]
+    texts = ask(node, "shop/client", "heavy.shop", 80)["differences"]
     assert any("slot 0 is not there" in text for text in texts)
+    key = wire.Endpoint(VIP, 80)
+    with kernel.tables() as tables:
+        few = tables.service(key)
+    assert few is not None
+    kernel.put(
+        "services", key, dataclasses.replace(few, few=(*few.few[:1], wire.Endpoint("10.244.1.6", PORT)))
+    )
+    texts = ask(node, "shop/client", "web.shop", 80)["differences"]
+    assert any("10.244.1.6:9000 in the kernel only" in text for text in texts)
     kernel.maps["services"].delete(key.pack())
     texts = ask(node, "shop/client", "web.shop", 80)["differences"]
     assert texts == ["services 10.96.0.1:80/TCP: the kernel has no entry, the model has shop/web"]

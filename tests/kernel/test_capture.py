@@ -23,7 +23,7 @@ from agent.kernel import (
     namespace,
 )
 from bpf.maps import CapturedMap
-from bpf.wire import PORT_HBONE, PORT_OUTBOUND, PORT_OUTBOUND_L7, Captured
+from bpf.wire import FEW_BACKENDS, PORT_HBONE, PORT_OUTBOUND, PORT_OUTBOUND_L7, Captured
 from tests.kernel.mesh import MPTCP, Node, Sock, TestPod, run
 
 pytestmark = pytest.mark.privileged
@@ -537,7 +537,7 @@ def test_endpoints_swap_at_once(node, client, make_pod, service, vip):
         with client.app.connect((vip, 80)):
             accepted, _ = listeners[index % 2].accept()
             accepted.close()
-    assert len(node.kernel._maps["backends"]) == 1
+    assert len(node.kernel._maps["backends"]) == 0
     for listener in listeners:
         listener.close()
 
@@ -561,15 +561,21 @@ def test_full_table_of_captured_refuses(tmp_path):
         node.kernel.set_service(VIP, 80, [Backend("10.77.0.10", 1)])
         with pytest.raises(MapFullError, match=f"service {VIP}:81/TCP: map services: update: no room"):
             node.kernel.set_service(VIP, 81, [Backend("10.77.0.10", 1)])
-        with pytest.raises(MapFullError):
-            node.kernel.set_service(VIP, 80, [Backend("10.77.0.10", n) for n in (1, 2, 3)])
+        for backends in (
+            [Backend("10.77.0.10", n) for n in range(1, FEW_BACKENDS + 2)],
+            [Backend("10.77.0.10", n, n) for n in (1, 2, 3)],
+        ):
+            with pytest.raises(MapFullError):
+                node.kernel.set_service(VIP, 80, backends)
         # So does what is no endpoint.
         for wrong in (Backend("10.77.0", 1), Backend("10.77.0.10", 65536)):
             for port in (80, 81):
                 with pytest.raises(ValueError, match=r"no IP address|no port"):
                     node.kernel.set_service(VIP, port, [Backend("10.77.0.10", 2), wrong])
         assert node.kernel.services() == {Frontend(VIP, 80): (False, (Backend("10.77.0.10", 1),), 0)}
-        assert len(node.kernel._maps["backends"]) == 1
+        assert len(node.kernel._maps["backends"]) == 0
+        # Few need no room but the service's.
+        node.kernel.set_service(VIP, 80, [Backend("10.77.0.10", n) for n in range(1, FEW_BACKENDS + 1)])
         pod.close()
     finally:
         node.close()

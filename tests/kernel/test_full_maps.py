@@ -122,8 +122,9 @@ def peers(world):
 
 def a_service(world):
     """It is not there at all, or as it was."""
+    many = [Backend("10.77.0.99", 80 + number) for number in range(wire.FEW_BACKENDS + 1)]
     with pytest.raises(MapFullError):
-        world.kernel.set_service("10.96.3.1", 80, [Backend("10.77.0.99", 80)] * 1, affinity=60)
+        world.kernel.set_service("10.96.3.1", 80, many, affinity=60)
     assert world.kernel._maps["services"].lookup(wire.Endpoint("10.96.3.1", 80).pack()) is None
 
 

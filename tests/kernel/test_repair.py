@@ -168,10 +168,26 @@ async def test_a_pod_that_nobody_wrote_goes(world, make_pod):
     assert other.cookie not in world.node.kernel.pods()
 
 
+def test_a_service_whose_backends_are_others_is_written_anew(world):
+    """They stand in the service itself."""
+    kernel, services = world.node.kernel, world.node.kernel._maps["services"]
+    backends = [Backend("10.77.9.1", 80), Backend("10.77.9.2", 80)]
+    kernel.set_service(SERVICE.address, SERVICE.port, backends)
+    key = wire.Endpoint(SERVICE.address, SERVICE.port).pack()
+    written = wire.Service.unpack(services.lookup(key))
+    assert [(end.address, end.port) for end in written.few] == [("10.77.9.1", 80), ("10.77.9.2", 80)]
+    services.update(key, replace(written, few=(*written.few[:1], wire.Endpoint("10.66.6.6", 80))).pack())
+    assert kernel.damaged_services([SERVICE]) == [SERVICE]
+    kernel.set_service(SERVICE.address, SERVICE.port, backends)
+    assert kernel.damaged_services([SERVICE]) == []
+    assert wire.Service.unpack(services.lookup(key)).few == written.few
+    kernel.remove_service(SERVICE.address, SERVICE.port)
+
+
 @pytest.mark.parametrize("table", ["services", "backends", "members"])
 def test_a_service_that_has_lost_something_is_written_anew(world, table):
     kernel = world.node.kernel
-    backends = [Backend("10.77.9.1", 80), Backend("10.77.9.2", 80)]
+    backends = [Backend(f"10.77.9.{number}", 80) for number in range(1, wire.FEW_BACKENDS + 2)]
     kernel.set_service(SERVICE.address, SERVICE.port, backends, affinity=60)
     assert kernel.damaged_services([SERVICE]) == []
     found = kernel._maps[table]

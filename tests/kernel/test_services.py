@@ -145,23 +145,28 @@ def test_no_longer_when_the_service_has_none(node, servers, clients):
     assert drawn(node, clients[0], count=40) == {server.address for server in servers}
 
 
-def test_members_go_with_their_backends(node, servers):
+def test_members_go_with_their_backends(node):
+    """Few are members by standing in the service itself."""
     before = members(node)
-    node.kernel.set_service(VIP, 80, backends(servers), affinity=60)
-    assert members(node) == before + BACKENDS
-    node.kernel.set_service(VIP, 80, backends(servers[:1]), affinity=60)
-    assert members(node) == before + 1
-    node.kernel.set_service(VIP, 80, backends(servers))
+    many = [Backend(f"10.66.0.{number}", 80) for number in range(2 * wire.FEW_BACKENDS)]
+    more = many[: wire.FEW_BACKENDS + 1]
+    node.kernel.set_service(VIP, 80, many, affinity=60)
+    assert members(node) == before + len(many)
+    node.kernel.set_service(VIP, 80, more, affinity=60)
+    assert members(node) == before + len(more)
+    node.kernel.set_service(VIP, 80, many[: wire.FEW_BACKENDS], affinity=60)
     assert members(node) == before
-    node.kernel.set_service(VIP, 80, backends(servers), affinity=60)
+    node.kernel.set_service(VIP, 80, many)
+    assert members(node) == before
+    node.kernel.set_service(VIP, 80, many, affinity=60)
     # A successor of the agent finds what there is, and what nobody needs any more it removes.
     with Map.open(str(node.pins / f"v{wire.ABI}" / "members")) as table:
         orphan = wire.MemberKey(77_777, 0, "10.1.2.3", 80).pack()
         table.update(orphan, bytes(4))
         with Kernel(node.pins, node.netns) as successor:
             assert table.lookup(orphan) is None
-            assert successor.services()[Frontend(VIP, 80)] == (False, tuple(backends(servers)), 60)
-    assert members(node) == before + BACKENDS
+            assert successor.services()[Frontend(VIP, 80)] == (False, tuple(many), 60)
+    assert members(node) == before + len(many)
     node.kernel.remove_service(VIP, 80)
     assert members(node) == before
 
