@@ -241,7 +241,7 @@ class _Answer:
             keys.append(wire.Endpoint(ANY_NODE[family_of(asked.address)], asked.port, asked.protocol))
         for key in keys:
             service = self._tables.service(key)
-            slots, missing = self._tables.slots(service) if service is not None else ([], [])
+            slots, missing = self._tables.slots(key, service) if service is not None else ([], [])
             self._differences += self._model.service_differs(key, service, slots, missing)
 
     def _endpoint(self, branch: Branch, walk: Walk) -> dict[str, Any]:

@@ -16,9 +16,8 @@
 
 /* The way of one dial, as decided. */
 struct dial {
-	struct endpoint said;	   /* what connect() said */
-	struct address to_address; /* what it is turned to */
-	__be16 to_port;
+	struct endpoint said; /* what connect() said */
+	struct endpoint to;   /* what it is turned to */
 	bool rewrite;
 };
 
@@ -31,8 +30,8 @@ inline_always int refuse(int error)
 /* To a listener of ours in the pod's own namespace. */
 inline_always int capture(struct dial *dial, const struct address *own, u16 port, struct socket_state *state)
 {
-	dial->to_address = *own;
-	dial->to_port = bpf_htons(port);
+	dial->to.address = *own;
+	dial->to.port = bpf_htons(port);
 	dial->rewrite = true;
 	state->kind = VIA_CAPTURED;
 	return PASS;
@@ -60,11 +59,10 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 			 struct socket_state *state)
 {
 	struct endpoint key = dial->said;
-	struct service *service = 0;
+	struct found service = {};
+	bool known = false;
 	struct peer *peer;
 
-	if (is_loopback(&key.address))
-		return PASS;
 	/* This host: ::1, or 127.0.0.1 for a socket that is bound to an IPv4 address. */
 	if (is_none(&key.address))
 		return PASS;
@@ -78,8 +76,8 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 	}
 	/* First the services: an address of one is no peer's, and each look into a large map costs a connection something. */
 	if (pod && role == ROLE_NONE)
-		service = map_lookup(MAP(SERVICES), &key);
-	peer = service ? 0 : map_lookup(MAP(PEERS), &key.address);
+		known = find_service(&key, &service);
+	peer = known ? 0 : map_lookup(MAP(PEERS), &key.address);
 	if (role == ROLE_ENVOY) {
 		struct address loopback;
 
@@ -155,36 +153,30 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 			    key.port, DIRECTION_OUTBOUND);
 		return refuse(ECONNREFUSED);
 	}
-	if (!service)
-		service = node_port_at(&key, peer);
-	if (service && is_none(own))
+	if (!known)
+		known = find_node_port(&key, peer, &service);
+	if (known && is_none(own))
 		return refuse_unaddressed(netns, pod, &key, 0);
-	if (service && (service->flags & SERVICE_L7)) {
-		struct endpoint known_as = {};
-
+	if (known && (service.flags & SERVICE_L7)) {
 		/* A node port, or an address from outside: l7proxy is told the service's own. */
-		if (service->count && draw(&key, service, &known_as)) {
-			state->destination_address = known_as.address;
-			state->destination_port = known_as.port;
+		if (service.count && draw(&key, &service, &dial->to)) {
+			state->destination_address = dial->to.address;
+			state->destination_port = dial->to.port;
 		}
 		return capture(dial, own, PORT_OUTBOUND_L7, state);
 	}
-	if (service) {
-		struct endpoint drawn = {};
-
-		if (!choose(netns, &key, service, &drawn) ||
-		    is_ipv4(&drawn.address) != is_ipv4(&key.address)) {
+	if (known) {
+		if (!choose(netns, &key, &service, &dial->to) ||
+		    is_ipv4(&dial->to.address) != is_ipv4(&key.address)) {
 			refuse_dial(netns, own, REASON_NO_BACKEND, pod->identity, 0, &dial->said.address,
 				    dial->said.port, DIRECTION_OUTBOUND);
 			return refuse(ECONNREFUSED);
 		}
-		key = drawn;
+		key = dial->to;
 		peer = map_lookup(MAP(PEERS), &key.address);
-		dial->to_address = drawn.address;
-		dial->to_port = drawn.port;
 		dial->rewrite = true;
-		state->destination_address = drawn.address;
-		state->destination_port = drawn.port;
+		state->destination_address = key.address;
+		state->destination_port = key.port;
 	}
 	state->flow.source = pod->identity;
 	state->flow.destination = peer ? peer->identity : 0;
@@ -230,15 +222,7 @@ judge_local:;
 inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod, u32 role, struct dial *dial)
 {
 	struct bpf_sock *sk = ctx->sk;
-	struct socket_state state = {
-		.netns = netns,
-		.destination_address = dial->said.address,
-		.destination_port = dial->said.port,
-		.service_address = dial->said.address,
-		.service_port = dial->said.port,
-		.flags = SOCKET_ACTIVE,
-	};
-	struct socket_state *stored;
+	struct socket_state *state;
 
 	if (!sk)
 		return refuse(EPERM);
@@ -253,20 +237,31 @@ inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod,
 		}
 		return PASS;
 	}
-	if (decide(ctx, netns, pod, role, dial, &state) == REFUSE)
-		return REFUSE;
-	if (!state.kind)
+	if ((!pod && role == ROLE_NONE) || is_loopback(&dial->said.address))
 		return PASS;
-	if (dial->rewrite)
-		state.flags |= SOCKET_REWRITTEN;
-	stored = storage_get(MAP(SOCKETS), sk, &state, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!stored) {
+	/* All zero, and of no interest to anybody else before it is established. */
+	state = storage_get(MAP(SOCKETS), sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!state) {
 		count(COUNTER_FULL_SOCKETS);
-		refuse_dial(netns, &state.source_address, REASON_MAP_FULL, state.identity, 0,
-			    &dial->said.address, dial->said.port, DIRECTION_OUTBOUND);
+		if (pod)
+			refuse_dial(netns, own_address(pod, &dial->said.address), REASON_MAP_FULL,
+				    pod->identity, 0, &dial->said.address, dial->said.port,
+				    DIRECTION_OUTBOUND);
 		return refuse(ENOMEM);
 	}
-	return PASS;
+	state->netns = netns;
+	state->destination_address = dial->said.address;
+	state->destination_port = dial->said.port;
+	state->service_address = dial->said.address;
+	state->service_port = dial->said.port;
+	state->flags = SOCKET_ACTIVE;
+	int verdict = decide(ctx, netns, pod, role, dial, state);
+
+	if (verdict == REFUSE || !state->kind)
+		storage_delete(MAP(SOCKETS), sk);
+	else if (dial->rewrite)
+		state->flags |= SOCKET_REWRITTEN;
+	return verdict;
 }
 
 /* A pod that joins or leaves: what its applications dial goes as without a mesh. */
@@ -302,8 +297,8 @@ int connect4(struct bpf_sock_addr *ctx)
 	if (dialled(ctx, netns, pod, role, &dial) == REFUSE)
 		return REFUSE;
 	if (dial.rewrite) {
-		ctx->user_ip4 = dial.to_address.word[3];
-		ctx->user_port = dial.to_port;
+		ctx->user_ip4 = dial.to.address.word[3];
+		ctx->user_port = dial.to.port;
 	}
 	return PASS;
 }
@@ -329,11 +324,11 @@ int connect6(struct bpf_sock_addr *ctx)
 	if (dialled(ctx, netns, pod, role, &dial) == REFUSE)
 		return REFUSE;
 	if (dial.rewrite) {
-		ctx->user_ip6[0] = dial.to_address.word[0];
-		ctx->user_ip6[1] = dial.to_address.word[1];
-		ctx->user_ip6[2] = dial.to_address.word[2];
-		ctx->user_ip6[3] = dial.to_address.word[3];
-		ctx->user_port = dial.to_port;
+		ctx->user_ip6[0] = dial.to.address.word[0];
+		ctx->user_ip6[1] = dial.to.address.word[1];
+		ctx->user_ip6[2] = dial.to.address.word[2];
+		ctx->user_ip6[3] = dial.to.address.word[3];
+		ctx->user_port = dial.to.port;
 	}
 	return PASS;
 }

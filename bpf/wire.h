@@ -136,8 +136,11 @@ struct endpoint {
 
 /*
  * services: endpoint -> service. Few backends stand in it, so that no other map has to be asked, and share alike; else its
- * backends are those of (id, generation), all there before this names them. No two values ever have the same id and generation.
- * Node ports stand under ::ffff:0.0.0.0 and ::.
+ * backends are those of (id, generation), all there before this names them. Node ports stand under ::ffff:0.0.0.0 and ::.
+ *
+ * The kernel may write an element that was replaced anew, for another service, while a program still reads it. So what is read
+ * proves whose it is by a check word (lib/balance.h), and else is read again: of a service its key and all but few, of a backend
+ * the key of its service and its endpoint.
  */
 #define SERVICE_L7 1		 /* a backend, if there is one, is by what the proxy knows the service */
 #define SERVICE_AFFINITY 2	 /* a client keeps its backend */
@@ -145,13 +148,21 @@ struct endpoint {
 #define SERVICE_FEW 8		 /* its backends are in few */
 #define SERVICE_AFFINITY_SHIFT 8 /* for so many seconds after it dialled last: flags >> this */
 #define FEW_BACKENDS 16
-#define DRAWS 4 /* of a backend, where the service changes at the same time */
+#define DRAWS 4 /* of a backend, and reads of a service, where it changes at the same time */
+#define CHECK_SEED 0x811c9dc5
+#define CHECK_PRIME 0x01000193
+struct few_backend {
+	struct endpoint endpoint;
+	__u32 check;
+};
+
 struct service {
 	__u32 id;
 	__u32 generation;
 	__u32 count;
 	__u32 flags;
-	struct endpoint few[FEW_BACKENDS];
+	__u32 check;
+	struct few_backend few[FEW_BACKENDS];
 };
 
 /* backends: backend_key -> backend; slots from 0 to count - 1. */
@@ -167,9 +178,10 @@ struct backend {
 	struct endpoint endpoint;
 	__u32 other;
 	__u32 share;
+	__u32 check;
 };
 
-/* members: member_key -> 0. The backends of services with SERVICE_MEMBERS, written and removed with them. */
+/* members: member_key -> the backend's check. The backends of services with SERVICE_MEMBERS, written and removed with them. */
 struct member_key {
 	__u32 service;
 	__u32 generation;

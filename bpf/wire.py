@@ -33,8 +33,10 @@ SERVICE_L7 = 1
 SERVICE_AFFINITY = 2
 SERVICE_MEMBERS = 4
 SERVICE_FEW = 8
-#: How often a backend is drawn before there is none, where the service changes at the same time.
+#: How often a backend is drawn before there is none, and a service read, where it changes at the same time.
 DRAWS = 4
+CHECK_SEED = 0x811C9DC5
+CHECK_PRIME = 0x01000193
 SERVICE_AFFINITY_SHIFT = 8
 #: In :class:`Backend`: the slot is all its own.
 SHARE_WHOLE = 0xFFFFFFFF
@@ -312,32 +314,50 @@ class Endpoint(Record):
     pad: int = 0
 
 
-def _pack_few(endpoints: tuple[Endpoint, ...]) -> bytes:
-    return b"".join(endpoint.pack() for endpoint in endpoints)
+@dataclass(frozen=True, slots=True)
+class FewBackend(Record):
+    """A backend that stands in its service; see :mod:`bpf.checks`."""
 
-
-def _unpack_few(data: bytes) -> tuple[Endpoint, ...]:
-    size = Endpoint.LAYOUT.size
-    parts = (data[at : at + size] for at in range(0, len(data), size))
-    return tuple(Endpoint.unpack(part) for part in parts if any(part))
+    LAYOUT = Layout("few_backend", address=ADDRESS, port=PORT, protocol=U8, pad=U8, check=U32)
+    address: str
+    port: int
+    protocol: int
+    pad: int
+    check: int
 
 
 #: How many backends a service may have in itself.
 FEW_BACKENDS = 16
-#: Of them those that there are, one after the other.
-FEW = Kind(f"{FEW_BACKENDS * Endpoint.LAYOUT.size}s", _pack_few, _unpack_few)
+_FEW_SIZE = FEW_BACKENDS * FewBackend.LAYOUT.size
+
+
+def _pack_few(backends: tuple[FewBackend, ...]) -> bytes:
+    if len(backends) > FEW_BACKENDS:
+        raise ValueError(f"{len(backends)} backends in one service: at most {FEW_BACKENDS}")
+    return b"".join(backend.pack() for backend in backends)
+
+
+def _unpack_few(data: bytes) -> tuple[FewBackend, ...]:
+    size = FewBackend.LAYOUT.size
+    used = len(data.rstrip(bytes(1)))
+    return tuple(FewBackend.unpack(data[at : at + size]) for at in range(0, used, size))
+
+
+#: Up to the last that is there.
+FEW = Kind(f"{_FEW_SIZE}s", _pack_few, _unpack_few)
 
 
 @dataclass(frozen=True, slots=True)
 class Service(Record):
     """Value of ``services``. ``few``: the backends where they stand in it, else empty."""
 
-    LAYOUT = Layout("service", id=U32, generation=U32, count=U32, flags=U32, few=FEW)
+    LAYOUT = Layout("service", id=U32, generation=U32, count=U32, flags=U32, check=U32, few=FEW)
     id: int
     generation: int
     count: int
     flags: int
-    few: tuple[Endpoint, ...] = ()
+    check: int = 0
+    few: tuple[FewBackend, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -386,13 +406,16 @@ class BackendKey(Record):
 class Backend(Record):
     """Value of ``backends``."""
 
-    LAYOUT = Layout("backend", address=ADDRESS, port=PORT, protocol=U8, pad=U8, other=U32, share=U32)
+    LAYOUT = Layout(
+        "backend", address=ADDRESS, port=PORT, protocol=U8, pad=U8, other=U32, share=U32, check=U32
+    )
     address: str
     port: int
     protocol: int
     pad: int
     other: int
     share: int
+    check: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from agent.kernel.model import Backend, Frontend, Service
-from bpf import wire
+from bpf import checks, wire
 from bpf.maps import Map
 from bpf.wire import Protocol
 
@@ -33,7 +33,7 @@ _EDITED = 4
 class _Known(NamedTuple):
     """One service in the kernel. ``slots`` are in the kernel's order; their weights are 0 in a predecessor's alias table."""
 
-    service: wire.Service  #: without those that stand in it
+    service: wire.Service  #: without its check, and without those that stand in it
     slots: Sequence[Backend]
     weighted: bool = False
 
@@ -60,10 +60,19 @@ class Services:
             slots = by_generation.get(_generation(service), {})
             raw = [wire.Backend.unpack(slots.pop(slot)) for slot in range(service.count) if slot in slots]
             ends = service.few if _has_few(service.flags) else raw
+            seed = checks.seed_of(frontend)
             # A table that is not whole, or of weights, is written anew when it is set.
-            weighted = len(ends) != service.count or any(one.share != wire.SHARE_WHOLE for one in raw)
+            weighted = (
+                len(ends) != service.count
+                or service.check != checks.of_service(seed, service)
+                or any(one.share != wire.SHARE_WHOLE for one in raw)
+                or any(
+                    one.check != checks.of_backend(seed, one.address, one.port, frontend.protocol)
+                    for one in ends
+                )
+            )
             backends_found = tuple(Backend(one.address, one.port, 0 if weighted else 1) for one in ends)
-            self._known[frontend] = _Known(replace(service, few=()), backends_found, weighted)
+            self._known[frontend] = _Known(replace(service, check=0, few=()), backends_found, weighted)
         for generation, slots in by_generation.items():
             for slot in slots:
                 backends.delete(generation + struct.pack("=I", slot))
@@ -120,22 +129,25 @@ class Services:
         if known is None:
             return False
         service = known.service
-        with_members = _has_members(service.flags)
         whole = self._services.lookup(key.pack()) == _packed(key, service, known.slots) and (
             _has_few(service.flags)
-            or all(
-                (value := self._backends.lookup(_slot(service, slot))) is not None
-                and value.startswith(wire.Endpoint(backend.address, backend.port, key.protocol).pack())
-                and not (
-                    with_members and self._members.lookup(_member(service, backend, key.protocol)) is None
-                )
-                for slot, backend in enumerate(known.slots)
-            )
+            or all(self._has(key, service, slot, backend) for slot, backend in enumerate(known.slots))
         )
         if not whole:
             slots = tuple(backend._replace(weight=0) for backend in known.slots)
             self._known[key] = known._replace(slots=slots, weighted=True)
         return not whole
+
+    def _has(self, key: wire.Endpoint, service: wire.Service, slot: int, backend: Backend) -> bool:
+        check = _check(key, backend)
+        value = self._backends.lookup(_slot(service, slot))
+        if value is None:
+            return False
+        found = wire.Backend.unpack(value)
+        if (found.address, found.port, found.check) != (backend.address, backend.port, check):
+            return False
+        member = _member(service, backend, key.protocol)
+        return not _has_members(service.flags) or self._members.lookup(member) == _CHECK.pack(check)
 
     def remove(self, key: wire.Endpoint) -> None:
         known = self._known.pop(key, None)
@@ -168,9 +180,9 @@ class Services:
         try:
             for slot, backend in enumerate(() if _has_few(new.flags) else wanted):
                 share, other = table[slot] if table is not None else (wire.SHARE_WHOLE, slot)
-                self._put(new, slot, backend, key.protocol, other, share)
+                self._put(key, new, slot, backend, other, share)
                 if _has_members(new.flags):
-                    self._members.update(_member(new, backend, key.protocol), _NOTHING)
+                    self._put_member(key, new, backend)
             self._services.update(key.pack(), _packed(key, new, wanted))
         except OSError:
             self._delete(new, wanted, key.protocol)
@@ -212,16 +224,16 @@ class Services:
         try:
             if has_members:
                 for backend in added:
-                    self._members.update(_member(old, backend, protocol), _NOTHING)
+                    self._put_member(key, old, backend)
             for slot, backend in changed.items():
-                self._put(new, slot, backend, protocol, slot, wire.SHARE_WHOLE)
+                self._put(key, new, slot, backend, slot, wire.SHARE_WHOLE)
             if new != old:
-                self._services.update(key.pack(), new.pack())
+                self._services.update(key.pack(), _packed(key, new, ()))
         except OSError:
             # As it was: what there is no room for is what would be new.
             for slot in changed:
                 if slot < old.count:
-                    self._put(old, slot, known.slots[slot], protocol, slot, wire.SHARE_WHOLE)
+                    self._put(key, old, slot, known.slots[slot], slot, wire.SHARE_WHOLE)
                 else:
                     self._backends.delete(_slot(old, slot))
             if has_members:
@@ -236,10 +248,14 @@ class Services:
                 self._members.delete(_member(old, backend, protocol))
 
     def _put(
-        self, service: wire.Service, slot: int, backend: Backend, protocol: int, other: int, share: int
+        self, key: wire.Endpoint, service: wire.Service, slot: int, backend: Backend, other: int, share: int
     ) -> None:
-        value = wire.Backend(backend.address, backend.port, protocol, 0, other, share)
+        check = _check(key, backend)
+        value = wire.Backend(backend.address, backend.port, key.protocol, 0, other, share, check)
         self._backends.update(_slot(service, slot), value.pack())
+
+    def _put_member(self, key: wire.Endpoint, service: wire.Service, backend: Backend) -> None:
+        self._members.update(_member(service, backend, key.protocol), _CHECK.pack(_check(key, backend)))
 
     def _delete(self, service: wire.Service, slots: Iterable[Backend], protocol: int) -> None:
         if _has_few(service.flags):
@@ -251,7 +267,7 @@ class Services:
                 self._members.delete(_member(service, backend, protocol))
 
 
-_NOTHING = bytes(4)
+_CHECK = struct.Struct("=I")
 
 
 def alias_table(weights: Sequence[int]) -> list[tuple[int, int]]:
@@ -307,12 +323,22 @@ def _kept_in(flags: int) -> int:
     return flags & (wire.SERVICE_FEW | wire.SERVICE_MEMBERS)
 
 
+def _check(key: wire.Endpoint, backend: Backend) -> int:
+    return checks.of_backend(checks.seed_of(key), backend.address, backend.port, key.protocol)
+
+
 def _packed(key: wire.Endpoint, service: wire.Service, slots: Iterable[Backend]) -> bytes:
-    """As it is in the map: with the backends, if it has them in itself."""
-    if not _has_few(service.flags):
-        return service.pack()
-    ends = tuple(wire.Endpoint(backend.address, backend.port, key.protocol) for backend in slots)
-    return replace(service, few=ends).pack()
+    """As it is in the map: with its check, and with the backends if it has them in itself."""
+    seed = checks.seed_of(key)
+    few: tuple[wire.FewBackend, ...] = ()
+    if _has_few(service.flags):
+        few = tuple(
+            wire.FewBackend(
+                b.address, b.port, key.protocol, 0, checks.of_backend(seed, b.address, b.port, key.protocol)
+            )
+            for b in slots
+        )
+    return replace(service, check=checks.of_service(seed, service), few=few).pack()
 
 
 def _generation(service: wire.Service) -> bytes:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from agent.kernel.errors import KernelError
-from bpf import wire
+from bpf import checks, wire
 from bpf.maps import Map, MapError
 from bpf.wire import Direction, Endpoint, Reason, Role, SpliceCounter
 
@@ -141,24 +141,25 @@ class Tables:
 
     def service(self, key: Endpoint) -> wire.Service | None:
         value = self._maps["services"].lookup(key.pack())
-        return None if value is None else wire.Service.unpack(value)
+        if value is None:
+            return None
+        found = wire.Service.unpack(value)
+        # What does not prove itself no program takes for the service.
+        return found if found.check == checks.of_service(checks.seed_of(key), found) else None
 
-    def slots(self, service: wire.Service) -> tuple[list[Slot], list[int]]:
-        """The backends with what ``draw()`` gives to each, and the slots that are not there."""
-        if service.flags & wire.SERVICE_FEW:
-            alike = 1.0 / max(1, service.count)
-            ends = sorted((end.address, end.port) for end in service.few)
-            return [Slot(*end, alike) for end in ends], list(range(len(ends), service.count))
+    def slots(self, key: Endpoint, service: wire.Service) -> tuple[list[Slot], list[int]]:
+        """The backends with what ``draw()`` gives to each, and the slots that are not there, or of another service."""
+        seed = checks.seed_of(key)
         raw: dict[int, wire.Backend] = {}
         missing = []
         for slot in range(service.count):
-            value = self._maps["backends"].lookup(
-                wire.BackendKey(service.id, service.generation, slot).pack()
-            )
-            if value is None:
+            found = self._slot(service, slot)
+            if found is None or found.check != checks.of_backend(
+                seed, found.address, found.port, found.protocol
+            ):
                 missing.append(slot)
             else:
-                raw[slot] = wire.Backend.unpack(value)
+                raw[slot] = found
         shares: dict[tuple[str, int], float] = {}
         for backend in raw.values():
             own = 1.0 if backend.share == wire.SHARE_WHOLE else backend.share / 2**32
@@ -168,7 +169,16 @@ class Tables:
                     shares[end] = shares.get(end, 0.0) + part / service.count
         return [Slot(address, port, share) for (address, port), share in sorted(shares.items())], missing
 
-    def kept(self, netns: int, service: wire.Service) -> tuple[str, int] | None:
+    def _slot(self, service: wire.Service, slot: int) -> wire.Backend | None:
+        if service.flags & wire.SERVICE_FEW:
+            if slot >= len(service.few):
+                return None
+            few = service.few[slot]
+            return wire.Backend(few.address, few.port, few.protocol, 0, slot, wire.SHARE_WHOLE, few.check)
+        value = self._maps["backends"].lookup(wire.BackendKey(service.id, service.generation, slot).pack())
+        return None if value is None else wire.Backend.unpack(value)
+
+    def kept(self, netns: int, key: Endpoint, service: wire.Service) -> tuple[str, int] | None:
         """The backend that the pod had last and gets again (session affinity)."""
         if not service.flags & wire.SERVICE_AFFINITY:
             return None
@@ -179,13 +189,13 @@ class Tables:
         seconds = service.flags >> wire.SERVICE_AFFINITY_SHIFT
         if time.clock_gettime_ns(time.CLOCK_MONOTONIC) - last.used >= seconds * 1_000_000_000:
             return None
+        end = (last.address, last.port)
+        check = checks.of_backend(checks.seed_of(key), *end, last.protocol)
         if service.flags & wire.SERVICE_FEW:
-            found = any((end.address, end.port) == (last.address, last.port) for end in service.few)
-            return (last.address, last.port) if found else None
+            found = any((few.address, few.port, few.check) == (*end, check) for few in service.few)
+            return end if found else None
         member = wire.MemberKey(service.id, service.generation, last.address, last.port, last.protocol)
-        if self._maps["members"].lookup(member.pack()) is None:
-            return None
-        return last.address, last.port
+        return end if self._maps["members"].lookup(member.pack()) == _U32.pack(check) else None
 
     # Verdicts
 

@@ -134,7 +134,7 @@ class Walker(Arrivals):
                     branch.share = None
             found.steps[-1].facts = {"way": Way.CAPTURED_L7.value}
             return
-        self._drawn(found, service, question, pod, own, self._tcp)
+        self._drawn(found, key, service, question, pod, own, self._tcp)
 
     def _service(
         self, service: wire.Service | None, key: Endpoint, peer: wire.Peer | None, found: Walk
@@ -171,6 +171,7 @@ class Walker(Arrivals):
     def _drawn(
         self,
         found: Walk,
+        key: Endpoint,
         service: wire.Service,
         question: Question,
         pod: wire.Pod,
@@ -178,8 +179,8 @@ class Walker(Arrivals):
         judge: Callable[[Question, wire.Pod, str, Branch], None],
     ) -> None:
         """As ``choose()``."""
-        slots, missing = self._tables.slots(service)
-        kept = self._tables.kept(question.netns, service)
+        slots, missing = self._tables.slots(key, service)
+        kept = self._tables.kept(question.netns, key, service)
         few = bool(service.flags & wire.SERVICE_FEW)
         maps: tuple[str, ...] = ("services",) if few else ("backends",)
         if service.flags & wire.SERVICE_AFFINITY:
@@ -194,11 +195,10 @@ class Walker(Arrivals):
         else:
             text = f"{len(slots)}, drawn " + ("by weight" if len({s.share for s in slots}) > 1 else "alike")
             if missing:
-                # Of few what is there is taken; of many one that is not there is drawn again, and the last time refused.
+                # One that is not there is drawn again, and refused the last time.
                 miss = 1.0 - sum(slot.share for slot in slots)
-                draws = 1 if few else wire.DRAWS
-                lost = miss**draws
-                again = sum(miss**number for number in range(draws))
+                lost = miss**wire.DRAWS
+                again = sum(miss**number for number in range(wire.DRAWS))
                 slots = [slot._replace(share=slot.share * again) for slot in slots]
                 text += f"; slots {', '.join(map(str, missing[:10]))} are not there"
         found.add(Step("endpoints", text, maps, facts={"kept": kept is not None, "missing_slots": missing}))
@@ -225,7 +225,7 @@ class Walker(Arrivals):
                 judge(question, pod, own, branch)
             else:
                 text = "of another family than the address that was dialled"
-                branch.add(Step("endpoints", text, ("backends",), reason_text(Reason.NO_BACKEND)))
+                branch.add(Step("endpoints", text, found.steps[-1].maps, reason_text(Reason.NO_BACKEND)))
         found.left_out = max(0, len(slots) - MOST)
 
     def _tcp(self, question: Question, pod: wire.Pod, own: str, branch: Branch) -> None:
@@ -323,7 +323,7 @@ class Walker(Arrivals):
         if service is None:
             self._branches(found, [Slot(key.address, key.port, 1.0)], question, pod, own, self._datagram)
         else:
-            self._drawn(found, service, question, pod, own, self._datagram)
+            self._drawn(found, key, service, question, pod, own, self._datagram)
 
     def _datagram(self, question: Question, pod: wire.Pod, own: str, branch: Branch) -> None:
         branch.way = Way.DATAGRAM

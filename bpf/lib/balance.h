@@ -2,10 +2,10 @@
 /*
  * Which service an address is, and which of its backends a client gets.
  *
- * The agent changes services under running programs. Few backends are one element with their service, and the kernel gives the
- * element of the time before to another service at once: what was read from it counts only while its name is still the same. Of
- * many backends a slot always holds one that is the service's before or after the change, and a slot that has gone makes the
- * program ask for the service again.
+ * The agent changes services under running programs, and the kernel may give what was replaced to another service at once. What is
+ * read of a service and of a backend proves itself by a check word over it and over the service's key, in whatever order others
+ * write it meanwhile; what does not is read again. Of many backends a slot always holds one that is the service's before or after
+ * the change.
  */
 #ifndef MYCEL_BALANCE_H
 #define MYCEL_BALANCE_H
@@ -14,85 +14,121 @@
 #include "lib/helpers.h"
 #include "lib/refusal.h"
 
+/* What a service was found to be. Of what its element points to every word is checked again when it is read. */
+struct found {
+	struct service *element;
+	u32 id;
+	u32 generation;
+	u32 count;
+	u32 flags;
+};
+
+inline_always u32 check_word(u32 sum, u32 word)
+{
+	return (sum ^ word) * CHECK_PRIME;
+}
+
+inline_always u32 check_endpoint(u32 sum, const struct endpoint *endpoint)
+{
+	sum = check_word(sum, endpoint->address.word[0]);
+	sum = check_word(sum, endpoint->address.word[1]);
+	sum = check_word(sum, endpoint->address.word[2]);
+	sum = check_word(sum, endpoint->address.word[3]);
+	return check_word(sum, (u32)endpoint->protocol << 16 | endpoint->port);
+}
+
+inline_always u32 check_of_backend(const struct endpoint *key, const struct endpoint *backend)
+{
+	return check_endpoint(check_endpoint(CHECK_SEED, key), backend);
+}
+
+inline_always bool find_service(const struct endpoint *key, struct found *found)
+{
+	for (int attempt = 0; attempt < DRAWS; attempt++) {
+		struct service *service = map_lookup(MAP(SERVICES), key);
+		u32 check = check_endpoint(CHECK_SEED, key);
+
+		if (!service)
+			return false;
+		found->element = service;
+		found->id = service->id;
+		found->generation = service->generation;
+		found->count = service->count;
+		found->flags = service->flags;
+		BARRIER();
+		check = check_word(check_word(check, found->id), found->generation);
+		check = check_word(check_word(check, found->count), found->flags);
+		if (check == service->check)
+			return true;
+	}
+	return false;
+}
+
 /*
  * The service of a node port, which stand once, under no address, for those of all nodes: peer is who has the dialled one.
  * Where there is one, the key becomes its.
  */
-inline_always struct service *node_port_at(struct endpoint *key, struct peer *peer)
+inline_always bool find_node_port(struct endpoint *key, struct peer *peer, struct found *found)
 {
 	struct address said = key->address;
-	struct service *service;
 
 	if (!peer || !(peer->flags & PEER_NODE))
-		return 0;
+		return false;
 	/* ::ffff:0.0.0.0 or ::, so that each family has its own backends. */
 	if (is_ipv4(&key->address))
 		set_ipv4(&key->address, 0);
 	else
 		set_ipv6(&key->address, 0, 0, 0, 0);
-	service = map_lookup(MAP(SERVICES), key);
-	if (!service)
-		key->address = said;
-	return service;
+	if (find_service(key, found))
+		return true;
+	key->address = said;
+	return false;
 }
 
-/* The id and the generation, of which no two values of the map have the same. */
-union service_name {
-	u64 whole;
-	struct {
-		u32 id;
-		u32 generation;
-	};
-};
-
-/* What was read of the service before is read before this. */
-inline_always u64 name_of(struct service *service)
+inline_always struct backend *backend_at(struct found *service, u32 slot)
 {
-	u64 word = 0, order = __sync_fetch_and_add(&word, 1);
-
-	return *(volatile u64 *)service + order;
-}
-
-inline_always struct backend *backend_at(union service_name name, u32 slot)
-{
-	struct backend_key key = { .service = name.id, .generation = name.generation, .slot = slot };
+	struct backend_key key = { .service = service->id, .generation = service->generation, .slot = slot };
 
 	return map_lookup(MAP(BACKENDS), &key);
 }
 
-inline_always bool draw_of_many(union service_name name, u32 count, struct endpoint *drawn)
+/* The check that stands beside the backend in a slot; 0 when there is none. */
+inline_always u32 *read_slot(struct found *service, u32 slot, struct endpoint *drawn)
 {
-	struct backend *backend = backend_at(name, random_u32() % count);
+	if (service->flags & SERVICE_FEW) {
+		if (slot >= FEW_BACKENDS)
+			return 0;
+		struct few_backend *few = &service->element->few[slot];
+
+		*drawn = few->endpoint;
+		return &few->check;
+	}
+	struct backend *backend = backend_at(service, slot);
 
 	/* A slot is its own backend's for a share of the draws, and another's for the rest (an alias table). */
 	if (backend && backend->share != SHARE_WHOLE && random_u32() >= backend->share)
-		backend = backend_at(name, backend->other);
-	if (backend)
-		*drawn = backend->endpoint;
-	return backend;
+		backend = backend_at(service, backend->other);
+	if (!backend)
+		return 0;
+	*drawn = backend->endpoint;
+	return &backend->check;
 }
 
 /* A backend of the service, drawn at random by weight; false when there is none. */
-inline_always bool draw(struct endpoint *key, struct service *service, struct endpoint *drawn)
+inline_always bool draw(struct endpoint *key, struct found *service, struct endpoint *drawn)
 {
-	/* Meanwhile the service's backends may change: then it is asked again. */
+	/* Meanwhile the service may change: then it is asked again. */
 	for (int attempt = 0; attempt < DRAWS; attempt++) {
-		union service_name name = { .whole = name_of(service) };
-		u32 count = service->count;
+		if (service->count == 0)
+			return false;
+		u32 *check = read_slot(service, random_u32() % service->count, drawn);
 
-		if (count && !(service->flags & SERVICE_FEW)) {
-			if (draw_of_many(name, count, drawn))
+		if (check) {
+			BARRIER();
+			if (*check == check_of_backend(key, drawn))
 				return true;
-		} else {
-			u32 slot = count ? random_u32() % count : FEW_BACKENDS;
-
-			if (slot < FEW_BACKENDS)
-				*drawn = service->few[slot];
-			if (name_of(service) == name.whole)
-				return slot < FEW_BACKENDS;
 		}
-		service = map_lookup(MAP(SERVICES), key);
-		if (!service)
+		if (!find_service(key, service))
 			return false;
 	}
 	return false;
@@ -103,27 +139,50 @@ inline_always bool same_endpoint(const struct endpoint *one, const struct endpoi
 	return is_same_address(&one->address, &other->address) && one->port == other->port;
 }
 
-inline_always bool is_member(struct service *service, const struct endpoint *endpoint)
+inline_always bool is_among_few(struct service *service, u32 check, const struct endpoint *endpoint)
 {
-	if (service->flags & SERVICE_FEW) {
-		for (u32 slot = 0; slot < FEW_BACKENDS && slot < service->count; slot++) {
-			if (same_endpoint(&service->few[slot], endpoint))
+	for (u32 slot = 0; slot < FEW_BACKENDS; slot++) {
+		if (service->few[slot].check == check &&
+		    same_endpoint(&service->few[slot].endpoint, endpoint))
+			return true;
+	}
+	return false;
+}
+
+inline_always bool is_member(const struct endpoint *key, struct found *service,
+			     const struct endpoint *endpoint)
+{
+	u32 check = check_of_backend(key, endpoint);
+
+	for (int attempt = 0; attempt < DRAWS; attempt++) {
+		u32 generation = service->generation, count = service->count;
+
+		if (service->flags & SERVICE_FEW) {
+			if (is_among_few(service->element, check, endpoint))
+				return true;
+		} else {
+			struct member_key member = {
+				.service = service->id,
+				.generation = service->generation,
+				.endpoint = *endpoint,
+			};
+			u32 *written = map_lookup(MAP(MEMBERS), &member);
+
+			if (written && *written == check)
 				return true;
 		}
-		return false;
+		/* No, if it has not become another meanwhile. */
+		if (!find_service(key, service))
+			return false;
+		if (service->generation == generation && service->count == count)
+			return false;
 	}
-
-	struct member_key member = {
-		.service = service->id,
-		.generation = service->generation,
-		.endpoint = *endpoint,
-	};
-
-	return map_lookup(MAP(MEMBERS), &member) != 0;
+	return false;
 }
 
 /* The backend that the client had last, if it still is one and the time is not over. */
-inline_always bool keeps(u64 netns, struct service *service, struct endpoint *kept)
+inline_always bool keeps(u64 netns, const struct endpoint *service_key, struct found *service,
+			 struct endpoint *kept)
 {
 	struct affinity_key key = { .netns = netns, .service = service->id };
 	struct affinity *last = map_lookup(MAP(AFFINITY), &key);
@@ -138,13 +197,13 @@ inline_always bool keeps(u64 netns, struct service *service, struct endpoint *ke
 	if (now - used >= timeout)
 		return false;
 	*kept = last->endpoint;
-	if (!is_member(service, kept))
+	if (!is_member(service_key, service, kept))
 		return false;
 	last->used = now;
 	return true;
 }
 
-inline_always void keep(u64 netns, struct service *service, struct endpoint *drawn)
+inline_always void keep(u64 netns, struct found *service, struct endpoint *drawn)
 {
 	struct affinity_key key = { .netns = netns, .service = service->id };
 	struct affinity value = { .endpoint = *drawn, .used = now_ns() };
@@ -153,11 +212,11 @@ inline_always void keep(u64 netns, struct service *service, struct endpoint *dra
 }
 
 /* Where a connection to the service goes; false when nowhere. */
-inline_always bool choose(u64 netns, struct endpoint *key, struct service *service, struct endpoint *chosen)
+inline_always bool choose(u64 netns, struct endpoint *key, struct found *service, struct endpoint *chosen)
 {
 	if (!(service->flags & SERVICE_AFFINITY))
 		return draw(key, service, chosen);
-	if (keeps(netns, service, chosen))
+	if (keeps(netns, key, service, chosen))
 		return true;
 	if (!draw(key, service, chosen))
 		return false;

@@ -79,7 +79,7 @@ inline_always void forget_answers(void *ctx, struct datagram_socket *state, stru
 
 /* The endpoint that this socket's datagrams to the service go to, as long as it is one; else another. */
 inline_always bool choose_for_socket(void *ctx, u64 netns, struct datagram_socket *state,
-				     struct endpoint *dialled, struct endpoint *key, struct service *service,
+				     struct endpoint *dialled, struct endpoint *key, struct found *service,
 				     struct endpoint *chosen)
 {
 	if (service->flags & SERVICE_AFFINITY)
@@ -96,7 +96,7 @@ inline_always bool choose_for_socket(void *ctx, u64 netns, struct datagram_socke
 		}
 		if (had) {
 			*chosen = *had;
-			if (is_member(service, chosen))
+			if (is_member(key, service, chosen))
 				return true;
 		}
 	}
@@ -139,21 +139,22 @@ inline_always int direct_datagrams(struct bpf_sock_addr *ctx, u64 netns, struct 
 	struct endpoint dialled = *to, key = *to;
 	struct bpf_sock *sk = ctx->sk;
 	struct datagram_socket *state;
-	struct service *service;
+	struct found service = {};
 	struct peer *peer;
+	bool known;
 
 	if (!sk)
 		return EPERM;
 	if (is_loopback(&to->address) || is_this_host(&to->address))
 		return 0;
 	state = storage_get(MAP(UDP_SOCKETS), sk, 0, 0);
-	service = map_lookup(MAP(SERVICES), &key);
-	if (!service) {
+	known = find_service(&key, &service);
+	if (!known) {
 		peer = map_lookup(MAP(PEERS), &to->address);
-		service = node_port_at(&key, peer);
+		known = find_node_port(&key, peer, &service);
 	}
-	if (service) {
-		if (!choose_for_socket(ctx, netns, state, &dialled, &key, service, to) ||
+	if (known) {
+		if (!choose_for_socket(ctx, netns, state, &dialled, &key, &service, to) ||
 		    is_ipv4(&to->address) != is_ipv4(&dialled.address)) {
 			refuse_first(netns, own_address(pod, &dialled.address), REASON_NO_BACKEND,
 				     pod->identity, 0, &dialled.address, dialled.port, IPPROTO_UDP,
@@ -166,9 +167,9 @@ inline_always int direct_datagrams(struct bpf_sock_addr *ctx, u64 netns, struct 
 	 * Judged on its way in any case. Asked here too, a refusal is an error that the application sees; but not of what may be an
 	 * answer, which is judged as what it answers: servers answer from the port that they are bound to, some by connect().
 	 */
-	if ((service || (connecting && !sk->src_port)) && peer_refuses(netns, pod, peer, to))
+	if ((known || (connecting && !sk->src_port)) && peer_refuses(netns, pod, peer, to))
 		return EPERM;
-	if (!service) {
+	if (!known) {
 		forget_answers(ctx, state, to);
 		return 0;
 	}

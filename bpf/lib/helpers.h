@@ -64,6 +64,8 @@ static long (*seq_write)(void *seq, const void *data, u32 size) = (void *)BPF_FU
  * at a computed place, which the verifier refuses.
  */
 #define KEEP(value) asm volatile("" : "+r"(value))
+/* What was copied before is not read again after. */
+#define BARRIER() asm volatile("" ::: "memory")
 
 inline_always bool is_own_port(__be16 port)
 {

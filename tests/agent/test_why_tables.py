@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 
 from agent.passage import Stage
-from bpf import wire
+from bpf import checks, wire
 from bpf.wire import Direction
 from common.admin import BadQueryError
 from controlplane.api import Action, Endpoint, MtlsMode, Service, ServicePort
@@ -95,6 +95,12 @@ WEIGHTED = Service(
 )
 
 
+def few(key: wire.Endpoint, address: str, port: int) -> wire.FewBackend:
+    """As the agent writes a backend into its service."""
+    check = checks.of_backend(checks.seed_of(key), address, port, key.protocol)
+    return wire.FewBackend(address, port, key.protocol, 0, check)
+
+
 def weighted(kernel: Kernel) -> wire.Service:
     with kernel.tables() as tables:
         found = tables.service(wire.Endpoint("10.96.0.9", 80))
@@ -115,19 +121,24 @@ def test_draws_that_hit_nothing_are_refused(kernel: Kernel):
     }
 
 
-def test_a_service_that_has_fewer_than_it_says_refuses(kernel: Kernel):
+def test_what_does_not_prove_itself_is_not_there(kernel: Kernel):
+    """The kernel may be writing the element for another service."""
     node = Node(kernel, mesh())
-    key = wire.Endpoint(VIP, 80)
+    key, other = wire.Endpoint(VIP, 80), wire.Endpoint("10.96.0.77", 80)
     with kernel.tables() as tables:
         found = tables.service(key)
     assert found is not None
-    kernel.put("services", key, dataclasses.replace(found, few=found.few[:1]))
-    answer = ask(node, "shop/client", "web.shop", 80)
-    assert {e["reason"] or "allowed": e["share"] for e in answer["endpoints"]} == {
-        "allowed": pytest.approx(0.5),
-        "no-backend": pytest.approx(0.5),
-    }
-    assert any("slot 1 is not there" in text for text in answer["differences"])
+    for wrong in ((), (few(other, "10.244.1.6", PORT),)):
+        kernel.put("services", key, dataclasses.replace(found, few=(*found.few[:1], *wrong)))
+        answer = ask(node, "shop/client", "web.shop", 80)
+        assert {e["reason"] or "allowed": e["share"] for e in answer["endpoints"]} == {
+            "allowed": pytest.approx(15 / 16),
+            "no-backend": pytest.approx(1 / 16),
+        }
+        assert any("slot 1 is not there" in text for text in answer["differences"])
+    kernel.put("services", key, dataclasses.replace(found, count=1))
+    with kernel.tables() as tables:
+        assert tables.service(key) is None
 
 
 def test_a_backend_of_another_family_is_no_backend(kernel: Kernel):
@@ -136,7 +147,7 @@ def test_a_backend_of_another_family_is_no_backend(kernel: Kernel):
     with kernel.tables() as tables:
         found = tables.service(key)
     assert found is not None
-    other = wire.Endpoint("fd00::7", PORT)
+    other = few(key, "fd00::7", PORT)
     kernel.put("services", key, dataclasses.replace(found, few=(other, *found.few[1:])))
     answer = ask(node, "shop/client", "web.shop", 80)
     assert verdicts(answer)["fd00::7"] == "no-backend"
@@ -301,9 +312,8 @@ def test_changed_services_are_differences(kernel: Kernel):
     found = weighted(kernel)
     slot = wire.BackendKey(found.id, found.generation, 0)
     value = wire.Backend.unpack(kernel.maps["backends"].lookup(slot.pack()) or b"")
-    kernel.put(
-        "backends", slot, wire.Backend("10.244.1.6", PORT, value.protocol, 0, value.other, value.share)
-    )
+    check = few(wire.Endpoint("10.96.0.9", 80), "10.244.1.6", PORT).check
+    kernel.put("backends", slot, dataclasses.replace(value, address="10.244.1.6", check=check))
     texts = ask(node, "shop/client", "heavy.shop", 80)["differences"]
     assert any("10.244.1.6:9000 in the kernel only" in text for text in texts)
     assert any("in the model only" in text for text in texts)
@@ -312,11 +322,10 @@ def test_changed_services_are_differences(kernel: Kernel):
     assert any("slot 0 is not there" in text for text in texts)
     key = wire.Endpoint(VIP, 80)
     with kernel.tables() as tables:
-        few = tables.service(key)
-    assert few is not None
-    kernel.put(
-        "services", key, dataclasses.replace(few, few=(*few.few[:1], wire.Endpoint("10.244.1.6", PORT)))
-    )
+        web = tables.service(key)
+    assert web is not None
+    other = few(key, "10.244.1.6", PORT)
+    kernel.put("services", key, dataclasses.replace(web, few=(*web.few[:1], other)))
     texts = ask(node, "shop/client", "web.shop", 80)["differences"]
     assert any("10.244.1.6:9000 in the kernel only" in text for text in texts)
     kernel.maps["services"].delete(key.pack())

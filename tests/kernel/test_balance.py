@@ -146,6 +146,41 @@ def test_changes_under_clients_that_dial(node, client):
     assert set(dialled(client, 300)) <= {backend.address for backend in weighted}
 
 
+@pytest.mark.parametrize("size", [1, wire.FEW_BACKENDS, wire.FEW_BACKENDS + 1])
+def test_no_client_gets_another_services_backend(node, client, size):
+    """The kernel writes the element of a service that has changed anew for the next one, while programs may still read it."""
+    stop = threading.Event()
+    wrong: set[str] = set()
+    done = [0]
+    own, others = many(3 * size), many(3 * size, 5000)
+    allowed = {backend.address for backend in own}
+
+    def dial() -> None:
+        while not stop.is_set():
+            found = dialled(client, 500)
+            wrong.update(found.keys() - allowed)
+            done[0] += found.total()
+
+    node.kernel.set_service(VIP, 80, own[:size], protocol=UDP)
+    thread = threading.Thread(target=dial)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 3
+        for turn in itertools.count():
+            if time.monotonic() > deadline and done[0] > 2000:
+                break
+            assert thread.is_alive()
+            start = turn % 3 * size
+            node.kernel.set_service(VIP, 80, own[start : start + size], protocol=UDP)
+            node.kernel.set_service(VIP, 81, others[start : start + size], protocol=UDP)
+    finally:
+        stop.set()
+        thread.join(30)
+        node.kernel.remove_service(VIP, 81, UDP)
+    assert wrong == set()
+    assert done[0] > 2000
+
+
 def test_no_room_for_more(tmp_path):
     """What was there stays whole, slot by slot and all at once."""
     node = Node(tmp_path, sizes=("backends=1024", "members=1040"))

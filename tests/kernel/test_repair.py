@@ -176,7 +176,8 @@ def test_a_service_whose_backends_are_others_is_written_anew(world):
     key = wire.Endpoint(SERVICE.address, SERVICE.port).pack()
     written = wire.Service.unpack(services.lookup(key))
     assert [(end.address, end.port) for end in written.few] == [("10.77.9.1", 80), ("10.77.9.2", 80)]
-    services.update(key, replace(written, few=(*written.few[:1], wire.Endpoint("10.66.6.6", 80))).pack())
+    other = replace(written.few[1], address="10.66.6.6")
+    services.update(key, replace(written, few=(*written.few[:1], other)).pack())
     assert kernel.damaged_services([SERVICE]) == [SERVICE]
     kernel.set_service(SERVICE.address, SERVICE.port, backends)
     assert kernel.damaged_services([SERVICE]) == []

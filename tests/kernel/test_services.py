@@ -113,6 +113,19 @@ def test_while_it_is_one(node, servers, clients):
         client.app.connect((VIP, 80))
 
 
+def test_wherever_the_backends_stand(node, servers, clients):
+    """Few in the service itself, many and those with weights in slots."""
+    client = clients[0]
+    few = backends(servers)
+    node.kernel.set_service(VIP, 80, few, affinity=60)
+    [address] = drawn(node, client)
+    own = next(backend for backend in few if backend.address == address)
+    many = [Backend(f"10.66.1.{number}", 8080) for number in range(wire.FEW_BACKENDS)]
+    for now in ([*many, own], few, [own._replace(weight=3), *many[:2]], [*many[1:], own], [own]):
+        node.kernel.set_service(VIP, 80, now, affinity=60)
+        assert drawn(node, client, count=10) == {address}
+
+
 def test_for_a_time_after_its_last_connection(node, servers, clients):
     client = clients[0]
     node.kernel.set_service(VIP, 80, backends(servers), affinity=1)
