@@ -159,7 +159,7 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 		return refuse_unaddressed(netns, pod, &key, 0);
 	if (known && (service.flags & SERVICE_L7)) {
 		/* A node port, or an address from outside: l7proxy is told the service's own. */
-		if (service.count && draw(&key, &service, &dial->to)) {
+		if (draw(&key, &service, &dial->to)) {
 			state->destination_address = dial->to.address;
 			state->destination_port = dial->to.port;
 		}
@@ -237,7 +237,7 @@ inline_always int dialled(struct bpf_sock_addr *ctx, u64 netns, struct pod *pod,
 		}
 		return PASS;
 	}
-	if ((!pod && role == ROLE_NONE) || is_loopback(&dial->said.address))
+	if (is_loopback(&dial->said.address))
 		return PASS;
 	/* All zero, and of no interest to anybody else before it is established. */
 	state = storage_get(MAP(SOCKETS), sk, 0, BPF_SK_STORAGE_GET_F_CREATE);

@@ -9,7 +9,7 @@ Owns how a service changes under running programs, so that none ever finds no ba
   that generation, then the old ones go.
 
 A program that read the service just before asks again when its slot is gone. ``members`` says who is a backend, for services
-whose clients keep theirs; who had which one last (``affinity``, ``datagrams``) is the programs' own.
+with slots whose clients keep theirs; who had which one last (``affinity``, ``datagrams``) is the programs' own.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class Services:
                 or service.check != checks.of_service(seed, service)
                 or any(one.share != wire.SHARE_WHOLE for one in raw)
                 or any(
-                    one.check != checks.of_backend(seed, one.address, one.port, frontend.protocol)
+                    one.protocol != frontend.protocol
+                    or one.check != checks.of_backend(seed, one.address, one.port, one.protocol)
                     for one in ends
                 )
             )
@@ -144,7 +145,8 @@ class Services:
         if value is None:
             return False
         found = wire.Backend.unpack(value)
-        if (found.address, found.port, found.check) != (backend.address, backend.port, check):
+        wished = (backend.address, backend.port, key.protocol, check)
+        if (found.address, found.port, found.protocol, found.check) != wished:
             return False
         member = _member(service, backend, key.protocol)
         return not _has_members(service.flags) or self._members.lookup(member) == _CHECK.pack(check)

@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -144,8 +145,10 @@ class Tables:
         if value is None:
             return None
         found = wire.Service.unpack(value)
-        # What does not prove itself no program takes for the service.
-        return found if found.check == checks.of_service(checks.seed_of(key), found) else None
+        if found.check == checks.of_service(checks.seed_of(key), found):
+            return found
+        # What does not prove itself is a service without backends to the programs.
+        return replace(found, count=0, flags=0, few=())
 
     def slots(self, key: Endpoint, service: wire.Service) -> tuple[list[Slot], list[int]]:
         """The backends with what ``draw()`` gives to each, and the slots that are not there, or of another service."""

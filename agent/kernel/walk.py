@@ -139,7 +139,7 @@ class Walker(Arrivals):
     def _service(
         self, service: wire.Service | None, key: Endpoint, peer: wire.Peer | None, found: Walk
     ) -> tuple[wire.Service | None, Endpoint]:
-        """Also by node port (``node_port_at``)."""
+        """Also by node port (``find_node_port``)."""
         if service is None and peer is not None and peer.flags & wire.PEER_NODE:
             any_node = Endpoint(_ANY_NODE[":" in key.address], key.port, key.protocol)
             service = self._tables.service(any_node)

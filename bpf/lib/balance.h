@@ -14,7 +14,7 @@
 #include "lib/helpers.h"
 #include "lib/refusal.h"
 
-/* What a service was found to be. Of what its element points to every word is checked again when it is read. */
+/* What a service was found to be. A backend in its element proves itself when it is read. */
 struct found {
 	struct service *element;
 	u32 id;
@@ -61,7 +61,10 @@ inline_always bool find_service(const struct endpoint *key, struct found *found)
 		if (check == service->check)
 			return true;
 	}
-	return false;
+	/* There is one, and nothing of it is certain: nobody is let past it. */
+	found->count = 0;
+	found->flags = 0;
+	return true;
 }
 
 /*
@@ -155,7 +158,7 @@ inline_always bool is_member(const struct endpoint *key, struct found *service,
 	u32 check = check_of_backend(key, endpoint);
 
 	for (int attempt = 0; attempt < DRAWS; attempt++) {
-		u32 generation = service->generation, count = service->count;
+		u32 id = service->id, generation = service->generation;
 
 		if (service->flags & SERVICE_FEW) {
 			if (is_among_few(service->element, check, endpoint))
@@ -174,7 +177,7 @@ inline_always bool is_member(const struct endpoint *key, struct found *service,
 		/* No, if it has not become another meanwhile. */
 		if (!find_service(key, service))
 			return false;
-		if (service->generation == generation && service->count == count)
+		if (service->id == id && service->generation == generation)
 			return false;
 	}
 	return false;
@@ -197,6 +200,7 @@ inline_always bool keeps(u64 netns, const struct endpoint *service_key, struct f
 	if (now - used >= timeout)
 		return false;
 	*kept = last->endpoint;
+	BARRIER();
 	if (!is_member(service_key, service, kept))
 		return false;
 	last->used = now;

@@ -96,6 +96,7 @@ inline_always bool choose_for_socket(void *ctx, u64 netns, struct datagram_socke
 		}
 		if (had) {
 			*chosen = *had;
+			BARRIER();
 			if (is_member(key, service, chosen))
 				return true;
 		}

@@ -137,8 +137,8 @@ def test_what_does_not_prove_itself_is_not_there(kernel: Kernel):
         }
         assert any("slot 1 is not there" in text for text in answer["differences"])
     kernel.put("services", key, dataclasses.replace(found, count=1))
-    with kernel.tables() as tables:
-        assert tables.service(key) is None
+    answer = ask(node, "shop/client", "web.shop", 80)
+    assert answer["reason"] == "no-backend"
 
 
 def test_a_backend_of_another_family_is_no_backend(kernel: Kernel):

@@ -87,8 +87,10 @@ def make_server(make_pod: Callable[..., TestPod], client: TestPod) -> Iterator[C
 def service(node: Node, vip: str) -> Iterator[Callable[..., None]]:
     made: set[tuple[str, int, Protocol]] = set()
 
-    def make(*servers: Server, address=vip, port=PORT, protocol=UDP, affinity=0) -> None:
+    def make(*servers: Server, address=vip, port=PORT, protocol=UDP, affinity=0, weights=()) -> None:
         backends = [server.backend for server in servers]
+        if weights:
+            backends = [b._replace(weight=w) for b, w in zip(backends, weights, strict=False)]
         node.kernel.set_service(address, port, backends, protocol=protocol, affinity=affinity)
         made.add((address, port, protocol))
 
@@ -155,11 +157,12 @@ def test_one_socket_and_many_services(client, make_server, service, vip):
         other.sock.close()
 
 
-def test_a_socket_keeps_its_endpoint_and_others_get_others(client, make_server, service, vip):
+@pytest.mark.parametrize("weights", [(), (3, 3, 4)], ids=["in the service", "in slots"])
+def test_a_socket_keeps_its_endpoint_and_others_get_others(client, make_server, service, vip, weights):
     servers = [make_server() for _ in range(3)]
-    service(*servers)
+    service(*servers, weights=weights)
     met = set()
-    for _ in range(20):
+    for _ in range(40):
         with client.app.datagrams() as sock:
             client.app.send(sock, "first", (vip, PORT))
             server = asked(servers)
@@ -170,10 +173,11 @@ def test_a_socket_keeps_its_endpoint_and_others_get_others(client, make_server, 
     assert len(met) == 3
 
 
-def test_an_endpoint_that_goes_away_is_left(client, make_server, service, vip):
+@pytest.mark.parametrize("weights", [(), (1, 2)], ids=["in the service", "in slots"])
+def test_an_endpoint_that_goes_away_is_left(client, make_server, service, vip, weights):
     """As a resolver's socket outlives the servers: no datagram goes to the dead one, and its last word is still the service's."""
     servers = [make_server() for _ in range(2)]
-    service(*servers)
+    service(*servers, weights=weights)
     with client.app.datagrams() as sock:
         client.app.send(sock, "question", (vip, PORT))
         first = asked(servers)
@@ -189,7 +193,7 @@ def test_an_endpoint_that_goes_away_is_left(client, make_server, service, vip):
         first.sock.answer(b"late", peer)
         assert sock.recvfrom(100) == (b"late", (vip, PORT))
         # It comes back with the next version of the server, and so another way: who was moved stays.
-        service(first, second)
+        service(first, second, weights=weights)
         client.app.send(sock, "again", (vip, PORT))
         assert asked(servers) is second
 
