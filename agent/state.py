@@ -94,7 +94,9 @@ class State:
     def save_pods(self) -> None:
         """:raises OSError: the book cannot be written."""
         self._storage.write(
-            PODS_FILE, msgspec.json.encode(_PodsFile(self._boot, msgspec.Raw(self.pods.dump())))
+            PODS_FILE,
+            msgspec.json.encode(_PodsFile(self._boot, msgspec.Raw(self.pods.dump()))),
+            outlives_boot=False,
         )
 
     def save_numbers(self) -> None:
@@ -103,7 +105,8 @@ class State:
         :raises OSError: they cannot be written.
         """
         if self.numbers.dirty:
-            self._storage.write(IDENTITIES_FILE, self.numbers.dump())
+            # After a boot there are none in the kernel.
+            self._storage.write(IDENTITIES_FILE, self.numbers.dump(), outlives_boot=False)
             self.numbers.dirty = False
 
     async def keep(self) -> None:

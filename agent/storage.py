@@ -23,8 +23,8 @@ class Storage:
         """:raises OSError: the folder cannot be made."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder = folder
-        # Threads write too, and each file has one place aside.
-        self._lock = threading.Lock()
+        # Threads write too, and each file has one place aside. None waits for another file's disk.
+        self._locks: dict[str, threading.Lock] = {}
 
     def read(self, name: str) -> bytes | None:
         """A file's content, or None if there is none.
@@ -36,15 +36,16 @@ class Storage:
         except FileNotFoundError:
             return None
 
-    def write(self, name: str, data: bytes) -> None:
-        """Replace a file's content; after a crash it is the old or the new one.
+    def write(self, name: str, data: bytes, *, outlives_boot: bool = True) -> None:
+        """Replace a file's content; after a crash of this process it is the old or the new one.
 
+        :param outlives_boot: it is after a crash of the machine too; that takes as long as the disk does.
         :raises OSError: it could not be written; the old content is still there.
         """
-        with self._lock:
-            self._write(name, data)
+        with self._locks.setdefault(name, threading.Lock()):
+            self._write(name, data, outlives_boot)
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _write(self, name: str, data: bytes, force: bool) -> None:
         aside = self.folder / f".{name}"
         fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
@@ -52,7 +53,8 @@ class Storage:
                 view = memoryview(data)
                 while view:
                     view = view[os.write(fd, view) :]
-                os.fsync(fd)
+                if force:
+                    os.fsync(fd)
             finally:
                 os.close(fd)
             os.rename(aside, self.folder / name)
