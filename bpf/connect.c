@@ -157,17 +157,19 @@ inline_always int decide(void *ctx, u64 netns, struct pod *pod, u32 role, struct
 		known = find_node_port(&key, peer, &service);
 	if (known && is_none(own))
 		return refuse_unaddressed(netns, pod, &key, 0);
-	if (known && (service.flags & SERVICE_L7)) {
-		/* A node port, or an address from outside: l7proxy is told the service's own. */
-		if (draw(&key, &service, &dial->to)) {
-			state->destination_address = dial->to.address;
-			state->destination_port = dial->to.port;
-		}
-		return capture(dial, own, PORT_OUTBOUND_L7, state);
-	}
 	if (known) {
-		if (!choose(netns, &key, &service, &dial->to) ||
-		    is_ipv4(&dial->to.address) != is_ipv4(&key.address)) {
+		bool l7 = service.flags & SERVICE_L7;
+		bool chosen = choose(netns, &key, &service, &dial->to);
+
+		if (l7) {
+			/* A node port, or an address from outside: l7proxy is told the service's own. */
+			if (chosen) {
+				state->destination_address = dial->to.address;
+				state->destination_port = dial->to.port;
+			}
+			return capture(dial, own, PORT_OUTBOUND_L7, state);
+		}
+		if (!chosen || is_ipv4(&dial->to.address) != is_ipv4(&key.address)) {
 			refuse_dial(netns, own, REASON_NO_BACKEND, pod->identity, 0, &dial->said.address,
 				    dial->said.port, DIRECTION_OUTBOUND);
 			return refuse(ECONNREFUSED);

@@ -42,24 +42,37 @@ inline_always u32 check_of_backend(const struct endpoint *key, const struct endp
 	return check_endpoint(check_endpoint(CHECK_SEED, key), backend);
 }
 
+#define SERVICE_NONE 0
+#define SERVICE_PROVEN 1
+#define SERVICE_TORN 2
+
+/* What is found is known only where it is proven. */
+inline_always u32 read_service(const struct endpoint *key, struct found *found)
+{
+	struct service *service = map_lookup(MAP(SERVICES), key);
+	u32 check = check_endpoint(CHECK_SEED, key);
+
+	if (!service)
+		return SERVICE_NONE;
+	found->element = service;
+	found->id = service->id;
+	found->generation = service->generation;
+	found->count = service->count;
+	found->flags = service->flags;
+	BARRIER();
+	check = check_word(check_word(check, found->id), found->generation);
+	check = check_word(check_word(check, found->count), found->flags);
+	return check == service->check ? SERVICE_PROVEN : SERVICE_TORN;
+}
+
 inline_always bool find_service(const struct endpoint *key, struct found *found)
 {
+	NO_UNROLL
 	for (int attempt = 0; attempt < DRAWS; attempt++) {
-		struct service *service = map_lookup(MAP(SERVICES), key);
-		u32 check = check_endpoint(CHECK_SEED, key);
+		u32 read = read_service(key, found);
 
-		if (!service)
-			return false;
-		found->element = service;
-		found->id = service->id;
-		found->generation = service->generation;
-		found->count = service->count;
-		found->flags = service->flags;
-		BARRIER();
-		check = check_word(check_word(check, found->id), found->generation);
-		check = check_word(check_word(check, found->count), found->flags);
-		if (check == service->check)
-			return true;
+		if (read != SERVICE_TORN)
+			return read;
 	}
 	/* There is one, and nothing of it is certain: nobody is let past it. */
 	found->count = 0;
@@ -121,6 +134,7 @@ inline_always u32 *read_slot(struct found *service, u32 slot, struct endpoint *d
 inline_always bool draw(struct endpoint *key, struct found *service, struct endpoint *drawn)
 {
 	/* Meanwhile the service may change: then it is asked again. */
+	NO_UNROLL
 	for (int attempt = 0; attempt < DRAWS; attempt++) {
 		if (service->count == 0)
 			return false;
@@ -131,7 +145,7 @@ inline_always bool draw(struct endpoint *key, struct found *service, struct endp
 			if (*check == check_of_backend(key, drawn))
 				return true;
 		}
-		if (!find_service(key, service))
+		if (read_service(key, service) != SERVICE_PROVEN)
 			return false;
 	}
 	return false;
@@ -144,6 +158,7 @@ inline_always bool same_endpoint(const struct endpoint *one, const struct endpoi
 
 inline_always bool is_among_few(struct service *service, u32 check, const struct endpoint *endpoint)
 {
+	NO_UNROLL
 	for (u32 slot = 0; slot < FEW_BACKENDS; slot++) {
 		if (service->few[slot].check == check &&
 		    same_endpoint(&service->few[slot].endpoint, endpoint))
@@ -157,30 +172,17 @@ inline_always bool is_member(const struct endpoint *key, struct found *service,
 {
 	u32 check = check_of_backend(key, endpoint);
 
-	for (int attempt = 0; attempt < DRAWS; attempt++) {
-		u32 id = service->id, generation = service->generation;
+	if (service->flags & SERVICE_FEW)
+		return is_among_few(service->element, check, endpoint);
 
-		if (service->flags & SERVICE_FEW) {
-			if (is_among_few(service->element, check, endpoint))
-				return true;
-		} else {
-			struct member_key member = {
-				.service = service->id,
-				.generation = service->generation,
-				.endpoint = *endpoint,
-			};
-			u32 *written = map_lookup(MAP(MEMBERS), &member);
+	struct member_key member = {
+		.service = service->id,
+		.generation = service->generation,
+		.endpoint = *endpoint,
+	};
+	u32 *written = map_lookup(MAP(MEMBERS), &member);
 
-			if (written && *written == check)
-				return true;
-		}
-		/* No, if it has not become another meanwhile. */
-		if (!find_service(key, service))
-			return false;
-		if (service->id == id && service->generation == generation)
-			return false;
-	}
-	return false;
+	return written && *written == check;
 }
 
 /* The backend that the client had last, if it still is one and the time is not over. */
@@ -218,13 +220,14 @@ inline_always void keep(u64 netns, struct found *service, struct endpoint *drawn
 /* Where a connection to the service goes; false when nowhere. */
 inline_always bool choose(u64 netns, struct endpoint *key, struct found *service, struct endpoint *chosen)
 {
-	if (!(service->flags & SERVICE_AFFINITY))
-		return draw(key, service, chosen);
-	if (keeps(netns, key, service, chosen))
+	bool affinity = service->flags & SERVICE_AFFINITY;
+
+	if (affinity && keeps(netns, key, service, chosen))
 		return true;
 	if (!draw(key, service, chosen))
 		return false;
-	keep(netns, service, chosen);
+	if (affinity)
+		keep(netns, service, chosen);
 	return true;
 }
 

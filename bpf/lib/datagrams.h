@@ -82,9 +82,9 @@ inline_always bool choose_for_socket(void *ctx, u64 netns, struct datagram_socke
 				     struct endpoint *dialled, struct endpoint *key, struct found *service,
 				     struct endpoint *chosen)
 {
-	if (service->flags & SERVICE_AFFINITY)
-		return choose(netns, key, service, chosen);
-	if (state) {
+	bool affinity = service->flags & SERVICE_AFFINITY;
+
+	if (!affinity && state) {
 		struct endpoint *had = &state->endpoint;
 
 		if (!same_endpoint(&state->service, dialled)) {
@@ -101,7 +101,7 @@ inline_always bool choose_for_socket(void *ctx, u64 netns, struct datagram_socke
 				return true;
 		}
 	}
-	return draw(key, service, chosen);
+	return choose(netns, key, service, chosen);
 }
 
 /* Whether NetworkPolicy of the pod, or a policy of a destination on this node, refuses what the pod would say first. */

@@ -64,6 +64,8 @@ static long (*seq_write)(void *seq, const void *data, u32 size) = (void *)BPF_FU
  * at a computed place, which the verifier refuses.
  */
 #define KEEP(value) asm volatile("" : "+r"(value))
+/* Before a loop: one copy of what is in it, for the compiler and for the verifier. */
+#define NO_UNROLL _Pragma("clang loop unroll(disable)")
 /* What was copied before is not read again after. */
 #define BARRIER() asm volatile("" ::: "memory")
 
