@@ -373,10 +373,10 @@ async def test_a_pod_that_the_controller_takes_back_while_add_waits_does_not_sta
     write = Storage.write
     updates: list[asyncio.Future[object]] = []
 
-    def meanwhile(self, name, data):
+    def meanwhile(self, name, data, **how):
         if name == PODS_FILE and not updates:
             updates.append(asyncio.ensure_future(world.node.apply(complete(workload("other"), version="v2"))))
-        write(self, name, data)
+        write(self, name, data, **how)
 
     monkeypatch.setattr(Storage, "write", meanwhile)
     with pytest.raises(Refusal, match="could not be programmed") as refused:
@@ -423,7 +423,7 @@ async def test_a_full_disk_keeps_numbers_out_of_the_kernel_and_pods_not_in_it(wo
     await world.add("web")
     write = Storage.write
 
-    def full(self, name, data):
+    def full(self, name, data, **_how):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Storage, "write", full)
