@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lab import Lab, Pod, Talker, Traffic
-from tests.mesh.helpers import ECHO, HTTP, echo_server, echoes, http_server
+from tests.mesh.helpers import ECHO, HTTP, echo_server, echoes, http_server, peer_authentication
 
 pytestmark = pytest.mark.privileged
 
@@ -89,15 +89,6 @@ def left(lab: Lab, world: World) -> bool:
 
 def label(lab: Lab, world: World, **labels: str) -> None:
     lab.namespace(world.namespace, labels, mesh=bool(labels))
-
-
-def strict(namespace: str) -> dict[str, Any]:
-    return {
-        "apiVersion": "security.istio.io/v1",
-        "kind": "PeerAuthentication",
-        "metadata": {"name": "default", "namespace": namespace},
-        "spec": {"mtls": {"mode": "STRICT"}},
-    }
 
 
 def failures(traffic: dict[str, Traffic]) -> dict[str, list[Any]]:
@@ -204,7 +195,7 @@ def hears_late(lab: Lab, node: str, seconds: float) -> Iterator[None]:
 @pytest.mark.parametrize("late", NODES)
 def test_a_node_that_hears_late_refuses_nobody(lab: Lab, world: World, late: str):
     """STRICT, so that no plain text of others passes by chance: whoever joins or leaves is dialled as its own node expects it."""
-    with lab.applied(strict(world.namespace)):
+    with lab.applied(peer_authentication(world.namespace, "STRICT")):
         traffic = steady(world)
         time.sleep(0.5)
         with hears_late(lab, late, 1.0):
@@ -236,7 +227,7 @@ def test_requests_of_an_open_connection_go_on_when_both_ends_leave(lab: Lab, wor
             "http": [{"route": [{"destination": {"host": "web"}}], "retries": {"attempts": 0}}],
         },
     }
-    with lab.applied([route, strict(world.namespace)]):
+    with lab.applied([route, peer_authentication(world.namespace, "STRICT")]):
         lab.wait(
             lambda: enrolled(lab, world), 15, "all pods are enrolled", explain=lambda: stages(lab, world)
         )
@@ -259,7 +250,7 @@ def test_joining_under_strict(lab: Lab, world: World):
     lab.namespace("outside", mesh=False)
     outside = lab.pod(f"outside-{world.namespace}", node="node1", namespace="outside")
     pods = world.pods
-    with lab.applied(strict(world.namespace)), Talker(outside) as talker:
+    with lab.applied(peer_authentication(world.namespace, "STRICT")), Talker(outside) as talker:
         assert talker.open(pods["server2"].address, PLAIN_ECHO).ok
         traffic = steady(world)
         time.sleep(0.5)
