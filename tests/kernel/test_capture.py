@@ -24,6 +24,7 @@ from agent.kernel import (
 )
 from bpf.maps import CapturedMap
 from bpf.wire import FEW_BACKENDS, PORT_HBONE, PORT_OUTBOUND, PORT_OUTBOUND_L7, Captured
+from lab.processes import wait_until
 from tests.kernel.mesh import MPTCP, Node, Sock, TestPod, run
 
 pytestmark = pytest.mark.privileged
@@ -549,12 +550,10 @@ def test_full_table_of_captured_refuses(tmp_path):
         pod = TestPod(node, "10.77.0.10", 20).enrol({})
         node.kernel.set_peer(REMOTE, Peer(local=False, enrolled=True, identity=77))
         with listen(node, pod, PORT_OUTBOUND) as listener:
-            first = pod.app.connect((REMOTE, 1))
-            listener.accept()[0].close()
-            with pytest.raises(ConnectionRefusedError):
-                pod.app.connect((REMOTE, 1))
-            first.close()
-            time.sleep(0.1)
+            with pod.app.connect((REMOTE, 1)), listener.accept()[0]:
+                with pytest.raises(ConnectionRefusedError):
+                    pod.app.connect((REMOTE, 1))
+            wait_until(lambda: not list(node.kernel._maps["captured"].keys()), 5, "it is forgotten")
             pod.app.connect((REMOTE, 1)).close()
         assert node.kernel.pressure()["captured"].refused == 1
         # A table that is full leaves what was there as it was.
