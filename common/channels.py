@@ -20,6 +20,8 @@ PING, PONG = 2, 3
 CONNECT = 3
 #: Seconds until another connection is begun beside those that nobody has answered.
 BESIDE = 0.5
+#: Connections that are begun at most: of two machines of which one is gone all of them draw that one once in sixteen times.
+ATTEMPTS = 4
 
 CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_time_ms", PING * 1000),
@@ -46,22 +48,25 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 
 @contextlib.asynccontextmanager
 async def first_answered(make: Callable[[], grpc.aio.Channel]) -> AsyncIterator[grpc.aio.Channel]:
-    """The first of several channels to one address that is connected, or of which it is known that it cannot be.
+    """The first of some channels to one address that is connected; when all have failed one of them, whose user hears why.
 
-    They are begun one after the other, and the others closed again. After CONNECT seconds the first one has failed: whoever uses
-    it hears why.
+    They are begun one after the other while nobody has answered: one that was begun before may still be about to. The others are
+    closed again.
 
     :param make: makes one, with CLIENT_OPTIONS.
+    :raises TimeoutError: none is connected, nor has failed, in good time: their name is not resolved.
     """
     async with contextlib.AsyncExitStack() as chosen:
-        waiting: dict[asyncio.Task[None], grpc.aio.Channel] = {}
+        waiting: dict[asyncio.Task[bool], grpc.aio.Channel] = {}
         try:
-            done: set[asyncio.Task[None]] = set()
-            while not done:
-                channel = make()
-                waiting[asyncio.ensure_future(_connected_or_failed(channel))] = channel
-                done, _ = await asyncio.wait(waiting, timeout=BESIDE, return_when=asyncio.FIRST_COMPLETED)
-            channel = await chosen.enter_async_context(waiting.pop(done.pop()))
+            for patience in (*(BESIDE,) * (ATTEMPTS - 1), CONNECT + 1):
+                begun = make()
+                waiting[asyncio.ensure_future(_is_connected(begun))] = begun
+                if (channel := await _settled(waiting, patience)) is not None:
+                    await chosen.enter_async_context(channel)
+                    break
+            else:
+                raise TimeoutError("neither a connection nor an error in good time")
         finally:
             for task in waiting:
                 task.cancel()
@@ -71,8 +76,28 @@ async def first_answered(make: Callable[[], grpc.aio.Channel]) -> AsyncIterator[
         yield channel
 
 
-async def _connected_or_failed(channel: grpc.aio.Channel) -> None:
+async def _settled(
+    waiting: dict[asyncio.Task[bool], grpc.aio.Channel], timeout: float
+) -> grpc.aio.Channel | None:
+    """Take out the one that is connected, or the last that has failed; those that failed before it are closed.
+
+    None: there is neither within ``timeout`` seconds.
+    """
+    now = asyncio.get_running_loop().time
+    deadline = now() + timeout
+    while (left := deadline - now()) > 0:
+        done, _ = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        for task in sorted(done, key=lambda task: not task.result()):
+            if task.result() or len(waiting) == 1:
+                return waiting.pop(task)
+            await waiting.pop(task).close()
+    return None
+
+
+async def _is_connected(channel: grpc.aio.Channel) -> bool:
+    """As soon as it is known."""
     state = channel.get_state(try_to_connect=True)
     while state in (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING):
         await channel.wait_for_state_change(state)
         state = channel.get_state(try_to_connect=True)
+    return state is grpc.ChannelConnectivity.READY

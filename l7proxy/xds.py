@@ -7,6 +7,7 @@ Owns the stream: it subscribes to all of every type, and says at each start what
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,8 @@ class XdsClient:
                     reason=reason,
                 )
                 quiet = True
-            await asyncio.sleep(delay)
+            # Not all proxies of a cluster at once.
+            await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(delay * 2, _RETRY_LONGEST)
 
     async def _session(self) -> None:

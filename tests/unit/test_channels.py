@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -12,7 +13,16 @@ import grpc
 import grpc.aio
 import pytest
 
-from common.channels import BESIDE, CLIENT_OPTIONS, CONNECT, PING, PONG, SERVER_OPTIONS, first_answered
+from common.channels import (
+    ATTEMPTS,
+    BESIDE,
+    CLIENT_OPTIONS,
+    CONNECT,
+    PING,
+    PONG,
+    SERVER_OPTIONS,
+    first_answered,
+)
 
 METHOD = "/test/Follow"
 
@@ -122,8 +132,55 @@ async def test_of_several_machines_behind_one_address_one_that_answers_is_found(
     balancer.close()
 
 
+async def test_one_that_is_slow_is_not_given_up_for_one_that_refuses(server: int) -> None:
+    """Its handshake takes longer than the time until another is begun."""
+    relay = Silence(server)
+
+    async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(2.5 * BESIDE)
+        await relay.serve(reader, writer)
+
+    slow = await asyncio.start_server(late, "127.0.0.1", 0)
+    with socket.socket() as refusing:
+        refusing.bind(("127.0.0.1", 0))
+        ports = iter([slow.sockets[0].getsockname()[1]])
+
+        def make() -> grpc.aio.Channel:
+            port = next(ports, refusing.getsockname()[1])
+            return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CLIENT_OPTIONS)
+
+        async with first_answered(make) as channel:
+            assert await anext(_follow(channel)) == b"first"
+    slow.close()
+
+
+async def test_a_name_that_nobody_resolves() -> None:
+    """The number of those who ask for it has a bound, and so has the time."""
+    made = 0
+    with socket.socket(type=socket.SOCK_DGRAM) as resolver:
+        resolver.bind(("127.0.0.1", 0))
+
+        def make() -> grpc.aio.Channel:
+            nonlocal made
+            made += 1
+            target = f"dns://127.0.0.1:{resolver.getsockname()[1]}/controller.test:1"
+            return grpc.aio.insecure_channel(target, options=CLIENT_OPTIONS)
+
+        with pytest.raises(TimeoutError, match="neither a connection nor an error"):
+            async with first_answered(make):
+                pass
+    assert made == ATTEMPTS
+
+
 async def test_one_that_refuses_is_heard_of_at_once() -> None:
-    """And one where nobody answers at all, when its time is over."""
+    """And one where nobody answers at all, when its time is over; the number of attempts has a bound."""
+    made = 0
+
+    def make() -> grpc.aio.Channel:
+        nonlocal made
+        made += 1
+        return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CLIENT_OPTIONS)
+
     gone = await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0)
     port = gone.sockets[0].getsockname()[1]
     for silent in (True, False):
@@ -131,11 +188,11 @@ async def test_one_that_refuses_is_heard_of_at_once() -> None:
             gone.close()
             await gone.wait_closed()
         began = time.monotonic()
-        async with first_answered(
-            lambda: grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=CLIENT_OPTIONS)
-        ) as channel:
+        made = 0
+        async with first_answered(make) as channel:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await anext(_follow(channel))
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         if silent:
             assert time.monotonic() - began >= CONNECT - BESIDE
+        assert made == (ATTEMPTS if silent else 1)
