@@ -134,7 +134,7 @@ class Identities:
         """:raises IdentitiesError: the bytes are no numbering."""
         try:
             file = msgspec.json.decode(data, type=_File)
-        except msgspec.DecodeError as error:
+        except ValueError as error:  # msgspec's own, and a text that is no UTF-8
             raise IdentitiesError(str(error)) from None
         self = cls(max(file.next, IDENTITY_FIRST))
         for number, label in file.numbers:

@@ -112,5 +112,5 @@ class Pods:
         """:raises PodsError: the bytes are no book."""
         try:
             return cls(msgspec.json.decode(data, type=list[Attachment]))
-        except msgspec.DecodeError as error:
+        except ValueError as error:  # msgspec's own, and a text that is no UTF-8
             raise PodsError(str(error)) from None

@@ -58,7 +58,7 @@ class State:
         if (data := self._storage.read(MESH_FILE)) is not None:
             try:
                 self.mesh, errors = apply(Mesh(), decode_update(data))
-            except msgspec.DecodeError as error:
+            except ValueError as error:  # msgspec's own, and a text that is no UTF-8
                 self._storage.set_aside(MESH_FILE, str(error))
             else:
                 for bad in errors:
@@ -73,7 +73,7 @@ class State:
                 book = msgspec.json.decode(data, type=_PodsFile)
                 if book.boot == self._boot:
                     self.pods = Pods.load(bytes(book.pods))
-            except (msgspec.DecodeError, PodsError) as error:
+            except (ValueError, PodsError) as error:
                 self._storage.set_aside(PODS_FILE, str(error))
 
     def book(self, attachment: Attachment) -> None:

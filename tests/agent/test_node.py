@@ -781,11 +781,16 @@ class TestRestart:
         assert world.kernel.pods()[world.cookie("web")].identity > old + 1000
         assert (world.folder / "state" / f"{IDENTITIES_FILE}.broken").exists()
 
-    @pytest.mark.parametrize("name", [MESH_FILE, PODS_FILE])
-    async def test_broken_files_are_set_aside(self, world, name):
+    @pytest.mark.parametrize("name", [MESH_FILE, PODS_FILE, IDENTITIES_FILE])
+    @pytest.mark.parametrize("damage", ["nonsense", "no UTF-8"])
+    async def test_broken_files_are_set_aside(self, world, name, damage):
         await world.node.apply(complete(workload("web")))
+        await world.add("web")
         await world.node.stop()
-        (world.folder / "state" / name).write_bytes(b"\x00broken")
+        file = world.folder / "state" / name
+        text = file.read_bytes()
+        assert b"web" in text
+        file.write_bytes(b"\x00broken" if damage == "nonsense" else text.replace(b"web", b"\xffeb"))
         await world.restart()
         assert (world.folder / "state" / f"{name}.broken").exists()
         await world.node.apply(complete(workload("web")))
