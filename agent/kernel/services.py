@@ -54,6 +54,9 @@ class Services:
         by_generation: dict[bytes, dict[int, bytes]] = {}
         for key, value in backends.items():
             by_generation.setdefault(key[:8], {})[struct.unpack_from("=I", key, 8)[0]] = value
+        strangers: dict[bytes, set[bytes]] = {}
+        for key, _ in members.items():
+            strangers.setdefault(key[:8], set()).add(key)
         self._next = 1
         for frontend, service in found:
             self._next = max(self._next, service.id + 1)
@@ -63,7 +66,7 @@ class Services:
             seed = checks.seed_of(frontend)
             # A table that is not whole, or of weights, is written anew when it is set.
             weighted = (
-                len(ends) != service.count
+                len({(one.address, one.port) for one in ends}) != service.count
                 or service.check != checks.of_service(seed, service)
                 or any(one.share != wire.SHARE_WHOLE for one in raw)
                 or any(
@@ -72,14 +75,19 @@ class Services:
                     for one in ends
                 )
             )
+            if _has_members(service.flags):
+                wished = {_member(service, Backend(one.address, one.port), one.protocol) for one in ends}
+                there = strangers.get(_generation(service), set())
+                weighted = weighted or not wished <= there
+                there -= wished
             backends_found = tuple(Backend(one.address, one.port, 0 if weighted else 1) for one in ends)
             self._known[frontend] = _Known(replace(service, check=0, few=()), backends_found, weighted)
         for generation, slots in by_generation.items():
             for slot in slots:
                 backends.delete(generation + struct.pack("=I", slot))
-        current = {_generation(service) for _, service in found if _has_members(service.flags)}
-        for data in [key for key, _ in members.items() if key[:8] not in current]:
-            members.delete(data)
+        for keys in strangers.values():
+            for key in keys:
+                members.delete(key)
 
     def set(self, key: wire.Endpoint, backends: Iterable[Backend], *, l7: bool, affinity: int) -> None:
         """What was there before still is when it raises.

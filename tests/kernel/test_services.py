@@ -184,6 +184,73 @@ def test_members_go_with_their_backends(node):
     assert members(node) == before
 
 
+class _KilledError(BaseException):
+    """In the midst of a change."""
+
+
+class _Dying:
+    """A table of the kernel, written a number of times more."""
+
+    def __init__(self, table: Map, left: list[int]) -> None:
+        self._table = table
+        self._left = left
+
+    def _count(self) -> None:
+        self._left[0] -= 1
+        if self._left[0] < 0:
+            raise _KilledError
+
+    def update(self, key: bytes, value: bytes) -> None:
+        self._count()
+        self._table.update(key, value)
+
+    def delete(self, key: bytes) -> bool:
+        self._count()
+        return self._table.delete(key)
+
+
+def test_what_a_killed_agent_left_half_done(node):
+    """Whatever the last thing was that it wrote: its successor has each backend once, and nobody else is one."""
+    many = [Backend(f"10.66.0.{number}", 80) for number in range(wire.FEW_BACKENDS + 4)]
+    changes = {
+        "fewer": many[:-2],
+        "others": [*many[:-2], Backend("10.66.1.1", 80), Backend("10.66.1.2", 80)],
+        "all others": [backend._replace(address=f"10.67.0.{n}") for n, backend in enumerate(many)],
+    }
+    before = members(node)
+    for name, changed in changes.items():
+        for steps in range(200):
+            node.kernel.set_service(VIP, 80, many, affinity=60)
+            services = node.kernel._services
+            tables = ("_services", "_backends", "_members")
+            whole = {table: getattr(services, table) for table in tables}
+            left = [steps]
+            try:
+                for table in tables:
+                    setattr(services, table, _Dying(whole[table], left))
+                node.kernel.set_service(VIP, 80, changed, affinity=60)
+                killed = False
+            except _KilledError:
+                killed = True
+            finally:
+                for table in tables:
+                    setattr(services, table, whole[table])
+            with Kernel(node.pins, node.netns) as successor:
+                successor.set_service(VIP, 80, changed, affinity=60)
+                found = successor._services._known[wire.Endpoint(VIP, 80)]
+                assert sorted(found.slots) == sorted(changed), (name, steps)
+                assert successor.damaged_services([Frontend(VIP, 80)]) == []
+                assert members(node) == before + len(changed), (name, steps)
+                slots = [wire.Backend.unpack(value).address for _, value in whole["_backends"].items()]
+                assert sorted(slots) == sorted(backend.address for backend in changed), (name, steps)
+                successor.remove_service(VIP, 80)
+            # What this one knows is of before.
+            node.kernel._services._known.pop(wire.Endpoint(VIP, 80), None)
+            if not killed:
+                break
+        assert steps > 4
+
+
 @pytest.mark.parametrize("affinity", [-1, 1 << 24])
 def test_what_is_no_number_of_seconds(node, servers, affinity):
     with pytest.raises(ValueError, match="session affinity"):
