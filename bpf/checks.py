@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from bpf.wire import CHECK_PRIME, CHECK_SEED, Endpoint, Service
+from bpf.wire import CHECK_FOLD, CHECK_PRIME, CHECK_SEED, Endpoint, Service
 
 _WORDS = struct.Struct("=IIIIHBx")
 _U32 = 0xFFFFFFFF
@@ -32,4 +32,5 @@ def _words(endpoint: Endpoint) -> tuple[int, ...]:
 def _mixed(value: int, words: tuple[int, ...]) -> int:
     for word in words:
         value = (value ^ word) * CHECK_PRIME & _U32
+        value ^= value >> CHECK_FOLD
     return value

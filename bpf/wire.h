@@ -151,6 +151,7 @@ struct endpoint {
 #define DRAWS 4 /* of a backend, and reads of a service, where it changes at the same time */
 #define CHECK_SEED 0x811c9dc5
 #define CHECK_PRIME 0x01000193
+#define CHECK_FOLD 15
 struct few_backend {
 	struct endpoint endpoint;
 	__u32 check;

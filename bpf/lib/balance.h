@@ -25,7 +25,9 @@ struct found {
 
 inline_always u32 check_word(u32 sum, u32 word)
 {
-	return (sum ^ word) * CHECK_PRIME;
+	sum = (sum ^ word) * CHECK_PRIME;
+	/* Products carry upwards only, and what differs within a network of IPv4 is above already. */
+	return sum ^ sum >> CHECK_FOLD;
 }
 
 inline_always u32 check_endpoint(u32 sum, const struct endpoint *endpoint)

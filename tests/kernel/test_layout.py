@@ -113,6 +113,7 @@ def test_private_layout_and_constants(programs_btf):
         "DRAWS",
         "CHECK_SEED",
         "CHECK_PRIME",
+        "CHECK_FOLD",
         "SOCKET_REVOKED",
         "VERDICT_ALLOWED",
         "VERDICT_SEVERAL",
