@@ -121,7 +121,7 @@ class AgentProcess:
         if self._popen.poll() is None:
             self._popen.send_signal(number)
         try:
-            return self._popen.wait(10)
+            return self._popen.wait(30)
         except subprocess.TimeoutExpired:
             self._popen.kill()
             self._popen.wait(10)
