@@ -7,9 +7,11 @@ the generation of the verdicts that it belongs to, from before they are in force
 from __future__ import annotations
 
 import ipaddress
+import os
 import struct
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from agent.kernel.model import Direction, Network
 from agent.kernel.pods import netns_key
@@ -22,6 +24,10 @@ _MAPPED_BITS = 96
 _MAPPED = ipaddress.IPv6Address("::ffff:0:0")
 _EVERY_IPV4 = "0.0.0.0/0"
 _LAST_PORT = 0xFFFF
+
+#: Pods whose first verdicts are put in force at once; and seconds between looks whether they are.
+_FIRST_AT_ONCE = 8
+_LOOK = 0.0003
 
 #: (identity, port) or (identity, port, class of the source's address) to whether it may come.
 Verdicts = Mapping[tuple[int, ...], bool]
@@ -51,10 +57,18 @@ class Policies:
         self._classes = classes
         self._networks = networks
         self._lock = threading.Lock()
+        #: The first verdicts of pods: see :meth:`_publish`. Lookups of one Map share a buffer.
+        self._first = ThreadPoolExecutor(_FIRST_AT_ONCE, thread_name_prefix="first verdicts")
+        self._view = Map(os.dup(policies.fd))
         #: What stands in ``classes``, by netns cookie.
         self._class_keys: dict[int, set[bytes]] = {}
         for key in tuple(classes.keys()):
             self._class_keys.setdefault(wire.ClassKey.unpack(key).netns, set()).add(key)
+
+    def close(self) -> None:
+        """Nothing is set any more; what was stays."""
+        self._first.shutdown()
+        self._view.close()
 
     def set_policy(
         self, netns_cookie: int, table: Verdicts, generation: int, classes: Mapping[str, int]
@@ -83,11 +97,31 @@ class Policies:
                     if not (0 <= identity < wire.POLICY_GENERATION and 0 <= port <= _LAST_PORT):
                         raise ValueError(f"no verdict is about identity {identity}, port {port}")
                     inner.update(wire.PolicyKey(identity, port, number).pack(), _NUMBER.pack(allowed))
-                self._policies.update(netns_key(netns_cookie), struct.pack("=i", inner.fd))
+                self._publish(netns_key(netns_cookie), inner)
         except (OSError, ValueError, struct.error):
             self._forget_classes(netns_cookie, fresh)
             raise
         self._forget_classes(netns_cookie, self._class_keys.get(netns_cookie, set()) - new)
+
+    def _publish(self, key: bytes, inner: Map) -> None:
+        """Put verdicts in force, and wait until no program has those before any more.
+
+        The kernel does that within its call, some ten milliseconds long, for first ones too, although before them everything was
+        refused: of these it is enough to see that they are there.
+        """
+        value = struct.pack("=i", inner.fd)
+        if self._has(key):
+            self._policies.update(key, value)
+            return
+        updating = self._first.submit(self._policies.update, key, value)
+        while not (updating.done() or self._has(key)):
+            wait([updating], timeout=_LOOK)
+        if updating.done():
+            updating.result()
+
+    def _has(self, key: bytes) -> bool:
+        with self._lock:
+            return self._view.lookup(key) is not None
 
     def _write_classes(
         self, netns_cookie: int, classes: Mapping[str, int], generation: int

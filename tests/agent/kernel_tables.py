@@ -37,6 +37,7 @@ class Kernel:
         self.maps = {spec.name: self._create(spec) for spec in schema.MAPS if spec.name in NAMES}
         self.services = Services(self.maps["services"], self.maps["backends"], self.maps["members"])
         self.policies = Policies(self.maps["policies"], self.maps["classes"], self.maps["networks"])
+        self._stack.callback(self.policies.close)
 
     def _create(self, spec: schema.MapSpec) -> Map:
         size = min(spec.max_entries, 1024)
