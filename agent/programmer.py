@@ -51,6 +51,8 @@ class PodSpec(NamedTuple):
     leaving: bool = False
     zone: int = 0
     splice: bool = True
+    #: No process runs in it yet, and its runtime waits.
+    starting: bool = False
 
     @property
     def pod(self) -> facade.Pod:
@@ -112,6 +114,8 @@ class Programmer:
                 self._policies[cookie] = _Policy(generation, found)
         of_pods = {address for pod in self._pods.values() for address in pod.addresses}
         self._peers = {a: peer for a, peer in kernel.peers().items() if a not in of_pods}
+        #: Since when pods that came in as they were starting are without links, by netns cookie.
+        self.unlinked: dict[int, float] = dict.fromkeys(kernel.unlinked(), 0.0)
         #: What of each was written last; nothing of what a predecessor wrote is known but that it is there.
         self._services: dict[facade.Frontend, ServiceEntry | None] = dict.fromkeys(kernel.services())
 
@@ -208,6 +212,16 @@ class Programmer:
                 errors.append(ResourceError("", f"address {address}: {error}"))
         outcome.resources = tuple(errors)
         return outcome
+
+    async def link(self, netns_cookie: int) -> None:
+        """Make what holds a pod that was starting as lasting as any other's. What fails is left for another time."""
+        try:
+            await asyncio.to_thread(self._kernel.link_pod, netns_cookie)
+        except KernelError as error:
+            _log.debug("pod has no links yet", netns_cookie=netns_cookie, reason=str(error))
+            self.unlinked[netns_cookie] = asyncio.get_running_loop().time()
+        else:
+            del self.unlinked[netns_cookie]
 
     def missing(self, netns_cookie: int) -> list[str]:
         """What the kernel lacks of a pod that was programmed, in words."""
@@ -370,7 +384,11 @@ class Programmer:
                     first = _Policy(1, verdicts) if is_first and (pod.open or not spec.leaving) else None
                     known = (1, verdicts.table, verdicts.classes) if first is not None else None
                     with self._namespaces.borrow(cookie) as netns:
-                        await asyncio.to_thread(self._kernel.add_pod, pod, netns, known)
+                        if spec.starting:
+                            self.unlinked[cookie] = asyncio.get_running_loop().time()
+                        await asyncio.to_thread(
+                            self._kernel.add_pod, pod, netns, known, starting=spec.starting
+                        )
                     if first is not None:
                         self._policies[cookie] = first
                     self._pods[cookie] = pod
@@ -434,6 +452,7 @@ class Programmer:
             outcome.pods[cookie] = str(error)
             return
         del self._pods[cookie]
+        self.unlinked.pop(cookie, None)
         self._policies.pop(cookie, None)
         for direction in Direction:
             self._networks.pop((cookie, direction), None)

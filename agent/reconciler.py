@@ -37,6 +37,9 @@ RETRY = 3.0
 COMPARE = 15.0
 PARTS = 4
 
+#: Seconds after which a pod of an ADD has started: what takes long in the kernel disturbs it no more.
+STARTED = 2.0
+
 #: Seconds that a workload is gone before its number may be forgotten.
 FORGET = 300.0
 
@@ -98,6 +101,9 @@ class Reconciler:
         #: Pods of other nodes that left the mesh and run on: until when they are dialled by it, by UID.
         self._lingering: dict[str, float] = {}
         self._next: asyncio.TimerHandle | None = None
+        #: Pods of ADDs that nobody has programmed yet, by netns cookie.
+        self._starting: set[int] = set()
+        self._to_link = asyncio.Event()
         #: Pods that left the mesh and run on, UID by netns cookie: proxies may hold connections of theirs until they end.
         self._left: dict[int, str] = {}
 
@@ -107,6 +113,7 @@ class Reconciler:
         self._tasks.start(self._reconcile(), name="reconcile")
         self._tasks.start(self._maintain(), name="maintain")
         self._tasks.start(self._compare(), name="compare with the kernel")
+        self._tasks.start(self._link(), name="link")
         await self.settled()
 
     async def stop(self) -> None:
@@ -118,6 +125,7 @@ class Reconciler:
     def attached_before_it_runs(self, cookie: int) -> None:
         """The pod of an ADD has no process yet: nothing that could be cut off, and nothing that may pass."""
         self.passages.adopt(cookie, Stage.ENROLLED, self._now())
+        self._starting.add(cookie)
 
     async def settled(self) -> Outcome:
         """Wait for the first pass that begins from now on."""
@@ -205,6 +213,9 @@ class Reconciler:
             left=sandboxes.keys() - specs.keys(),
         )
         self.tables = tables
+        self._starting &= outcome.pods.keys() & sandboxes.keys()
+        if self._programmer.unlinked:
+            self._to_link.set()
         self._plan(specs)
         if outcome.verdicts_changed:
             self._tasks.start(self._sweeper.sweep(), name="sweep")
@@ -245,6 +256,7 @@ class Reconciler:
                     leaving=not enrolled,
                     zone=zone,
                     splice=workload is None or workload.splice,
+                    starting=cookie in self._starting,
                 )
         return specs
 
@@ -416,6 +428,21 @@ class Reconciler:
             except Exception:
                 # A load that failed, for one: the next comparison tries again.
                 _log.exception("comparing with the kernel failed")
+
+    async def _link(self) -> None:
+        """Pods that came in as they were starting get links when they have had time to start."""
+        while True:
+            await self._to_link.wait()
+            self._to_link.clear()
+            while unlinked := self._programmer.unlinked:
+                cookie, since = min(unlinked.items(), key=lambda item: item[1])
+                if (early := since + STARTED - self._now()) > 0:
+                    await asyncio.sleep(early)
+                    continue
+                # One at a time: who waits for a pass waits for one of them at most.
+                async with self._passing:
+                    if cookie in self._programmer.unlinked:
+                        await self._programmer.link(cookie)
 
     async def _forget_identities(self) -> None:
         """Forget the numbers of workloads that are long gone, once nothing in the kernel carries them.

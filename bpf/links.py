@@ -6,6 +6,7 @@ Owns the calls; which program belongs where is the loader's (cgroups, iterators)
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from pathlib import Path
@@ -45,6 +46,7 @@ PROG_SK_LOOKUP = 30
 # struct bpf_prog_info.btf_id
 _PROGRAM_INFO_BTF_ID = 128
 
+_PROG_QUERY = 16
 _LINK_CREATE = 28
 #: BPF_F_BEFORE without a relative: at the head
 _BEFORE = 8
@@ -159,6 +161,24 @@ def attach_tcx(program: int, interface: int, attach_type: int) -> int:
     buffer = ctypes.create_string_buffer(attributes, 64)
     number = _libc.syscall(_SYS_BPF[os.uname().machine], _LINK_CREATE, buffer, 64)
     return _check(number, f"attach to interface {interface} (type {attach_type})")
+
+
+def has_tcx(interface: int, attach_type: int) -> bool:
+    """Whether anybody's programs are attached so to an interface of the calling thread's namespace.
+
+    :raises LinkError: there is no such interface.
+    """
+    # union bpf_attr of BPF_PROG_QUERY: interface, attach_type, two flags, where to write identifiers, how many there are.
+    buffer = ctypes.create_string_buffer(struct.pack("=IIIIQI", interface, attach_type, 0, 0, 0, 0), 64)
+    if _libc.syscall(_SYS_BPF[os.uname().machine], _PROG_QUERY, buffer, 64) < 0:
+        code = ctypes.get_errno()
+        # There never was any, or the kernel has no tcx.
+        if code not in (errno.ENOENT, errno.EINVAL):
+            raise LinkError(
+                code, f"programs of interface {interface} (type {attach_type}): {os.strerror(code)}"
+            )
+        return False
+    return bool(struct.unpack_from("=I", buffer, 24)[0])
 
 
 def attach_iterator(program: int, map_fd: int | None) -> int:

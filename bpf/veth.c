@@ -19,6 +19,9 @@
 #define NEXT (-1)
 #define DROP 2
 
+/* In the packet's control block, which is zero when it is made. */
+#define SEEN 0x6d796365
+
 #define SOCK_STREAM 1
 #define STATE_NEW_SYN_RECV 12
 
@@ -242,12 +245,25 @@ inline_always bool is_usual_tcp(struct __sk_buff *ctx, struct interface *interfa
 	return (!(flags & TCP_SYN) || (flags & TCP_ACK)) && is_of_tcp_socket(ctx);
 }
 
+/* Whether this program has seen it here already: a link runs before a filter, and both may be there for a moment. */
+inline_always bool is_seen_again(struct __sk_buff *ctx, struct interface *interface, bool from_pod)
+{
+	u32 mark = SEEN ^ (ctx->ifindex << 1 | from_pod);
+
+	if (!(interface->flags & INTERFACE_FILTERS))
+		return false;
+	if (ctx->cb[4] == mark)
+		return true;
+	ctx->cb[4] = mark;
+	return false;
+}
+
 inline_always void account_talk(struct __sk_buff *ctx, struct interface *interface, struct packet *packet,
 				struct talk_key *key, u32 direction, bool from_pod)
 {
 	struct flow_key flow;
 
-	if (packet->protocol != IPPROTO_UDP)
+	if (packet->protocol != IPPROTO_UDP || is_seen_again(ctx, interface, from_pod))
 		return;
 	flow_from(interface, key, IPPROTO_UDP, direction, 0, &flow);
 	account_datagram(conversation_from(key), &flow, from_pod, packet->payload, datagrams_of(ctx));

@@ -268,12 +268,13 @@ struct network_key {
 };
 
 /* interfaces: index of the host's end of a pod's veth -> interface. */
+#define INTERFACE_FILTERS 0x80000000 /* filters judge, links perhaps too: then only one counts */
 struct interface {
 	__u64 netns;
 	struct address address4; /* none: it has no address of that family */
 	struct address address6;
 	__u32 identity;
-	__u32 flags; /* the pod's */
+	__u32 flags; /* the pod's, and INTERFACE_FILTERS */
 	__u8 mac[6]; /* the pod's own */
 	__u16 pad;
 };

@@ -28,6 +28,8 @@ PEER_NODE = 8
 POD_PASSING = 1
 POD_OPEN = 2
 POD_NO_SPLICE = 4
+#: In :class:`Interface`, beside the pod's: filters judge, and links perhaps too.
+INTERFACE_FILTERS = 1 << 31
 #: Flags of :class:`Service`.
 SERVICE_L7 = 1
 SERVICE_AFFINITY = 2

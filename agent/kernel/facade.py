@@ -109,6 +109,7 @@ class Kernel:
             self._interfaces = Interfaces(self._folder, maps["interfaces"], host)
             self._interfaces.renew()
             self._policies = Policies(maps["policies"], maps["classes"], maps["networks"])
+            stack.callback(self._policies.close)
             self._services = Services(maps["services"], maps["backends"], maps["members"])
             #: What the loader attached: the names of its links.
             self._cgroup_links = sorted(
@@ -152,13 +153,19 @@ class Kernel:
     # Pods
 
     def add_pod(
-        self, pod: Pod, netns: int, policy: tuple[int, Verdicts, Mapping[str, int]] | None = None
+        self,
+        pod: Pod,
+        netns: int,
+        policy: tuple[int, Verdicts, Mapping[str, int]] | None = None,
+        *,
+        starting: bool = False,
     ) -> None:
         """Enrol a pod: refuse everything inbound until its policy is set, capture its dials from now on.
 
         :param policy: generation, table and classes (see :meth:`set_policy`) that judge it. A pod that runs already (``open``) is
             judged by them from the first moment on, as its address is dialled meanwhile; of another everything is refused until
             they are in force, and stays so when they cannot be.
+        :param starting: nothing runs in it yet and somebody waits; :meth:`link_pod` is to come later.
 
         In its namespace: sk_lookup link, ``tcp_fwmark_accept``, the rule and the table that bring answers to delivered
         connections back. Called again with another address or identity it changes those. An address that another
@@ -179,7 +186,7 @@ class Kernel:
                     judged.result()
                 with self._lock:
                     self._pods.add(pod, netns)
-                self._interfaces.enrol(pod, netns)
+                self._interfaces.enrol(pod, netns, starting=starting)
             except (OSError, ValueError):
                 if judged is not None:
                     wait([judged])
@@ -194,6 +201,19 @@ class Kernel:
                 raise
             if judged is not None:
                 judged.result()
+
+    def link_pod(self, netns_cookie: int) -> None:
+        """Make what holds a pod that was starting as lasting as any other's; some tens of milliseconds.
+
+        :raises KernelError: it is held as before; its interface may be gone.
+        """
+        with naming(f"pod {netns_cookie}"):
+            self._interfaces.link(netns_cookie)
+
+    def unlinked(self) -> set[int]:
+        """Netns cookies of the pods for which :meth:`link_pod` is still to come."""
+        with naming("map interfaces"):
+            return self._interfaces.unlinked()
 
     def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
         """Forget a pod: no element about it stays in any map, no link in its namespace, no listener.

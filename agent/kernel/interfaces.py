@@ -1,8 +1,12 @@
 """The host's ends of pods' veths: which those are, the programs on them, and the table ``interfaces``.
 
 Owns finding the host's end (from the pod's end, and back again, so that it is the pod's for certain), the two programs on it, and
-their end. Where the kernel has tcx (6.6) they are attached by links that are pinned; before, as filters of a clsact qdisc, which
-live as long as the interface. Programs of others on the same interface run after ours.
+their end. Where the kernel has tcx (6.6) they are attached by links that are pinned, and that nobody else removes; before, as
+filters of a clsact qdisc, which live as long as the interface. Programs of others on the same interface run after ours.
+
+Attaching a link waits until all that runs in the kernel has been seen to rest, twice some ten milliseconds, with the lock of all
+network configuration. So a pod whose runtime waits for it is judged by filters first, and links take over later: while both are
+there both judge, and the interface's flag lets one of them count.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -87,24 +93,75 @@ class Interfaces:
         self._table_lock = threading.Lock()
         self._host = host
 
-    def enrol(self, pod: Pod, netns: int) -> None:
+    def enrol(self, pod: Pod, netns: int, *, starting: bool = False) -> None:
         """Judge what goes to and from a pod, from now on; or change who it is.
 
+        :param starting: nothing runs in it yet and somebody waits: filters do until :meth:`link`, where nobody else has a program.
         :raises OSError: its veth cannot be found, or the kernel refuses.
         """
         cookie = pod.netns_cookie
         ends = self._ends(pod, netns)
         for end in ends:
-            value = wire.Interface(
-                cookie, *by_family(pod.addresses), pod.identity, pod_flags(pod), end.mac
-            ).pack()
+            by_filters = self._has_filters(cookie, end.number) or (
+                starting and _on(self._host, partial(self._is_free, cookie, end.number))
+            )
+            flags = pod_flags(pod) | (wire.INTERFACE_FILTERS if by_filters else 0)
             # First who it is: a program that knows nobody drops.
-            with self._table_lock:
-                if self._table.lookup(_key(end.number)) != value:
-                    self._table.update(_key(end.number), value)
-        for end in ends:
-            _on(self._host, lambda index=end.number: self._attach(cookie, index))  # type: ignore[misc]
+            self._put(
+                end.number,
+                wire.Interface(cookie, *by_family(pod.addresses), pod.identity, flags, end.mac),
+            )
+            attach = self._add_filters if by_filters else partial(self._attach, cookie)
+            _on(self._host, partial(attach, end.number))
         self._drop(cookie, {end.number for end in ends})
+
+    def link(self, cookie: int) -> None:
+        """Let links take over from the filters that a starting pod was given.
+
+        :raises OSError: the kernel refuses, or the interface is gone; the filters stay.
+        """
+        for index, value in self._elements():
+            if value.netns == cookie and value.flags & wire.INTERFACE_FILTERS:
+                _on(self._host, partial(self._take_over, cookie, index))
+                self._put(index, replace(value, flags=value.flags & ~wire.INTERFACE_FILTERS))
+
+    def _take_over(self, cookie: int, index: int) -> None:
+        self._attach(cookie, index)
+        for way, _ in _WAYS:
+            # Without tcx they are what stays.
+            if self._pin(cookie, index, way).exists():
+                with contextlib.suppress(FileNotFoundError):
+                    netlink.remove_filter(index, ingress=way == "from")
+
+    def unlinked(self) -> set[int]:
+        """Cookies of pods for which :meth:`link` is to be called."""
+        return {value.netns for _, value in self._elements() if value.flags & wire.INTERFACE_FILTERS}
+
+    def _put(self, index: int, value: wire.Interface) -> None:
+        data = value.pack()
+        with self._table_lock:
+            if self._table.lookup(_key(index)) != data:
+                self._table.update(_key(index), data)
+
+    def _get(self, index: int) -> wire.Interface | None:
+        with self._table_lock:
+            data = self._table.lookup(_key(index))
+        return None if data is None else wire.Interface.unpack(data)
+
+    def _has_filters(self, cookie: int, index: int) -> bool:
+        known = self._get(index)
+        return known is not None and known.netns == cookie and bool(known.flags & wire.INTERFACE_FILTERS)
+
+    def _is_free(self, cookie: int, index: int) -> bool:
+        """Whether nobody has a program on an interface, ourselves included; links run before filters."""
+        return (
+            not any(self._pin(cookie, index, way).exists() for way, _ in _WAYS)
+            and not any(links.has_tcx(index, attach_type) for _, attach_type in _WAYS)
+            and netlink.make_room_for_filters(index)
+        )
+
+    def _pin(self, cookie: int, index: int, way: str) -> Path:
+        return self._links / f"{cookie}_{index}_{way}"
 
     def _ends(self, pod: Pod, netns: int) -> list[End]:
         """As :func:`find` says; of a pod that has lost its addresses those that it had, as it may take them again."""
@@ -124,9 +181,20 @@ class Interfaces:
                         found.append(End(index, value.mac))
         return found
 
+    def _add_filters(self, index: int) -> None:
+        for way, _ in _WAYS:
+            self._add_filter(index, way)
+
+    def _add_filter(self, index: int, way: str) -> None:
+        program = links.open_pin(str(self._programs[way]))
+        try:
+            netlink.add_filter(index, program, ingress=way == "from")
+        finally:
+            os.close(program)
+
     def _attach(self, cookie: int, index: int) -> None:
         for way, attach_type in _WAYS:
-            path = self._links / f"{cookie}_{index}_{way}"
+            path = self._pin(cookie, index, way)
             if path.exists():
                 link = links.open_pin(str(path))
                 try:
@@ -161,17 +229,13 @@ class Interfaces:
         """
         for index, value in self._elements():
             for way, _ in _WAYS:
-                if not (self._links / f"{value.netns}_{index}_{way}").exists():
-                    _on(self._host, lambda index=index, way=way: self._renew(index, way))  # type: ignore[misc]
+                has_link = self._pin(value.netns, index, way).exists()
+                if value.flags & wire.INTERFACE_FILTERS or not has_link:
+                    _on(self._host, partial(self._renew, index, way))
 
     def _renew(self, index: int, way: str) -> None:
-        if not netlink.has_filter(index, ingress=way == "from"):
-            return
-        program = links.open_pin(str(self._programs[way]))
-        try:
-            netlink.add_filter(index, program, ingress=way == "from")
-        finally:
-            os.close(program)
+        if netlink.has_filter(index, ingress=way == "from"):
+            self._add_filter(index, way)
 
     def remove(self, cookie: int) -> None:
         """Judge nothing of that pod any more; its interfaces may be gone."""
@@ -182,8 +246,9 @@ class Interfaces:
         for index, value in self._elements():
             if value.netns == cookie and index not in kept:
                 for way, _ in _WAYS:
-                    path = self._links / f"{cookie}_{index}_{way}"
-                    if path.exists():
+                    path = self._pin(cookie, index, way)
+                    has_link = path.exists()
+                    if has_link:
                         link = links.open_pin(str(path))
                         try:
                             # At once: what only is unpinned runs on for a moment. Of an interface that is gone it is done.
@@ -192,13 +257,11 @@ class Interfaces:
                         finally:
                             os.close(link)
                         path.unlink()
-                    else:
+                    if value.flags & wire.INTERFACE_FILTERS or not has_link:
                         with contextlib.suppress(OSError):
                             _on(
                                 self._host,
-                                lambda index=index, way=way: netlink.remove_filter(  # type: ignore[misc]
-                                    index, ingress=way == "from"
-                                ),
+                                partial(netlink.remove_filter, index, ingress=way == "from"),
                             )
                 # Behind the programs: one that knows nobody would drop.
                 self._table.delete(_key(index))
@@ -212,12 +275,15 @@ class Interfaces:
             return [str(error)]
         found = []
         for end in ends:
-            with self._table_lock:
-                value = self._table.lookup(_key(end.number))
-            known = None if value is None else wire.Interface.unpack(value)
+            known = self._get(end.number)
             if known is None or known.netns != cookie:
                 found.append(f"interface {end.number} is not the pod's in the kernel's tables")
-            elif (known.address4, known.address6, known.identity, known.flags) != (
+            elif (
+                known.address4,
+                known.address6,
+                known.identity,
+                known.flags & ~wire.INTERFACE_FILTERS,
+            ) != (
                 *by_family(pod.addresses),
                 pod.identity,
                 pod_flags(pod),
@@ -231,7 +297,7 @@ class Interfaces:
         return found
 
     def _is_attached(self, cookie: int, index: int, way: str) -> bool:
-        path = self._links / f"{cookie}_{index}_{way}"
+        path = self._pin(cookie, index, way)
         if not path.exists():
             return _on(self._host, lambda: netlink.has_filter(index, ingress=way == "from"))
         link = links.open_pin(str(path))

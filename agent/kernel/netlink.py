@@ -209,6 +209,7 @@ def namespace_number(netns: int) -> int:
 
 
 _RTM_NEWQDISC = 36
+_RTM_GETQDISC = 38
 _RTM_NEWTFILTER = 44
 _RTM_DELTFILTER = 45
 _RTM_GETTFILTER = 46
@@ -238,14 +239,34 @@ def _filter(index: int, *, ingress: bool) -> bytes:
     )
 
 
+def _clsact(index: int) -> bytes:
+    return _tc(index, _CLSACT & 0xFFFF0000, _CLSACT, 0) + _attribute(_TCA_KIND, b"clsact\0")
+
+
+def make_room_for_filters(index: int) -> bool:
+    """A new clsact qdisc, or one in which no filter is; False where others have filters, or another qdisc in its place.
+
+    :raises OSError: the kernel's error.
+    """
+    try:
+        _request(_NETLINK_ROUTE, _RTM_NEWQDISC, _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_EXCL, _clsact(index))
+    except FileExistsError:
+        try:
+            _request(_NETLINK_ROUTE, _RTM_GETQDISC, _NLM_F_ACK, _clsact(index))
+        except OSError:
+            return False
+        ways = (_tc(index, 0, parent, 0) for parent in (_INGRESS, _EGRESS))
+        return not any(True for way in ways for _ in dump(_RTM_GETTFILTER, way))
+    return True
+
+
 def add_filter(index: int, program: int, *, ingress: bool) -> None:
     """Run a program on an interface, as a filter that decides by itself; in place of our earlier one, at once.
 
     :raises OSError: the kernel's error.
     """
-    qdisc = _tc(index, _CLSACT & 0xFFFF0000, _CLSACT, 0) + _attribute(_TCA_KIND, b"clsact\0")
     try:
-        _request(_NETLINK_ROUTE, _RTM_NEWQDISC, _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_EXCL, qdisc)
+        _request(_NETLINK_ROUTE, _RTM_NEWQDISC, _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_EXCL, _clsact(index))
     except FileExistsError:
         pass
     options = _u32(_TCA_BPF_FD, program) + _attribute(_TCA_BPF_NAME, b"mycel\0")

@@ -83,6 +83,7 @@ class FakeKernel(Kernel):
         self.fake_services: dict[Frontend, Service] = {}
         self.fake_listeners: dict[tuple[str, int], int] = {}  #: cookies
         self.fake_events_lost = 0
+        self.fake_unlinked: set[int] = set()
         self.fake_events, self.fake_events_writer = os.pipe()
         self.fake_fails = os.environ.get("FAKE_KERNEL_FAILS", "").split(",")
         if "pressure" in self.fake_fails:
@@ -114,16 +115,28 @@ class FakeKernel(Kernel):
         pod: Pod,
         netns: int,
         policy: tuple[int, Mapping[tuple[int, ...], bool], Mapping[str, int]] | None = None,
+        *,
+        starting: bool = False,
     ) -> None:
         os.fstat(netns)
         self._write(f"add pod {pod.netns_cookie} {','.join(pod.addresses)} {pod.identity}", pod.netns_cookie)
         self.fake_pods[pod.netns_cookie] = pod
+        if starting:
+            self.fake_unlinked.add(pod.netns_cookie)
         if policy is not None:
             generation, table, classes = policy
             self.set_policy(pod.netns_cookie, table, generation, classes)
 
+    def link_pod(self, netns_cookie: int) -> None:
+        self._write(f"link pod {netns_cookie}", netns_cookie)
+        self.fake_unlinked.discard(netns_cookie)
+
+    def unlinked(self) -> set[int]:
+        return set(self.fake_unlinked)
+
     def remove_pod(self, netns_cookie: int, netns: int | None = None) -> None:
         self._write(f"remove pod {netns_cookie}", netns_cookie)
+        self.fake_unlinked.discard(netns_cookie)
         if "remove-first" in self.fake_fails and netns_cookie == next(iter(self.fake_pods), None):
             raise KernelError(f"pod {netns_cookie} cannot be removed")
         self.fake_pods.pop(netns_cookie, None)

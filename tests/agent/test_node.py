@@ -7,7 +7,7 @@ import time
 import msgspec
 import pytest
 
-from agent import api, passage
+from agent import api, passage, reconciler
 from agent.identities import Label
 from agent.kernel import Connection, Direction, FlowCounters, FlowKey, MapFullError, Pressure
 from agent.kernel.model import Via
@@ -803,6 +803,60 @@ class TestRestart:
         assert file.stat().st_mode & 0o777 == 0o600
         assert file.read_bytes() == last_good(workload("web")).replace(b"\xa5nonce\x01", b"\xa5nonce\x00")
         assert (world.folder / "state").stat().st_mode & 0o777 == 0o700
+
+
+class TestPodsThatStart:
+    """What holds them is made lasting when they have had time to start."""
+
+    @pytest.fixture(autouse=True)
+    def time_to_start(self, monkeypatch):
+        monkeypatch.setattr(reconciler, "STARTED", 0.3)
+
+    async def test_one_of_an_add(self, world):
+        await world.node.apply(complete(workload("web")))
+        await world.add("web")
+        assert world.kernel.unlinked() == {world.cookie("web")}
+        await asyncio.sleep(0.1)
+        assert world.kernel.unlinked() == {world.cookie("web")}
+        await until(lambda: not world.kernel.unlinked())
+        # It is one that runs from now on, whatever is written anew.
+        await world.node.apply(complete(workload("web", service_account="other")))
+        await asyncio.sleep(0.1)
+        assert world.kernel.unlinked() == set()
+
+    async def test_one_that_runs_when_it_joins(self, world):
+        await world.node.apply(complete(workload("web", enrolled=False)))
+        await world.add("web")
+        await world.node.apply(complete(workload("web")))
+        await until(world.kernel.pods)
+        assert world.kernel.unlinked() == set()
+
+    async def test_one_that_ends_before(self, world):
+        await world.node.apply(complete(workload("web"), workload("other")))
+        await world.add("web")
+        await world.add("other", "10.0.1.2")
+        await world.delete("web")
+        await until(lambda: not world.kernel.unlinked())
+        assert [call for call in world.kernel.calls if call.startswith("link pod")] == [
+            f"link pod {world.cookie('other')}"
+        ]
+
+    async def test_a_successor_goes_on(self, world):
+        await world.node.apply(complete(workload("web")))
+        await world.add("web")
+        assert f"link pod {world.cookie('web')}" not in world.kernel.calls
+        await world.restart()
+        await until(lambda: not world.kernel.unlinked())
+
+    async def test_what_fails_is_tried_again(self, world):
+        await world.node.apply(complete(workload("web"), workload("other")))
+        await world.add("web")
+        cookie = world.cookie("web")
+        world.kernel.broken.add(cookie)
+        await asyncio.sleep(0.5)
+        assert world.kernel.unlinked() == {cookie}
+        world.kernel.broken.clear()
+        await until(lambda: not world.kernel.unlinked())
 
 
 async def test_a_changed_label_does_not_cut_old_connections_off(world):

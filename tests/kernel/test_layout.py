@@ -105,6 +105,7 @@ def test_private_layout_and_constants(programs_btf):
         "POD_PASSING",
         "POD_OPEN",
         "POD_NO_SPLICE",
+        "INTERFACE_FILTERS",
         "SERVICE_L7",
         "SERVICE_AFFINITY",
         "SERVICE_MEMBERS",
