@@ -216,9 +216,11 @@ class Programmer:
     async def link(self, netns_cookie: int) -> None:
         """Make what holds a pod that was starting as lasting as any other's. What fails is left for another time."""
         try:
-            await asyncio.to_thread(self._kernel.link_pod, netns_cookie)
-        except KernelError as error:
-            _log.debug("pod has no links yet", netns_cookie=netns_cookie, reason=str(error))
+            with self._namespaces.borrow(netns_cookie) as netns:
+                await asyncio.to_thread(self._kernel.link_pod, netns_cookie, netns)
+        except Exception as error:
+            # Whatever it is: the others' turn comes, and this one's again.
+            _log.warning("pod has no links yet", netns_cookie=netns_cookie, reason=repr(error))
             self.unlinked[netns_cookie] = asyncio.get_running_loop().time()
         else:
             del self.unlinked[netns_cookie]

@@ -38,7 +38,7 @@ COMPARE = 15.0
 PARTS = 4
 
 #: Seconds after which a pod of an ADD has started: what takes long in the kernel disturbs it no more.
-STARTED = 2.0
+STARTED = 1.0
 
 #: Seconds that a workload is gone before its number may be forgotten.
 FORGET = 300.0
@@ -213,7 +213,9 @@ class Reconciler:
             left=sandboxes.keys() - specs.keys(),
         )
         self.tables = tables
-        self._starting &= outcome.pods.keys() & sandboxes.keys()
+        # Others may have come while this one was under way.
+        self._starting -= sandboxes.keys() - outcome.pods.keys()
+        self._starting &= self._state.pods.sandboxes().keys()
         if self._programmer.unlinked:
             self._to_link.set()
         self._plan(specs)

@@ -138,12 +138,17 @@ def pin(fd: int, path: str) -> None:
 
     :raises LinkError: it is no bpf file system.
     """
-    # A bpf file system takes no dots.
-    new = os.path.join(os.path.dirname(path), f"new_{os.path.basename(path)}")
+    new = unfinished(path)
     if os.path.exists(new):
         os.unlink(new)
     _check(_lib.bpf_obj_pin(fd, new.encode()), f"pin {path}")
     os.rename(new, path)
+
+
+def unfinished(path: str) -> str:
+    """Where a process that ends in the midst of :func:`pin` leaves what it pins."""
+    # A bpf file system takes no dots.
+    return os.path.join(os.path.dirname(path), f"new_{os.path.basename(path)}")
 
 
 def attach(program: int, target: int, attach_type: int) -> int:

@@ -202,13 +202,13 @@ class Kernel:
             if judged is not None:
                 judged.result()
 
-    def link_pod(self, netns_cookie: int) -> None:
+    def link_pod(self, netns_cookie: int, netns: int) -> None:
         """Make what holds a pod that was starting as lasting as any other's; some tens of milliseconds.
 
         :raises KernelError: it is held as before; its interface may be gone.
         """
         with naming(f"pod {netns_cookie}"):
-            self._interfaces.link(netns_cookie)
+            self._interfaces.link(netns_cookie, netns)
 
     def unlinked(self) -> set[int]:
         """Netns cookies of the pods for which :meth:`link_pod` is still to come."""

@@ -96,42 +96,60 @@ class Interfaces:
     def enrol(self, pod: Pod, netns: int, *, starting: bool = False) -> None:
         """Judge what goes to and from a pod, from now on; or change who it is.
 
-        :param starting: nothing runs in it yet and somebody waits: filters do until :meth:`link`, where nobody else has a program.
+        :param starting: nothing runs in it yet, and somebody waits: filters do it until :meth:`link`, where others have none.
         :raises OSError: its veth cannot be found, or the kernel refuses.
         """
         cookie = pod.netns_cookie
         ends = self._ends(pod, netns)
-        for end in ends:
-            by_filters = self._has_filters(cookie, end.number) or (
-                starting and _on(self._host, partial(self._is_free, cookie, end.number))
-            )
-            flags = pod_flags(pod) | (wire.INTERFACE_FILTERS if by_filters else 0)
+        for number, mac in ends:
+            value = wire.Interface(cookie, *by_family(pod.addresses), pod.identity, pod_flags(pod), mac)
+            by_filters = replace(value, flags=value.flags | wire.INTERFACE_FILTERS)
             # First who it is: a program that knows nobody drops.
-            self._put(
-                end.number,
-                wire.Interface(cookie, *by_family(pod.addresses), pod.identity, flags, end.mac),
-            )
-            attach = self._add_filters if by_filters else partial(self._attach, cookie)
-            _on(self._host, partial(attach, end.number))
+            if self._has_filters(cookie, number):
+                self._put(number, by_filters)
+                _on(self._host, partial(self._add_filters, number))
+            elif not (starting and self._begin(cookie, number, by_filters)):
+                self._put(number, value)
+                _on(self._host, partial(self._attach, cookie, number))
         self._drop(cookie, {end.number for end in ends})
 
-    def link(self, cookie: int) -> None:
+    def _begin(self, cookie: int, index: int, value: wire.Interface) -> bool:
+        """Judge by filters; False where they cannot be, or would not be the first."""
+        try:
+            if not _on(self._host, partial(self._is_free, cookie, index)):
+                return False
+            self._put(index, value)
+            _on(self._host, partial(self._add_filters, index))
+        except OSError:
+            # A kernel may have links and no filters.
+            for way, _ in _WAYS:
+                self._remove_filter(index, way)
+            return False
+        return True
+
+    def _remove_filter(self, index: int, way: str) -> None:
+        """If it is there."""
+        with contextlib.suppress(OSError):
+            _on(self._host, partial(netlink.remove_filter, index, ingress=way == "from"))
+
+    def link(self, cookie: int, netns: int) -> None:
         """Let links take over from the filters that a starting pod was given.
 
         :raises OSError: the kernel refuses, or the interface is gone; the filters stay.
         """
         for index, value in self._elements():
             if value.netns == cookie and value.flags & wire.INTERFACE_FILTERS:
-                _on(self._host, partial(self._take_over, cookie, index))
+                _on(self._host, partial(self._take_over, cookie, index, netns))
                 self._put(index, replace(value, flags=value.flags & ~wire.INTERFACE_FILTERS))
 
-    def _take_over(self, cookie: int, index: int) -> None:
+    def _take_over(self, cookie: int, index: int, netns: int) -> None:
+        if not _leads_to(netlink.link(index), netns):
+            raise OSError(errno.ENODEV, f"interface {index} is not the pod's any more")
         self._attach(cookie, index)
         for way, _ in _WAYS:
             # Without tcx they are what stays.
-            if self._pin(cookie, index, way).exists():
-                with contextlib.suppress(FileNotFoundError):
-                    netlink.remove_filter(index, ingress=way == "from")
+            if self._pin(cookie, index, way).exists() and netlink.has_filter(index, ingress=way == "from"):
+                netlink.remove_filter(index, ingress=way == "from")
 
     def unlinked(self) -> set[int]:
         """Cookies of pods for which :meth:`link` is to be called."""
@@ -209,6 +227,8 @@ class Interfaces:
                 os.close(program)
 
     def _attach_one(self, path: Path, program: int, index: int, way: str, attach_type: int) -> None:
+        # Of an agent that ended between the two steps of pin(): the kernel takes a program once.
+        _end(Path(links.unfinished(str(path))))
         try:
             link = links.attach_tcx(program, index, attach_type)
         except links.LinkError as error:
@@ -229,9 +249,11 @@ class Interfaces:
         """
         for index, value in self._elements():
             for way, _ in _WAYS:
-                has_link = self._pin(value.netns, index, way).exists()
-                if value.flags & wire.INTERFACE_FILTERS or not has_link:
+                if value.flags & wire.INTERFACE_FILTERS or not self._pin(value.netns, index, way).exists():
                     _on(self._host, partial(self._renew, index, way))
+                else:
+                    # Of a version that did not know of those.
+                    self._remove_filter(index, way)
 
     def _renew(self, index: int, way: str) -> None:
         if netlink.has_filter(index, ingress=way == "from"):
@@ -247,22 +269,9 @@ class Interfaces:
             if value.netns == cookie and index not in kept:
                 for way, _ in _WAYS:
                     path = self._pin(cookie, index, way)
-                    has_link = path.exists()
-                    if has_link:
-                        link = links.open_pin(str(path))
-                        try:
-                            # At once: what only is unpinned runs on for a moment. Of an interface that is gone it is done.
-                            with contextlib.suppress(links.LinkError):
-                                links.detach(link)
-                        finally:
-                            os.close(link)
-                        path.unlink()
-                    if value.flags & wire.INTERFACE_FILTERS or not has_link:
-                        with contextlib.suppress(OSError):
-                            _on(
-                                self._host,
-                                partial(netlink.remove_filter, index, ingress=way == "from"),
-                            )
+                    _end(Path(links.unfinished(str(path))))
+                    _end(path)
+                    self._remove_filter(index, way)
                 # Behind the programs: one that knows nobody would drop.
                 self._table.delete(_key(index))
 
@@ -309,6 +318,19 @@ class Interfaces:
     def _elements(self) -> Iterator[tuple[int, wire.Interface]]:
         for key, value in self._table.items():
             yield struct.unpack("=I", key)[0], wire.Interface.unpack(value)
+
+
+def _end(path: Path) -> None:
+    """Detach and unpin a link, if it is there."""
+    if path.exists():
+        link = links.open_pin(str(path))
+        try:
+            # At once: what only is unpinned runs on for a moment. Of an interface that is gone it is done.
+            with contextlib.suppress(links.LinkError):
+                links.detach(link)
+        finally:
+            os.close(link)
+        path.unlink()
 
 
 def _key(index: int) -> bytes:

@@ -127,7 +127,8 @@ class FakeKernel(Kernel):
             generation, table, classes = policy
             self.set_policy(pod.netns_cookie, table, generation, classes)
 
-    def link_pod(self, netns_cookie: int) -> None:
+    def link_pod(self, netns_cookie: int, netns: int) -> None:
+        os.fstat(netns)
         self._write(f"link pod {netns_cookie}", netns_cookie)
         self.fake_unlinked.discard(netns_cookie)
 

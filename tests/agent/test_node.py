@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 import time
 
 import msgspec
@@ -823,6 +824,28 @@ class TestPodsThatStart:
         await world.node.apply(complete(workload("web", service_account="other")))
         await asyncio.sleep(0.1)
         assert world.kernel.unlinked() == set()
+
+    async def test_one_that_comes_while_a_pass_is_under_way(self, world, monkeypatch):
+        await world.node.apply(complete(workload("web"), workload("other")))
+        whole, going = world.kernel.add_pod, threading.Event()
+
+        def slow(pod, *more, **options):
+            whole(pod, *more, **options)
+            if pod.netns_cookie == world.cookie("web"):
+                going.wait(5)
+
+        monkeypatch.setattr(world.kernel, "add_pod", slow)
+        first = asyncio.create_task(world.add("web"))
+        await until(lambda: world.cookie("web") in world.kernel.pods())
+        second = asyncio.create_task(world.add("other", "10.0.1.2"))
+        await asyncio.sleep(0.05)
+        going.set()
+        await asyncio.gather(first, second)
+        assert {call.split()[2] for call in world.kernel.calls if call.startswith("add pod")} == {
+            str(world.cookie("web")),
+            str(world.cookie("other")),
+        }
+        assert world.cookie("other") in world.kernel.unlinked()
 
     async def test_one_that_runs_when_it_joins(self, world):
         await world.node.apply(complete(workload("web", enrolled=False)))

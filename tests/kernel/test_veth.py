@@ -16,6 +16,7 @@ from agent.kernel import (
     FlowCounters,
     FlowKey,
     Kernel,
+    KernelError,
     Network,
     Peer,
     Pod,
@@ -686,7 +687,7 @@ def filter_names(node, index):
     return [
         name
         for name, ingress in ways
-        if inside(node.netns, lambda: netlink.has_filter(index, ingress=ingress))
+        if inside(node.netns, lambda ingress=ingress: netlink.has_filter(index, ingress=ingress))
     ]
 
 
@@ -745,7 +746,7 @@ def test_pod_that_starts_is_judged_by_filters_until_links_take_over(node, starti
     node.kernel.add_pod(Pod(client.cookie, client.addresses, client.identity, zone=7), client.netns)
     assert filter_names(node, end.number) == ["from", "to"]
     for pod in starting:
-        node.kernel.link_pod(pod.cookie)
+        node.kernel.link_pod(pod.cookie, pod.netns)
     assert node.kernel.unlinked() == set()
     assert names(node, client) == [f"{client.cookie}_{end.number}_from", f"{client.cookie}_{end.number}_to"]
     assert filter_names(node, end.number) == []
@@ -760,10 +761,40 @@ def test_successor_finds_pods_without_links(node, starting):
     with Kernel(node.pins, node.netns) as successor:
         assert successor.unlinked() == {client.cookie, server.cookie}
         for pod in starting:
-            successor.link_pod(pod.cookie)
+            successor.link_pod(pod.cookie, pod.netns)
             assert successor.missing(pod.cookie, pod.netns) == []
     assert filter_names(node, end.number) == []
     assert len(names(node, client)) == len(names(node, server)) == 2
+
+
+@pytest.mark.families("ipv4")
+@pytest.mark.parametrize("what", ["others removed the qdisc", "an agent ended as it pinned a link"])
+def test_links_take_over_whatever_has_happened(node, starting, what):
+    client, _ = starting
+    [end] = find(client.netns, node.netns, client.addresses)
+    if what == "others removed the qdisc":
+        name = run(node.netns, "ip", "-o", "link").split(f"{end.number}: ", 1)[1].split("@")[0]
+        run(node.netns, "tc", "qdisc", "del", "dev", name, "clsact")
+        assert node.kernel.missing(client.cookie, client.netns)
+    else:
+        link_without_an_end(node, client)
+        for name in names(node, client):
+            path = Path(node.pins, f"v{wire.ABI}/veth", name)
+            path.rename(path.with_name(f"new_{name}"))
+    node.kernel.link_pod(client.cookie, client.netns)
+    assert len(names(node, client)) == 2
+    assert filter_names(node, end.number) == []
+    assert node.kernel.missing(client.cookie, client.netns) == []
+    assert client.cookie not in node.kernel.unlinked()
+
+
+@pytest.mark.families("ipv4")
+def test_links_are_not_given_to_an_interface_of_another_pod(node, starting):
+    client, server = starting
+    with pytest.raises(KernelError, match="is not the pod's any more"):
+        node.kernel.link_pod(client.cookie, server.netns)
+    assert names(node, client) == []
+    assert client.cookie in node.kernel.unlinked()
 
 
 @pytest.mark.families("ipv4")
@@ -776,7 +807,7 @@ def test_pod_that_ends_before_it_has_links(node, starting):
         node.kernel.remove_pod(pod.cookie)
         assert names(node, pod) == []
         assert filter_names(node, end.number) == []
-        node.kernel.link_pod(pod.cookie)  # of one that is gone there is nothing to do
+        node.kernel.link_pod(pod.cookie, pod.netns)  # of one that is gone there is nothing to do
         assert names(node, pod) == []
         node.kernel.add_pod(Pod(pod.cookie, pod.addresses, pod.identity), pod.netns, starting=True)
         assert filter_names(node, end.number) == ["from", "to"]
@@ -809,6 +840,31 @@ def test_where_others_have_programs_links_come_first(node, make_pod, others):
     finally:
         if link >= 0:
             os.close(link)
+
+
+@pytest.mark.families("ipv4")
+@pytest.mark.parametrize("missing", ["the qdisc", "filters"])
+def test_kernel_without_filters_gives_links_at_once(node, make_pod, monkeypatch, missing):
+    whole = netlink.add_filter
+
+    def no_qdisc(index):
+        raise FileNotFoundError(2, "no clsact")
+
+    def no_egress(index, program, *, ingress):
+        if not ingress:
+            raise FileNotFoundError(2, "no classifier")
+        whole(index, program, ingress=ingress)
+
+    if missing == "the qdisc":
+        monkeypatch.setattr(netlink, "make_room_for_filters", no_qdisc)
+    else:
+        monkeypatch.setattr(netlink, "add_filter", no_egress)
+    pod = make_pod()
+    [end] = find(pod.netns, node.netns, pod.addresses)
+    node.kernel.add_pod(Pod(pod.cookie, pod.addresses, pod.identity), pod.netns, starting=True)
+    assert len(names(node, pod)) == 2
+    assert filter_names(node, end.number) == []
+    assert node.kernel.unlinked() == set()
 
 
 @pytest.mark.families("ipv4")
