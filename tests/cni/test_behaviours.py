@@ -20,6 +20,7 @@ import pytest
 
 from bpf import links, wire
 from cni import protocol
+from lab.processes import wait_until
 from tests.agent.pods import Netns, workload
 from tests.agent.process import REAL, AgentProcess
 from tests.cni.plugin import Called, Plugin, network, previous
@@ -642,7 +643,10 @@ class TestCheck:
     @pytest.mark.skipif(MODULE != REAL, reason="needs the real kernel")
     @pytest.mark.parametrize("way", ["from", "to"])
     def test_chk_03_program_of_the_veth(self, node, added, way):
-        (path,) = (node.agent.pins / f"v{wire.ABI}/veth").glob(f"*_{way}")
+        pins = node.agent.pins / f"v{wire.ABI}/veth"
+        # It is judged by filters until links take over.
+        wait_until(lambda: len(list(pins.glob("[0-9]*"))) == 2, 10, "it has its links")
+        (path,) = pins.glob(f"[0-9]*_{way}")
         link = links.open_pin(str(path))
         try:
             links.detach(link)
