@@ -6,7 +6,7 @@ filters of a clsact qdisc, which live as long as the interface. Programs of othe
 
 Attaching a link waits until all that runs in the kernel has been seen to rest, twice some ten milliseconds, with the lock of all
 network configuration. So a pod whose runtime waits for it is judged by filters first, and links take over later: while both are
-there both judge, and the interface's flag lets one of them count.
+there both judge, and the interface's flag lets one of them count. Until then links of others, which come later, run before them.
 """
 
 from __future__ import annotations

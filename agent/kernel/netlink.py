@@ -243,21 +243,28 @@ def _clsact(index: int) -> bytes:
     return _tc(index, _CLSACT & 0xFFFF0000, _CLSACT, 0) + _attribute(_TCA_KIND, b"clsact\0")
 
 
+def _add_clsact(index: int) -> bool:
+    """False where it, or another qdisc in its place, is there."""
+    try:
+        _request(_NETLINK_ROUTE, _RTM_NEWQDISC, _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_EXCL, _clsact(index))
+    except FileExistsError:
+        return False
+    return True
+
+
 def make_room_for_filters(index: int) -> bool:
     """A new clsact qdisc, or one in which no filter is; False where others have filters, or another qdisc in its place.
 
     :raises OSError: the kernel's error.
     """
+    if _add_clsact(index):
+        return True
     try:
-        _request(_NETLINK_ROUTE, _RTM_NEWQDISC, _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_EXCL, _clsact(index))
-    except FileExistsError:
-        try:
-            _request(_NETLINK_ROUTE, _RTM_GETQDISC, _NLM_F_ACK, _clsact(index))
-        except OSError:
-            return False
-        ways = (_tc(index, 0, parent, 0) for parent in (_INGRESS, _EGRESS))
-        return not any(True for way in ways for _ in dump(_RTM_GETTFILTER, way))
-    return True
+        _request(_NETLINK_ROUTE, _RTM_GETQDISC, _NLM_F_ACK, _clsact(index))
+    except OSError:
+        return False
+    ways = (_tc(index, 0, parent, 0) for parent in (_INGRESS, _EGRESS))
+    return not any(True for way in ways for _ in dump(_RTM_GETTFILTER, way))
 
 
 def add_filter(index: int, program: int, *, ingress: bool) -> None:
@@ -265,10 +272,7 @@ def add_filter(index: int, program: int, *, ingress: bool) -> None:
 
     :raises OSError: the kernel's error.
     """
-    try:
-        _request(_NETLINK_ROUTE, _RTM_NEWQDISC, _NLM_F_ACK | _NLM_F_CREATE | _NLM_F_EXCL, _clsact(index))
-    except FileExistsError:
-        pass
+    _add_clsact(index)
     options = _u32(_TCA_BPF_FD, program) + _attribute(_TCA_BPF_NAME, b"mycel\0")
     body = _filter(index, ingress=ingress)
     body += _attribute(_TCA_OPTIONS, options + _u32(_TCA_BPF_FLAGS, _BPF_DIRECT))

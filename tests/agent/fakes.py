@@ -84,6 +84,7 @@ class FakeKernel(Kernel):
         self.fake_listeners: dict[tuple[str, int], int] = {}  #: cookies
         self.fake_events_lost = 0
         self.fake_unlinked: set[int] = set()
+        self.fake_links = True  #: whether they can be attached
         self.fake_events, self.fake_events_writer = os.pipe()
         self.fake_fails = os.environ.get("FAKE_KERNEL_FAILS", "").split(",")
         if "pressure" in self.fake_fails:
@@ -129,7 +130,9 @@ class FakeKernel(Kernel):
 
     def link_pod(self, netns_cookie: int, netns: int) -> None:
         os.fstat(netns)
-        self._write(f"link pod {netns_cookie}", netns_cookie)
+        if not self.fake_links:
+            raise KernelError("no links now")
+        self._write(f"link pod {netns_cookie}")
         self.fake_unlinked.discard(netns_cookie)
 
     def unlinked(self) -> set[int]:

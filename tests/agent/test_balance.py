@@ -1,4 +1,4 @@
-"""Weights as slots: what the kernel draws by is what was asked for."""
+"""Weights as slots, and check words: what the kernel draws by is what was asked for."""
 
 from fractions import Fraction
 
@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.kernel.services import alias_table
+from bpf import checks, wire
 from bpf.wire import SHARE_WHOLE
 
 
@@ -33,3 +34,10 @@ def test_extremes():
     table = alias_table([0xFFFFFFFF, *[1] * 9999])
     assert drawn(table)[0] > Fraction(999_997, 1_000_000)
     assert min(drawn(table)) > 0
+
+
+def test_check_words_tell_neighbours_apart():
+    """Services and backends are of one network each, and of one port: what differs is a few bits of the address."""
+    seeds = [checks.seed_of(wire.Endpoint(f"10.96.0.{service}", 80)) for service in range(64)]
+    words = {checks.of_backend(seed, f"10.244.0.{host}", 8080, 6) for seed in seeds for host in range(64)}
+    assert len(words) == 64 * 64
